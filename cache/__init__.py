@@ -1,0 +1,49 @@
+"""Images and datasets in, teacher features stored and read back.
+
+Knows nothing of teachers or training. Start with `FeatureStore` to read a store, `StoreBuilder` to make one.
+"""
+
+from .builder import ShardTask, StoreBuilder, pending
+from .commit import OpenShard, ShardWriter
+from .dataset import Dataset, Sample
+from .errors import (
+    BadImage,
+    CacheError,
+    CorruptFeatures,
+    DatasetError,
+    LeaseHeld,
+    LeaseLost,
+    MissingFeatures,
+    PlanError,
+    StoreError,
+)
+from .images import ImageRoots, decode_rgb
+from .plan import Plan
+from .shard import Layout
+from .store import Coverage, FeatureStore, TeacherFeatures
+
+__all__ = [
+    "BadImage",
+    "CacheError",
+    "CorruptFeatures",
+    "Coverage",
+    "Dataset",
+    "DatasetError",
+    "FeatureStore",
+    "ImageRoots",
+    "Layout",
+    "LeaseHeld",
+    "LeaseLost",
+    "MissingFeatures",
+    "OpenShard",
+    "Plan",
+    "PlanError",
+    "Sample",
+    "ShardTask",
+    "ShardWriter",
+    "StoreBuilder",
+    "StoreError",
+    "TeacherFeatures",
+    "decode_rgb",
+    "pending",
+]

@@ -1,0 +1,115 @@
+"""Datasets in: LLaVA's files to samples.
+
+A dataset is one or more `.json` (a list), `.jsonl` or `.parquet` files of records
+`{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}`; a text-only sample has no `image`. The samples
+live in one Arrow table, so that 10M of them are a few buffers rather than 10M objects, and forked loader processes
+share them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .errors import DatasetError
+
+_TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
+SCHEMA = pa.schema([("id", pa.string()), ("image", pa.large_string()), ("conversations", pa.large_list(_TURN))])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record: `image` is a path relative to the image roots, None for text-only."""
+
+    id: str
+    image: str | None
+    conversations: list[dict[str, str]]
+
+
+class Dataset:
+    """The samples of one or more files, in file order.
+
+    Raises `DatasetError` naming the file and the record for anything that is not LLaVA's format.
+    """
+
+    def __init__(self, files: Sequence[str | Path]) -> None:
+        if not files:
+            raise DatasetError("no dataset file given; name at least one .json, .jsonl or .parquet file")
+        self.files = [Path(f) for f in files]
+        self.table = pa.concat_tables([_read(f) for f in self.files]).combine_chunks()
+        if not self.table.num_rows:
+            raise DatasetError(f"{', '.join(map(str, self.files))}: no samples in the dataset")
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, i: int) -> Sample:
+        record = {name: self.table.column(name)[i].as_py() for name in SCHEMA.names}
+        return Sample(record["id"], record["image"], record["conversations"])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    def images(self) -> pa.LargeStringArray:
+        """The distinct image paths, in order of first appearance: the rows of a plan."""
+        return pc.unique(self.table.column("image").drop_null())
+
+    def has_image(self) -> pa.BooleanArray:
+        """Per sample, whether it has an image."""
+        return pc.is_valid(self.table.column("image")).combine_chunks()
+
+
+def _read(file: Path) -> pa.Table:
+    if not file.is_file():
+        raise DatasetError(f"dataset file {file} does not exist")
+    if file.suffix == ".parquet":
+        try:
+            records = pq.read_table(file).to_pylist()
+        except (pa.ArrowInvalid, OSError) as e:
+            raise DatasetError(f"{file}: not a readable parquet file: {str(e).splitlines()[0]}") from None
+    elif file.suffix in (".json", ".jsonl"):
+        try:
+            text = file.read_text(encoding="utf-8")
+            if file.suffix == ".json":
+                records = json.loads(text)
+            else:
+                records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise DatasetError(f"{file}: not valid JSON: {e}") from None
+    else:
+        raise DatasetError(f"dataset file {file}: unknown kind '{file.suffix}'; use .json, .jsonl or .parquet")
+    if not isinstance(records, list):
+        raise DatasetError(f"{file}: a dataset is a list of records, this is a {type(records).__name__}")
+    return pa.Table.from_pylist([_check(file, i, r) for i, r in enumerate(records)], schema=SCHEMA)
+
+
+def _check(file: Path, i: int, record: object) -> dict:
+    def wrong(rule: str) -> DatasetError:
+        return DatasetError(f"{file}, record {i}: {rule}")
+
+    if not isinstance(record, dict):
+        raise wrong(f"a record is an object with id, image and conversations, this is a {type(record).__name__}")
+    image = record.get("image") or None
+    if image is not None and not isinstance(image, str):
+        raise wrong(f"'image' is one relative path, this is a {type(image).__name__}")
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise wrong("'conversations' is missing or empty; it is a list of {'from', 'value'}")
+    for turn in turns:
+        if (
+            not isinstance(turn, dict)
+            or not isinstance(turn.get("from"), str)
+            or not isinstance(turn.get("value"), str)
+        ):
+            raise wrong("every turn of 'conversations' has the texts 'from' and 'value'")
+    return {
+        "id": str(record.get("id", i)),
+        "image": image,
+        "conversations": [{"from": t["from"], "value": t["value"]} for t in turns],
+    }

@@ -1,0 +1,168 @@
+"""The plan: which image has which row.
+
+One row per distinct image path, kept in immutable segments `plan/00000.parquet`, `plan/00001.parquet`, ... A dataset
+that grows adds a segment; rows that stand never move. Each segment starts at a multiple of `SEGMENT_ALIGNMENT`, so that
+no shard of any teacher holds rows of two segments; the row numbers between two segments belong to no image. The plan's
+name is the hash of its segments' hashes in order, and a segment's hash is over its content (start row, then the image
+paths as Arrow offsets and UTF-8), not over parquet bytes, so that it outlives the writer's version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .errors import MissingFeatures, PlanError
+from .files import publish
+
+SEGMENT_ALIGNMENT = 4096  # the largest default shard; a shard size must divide every segment's start
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [start, start + len(images)), one image path each."""
+
+    start: int
+    images: pa.LargeStringArray
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.images)
+
+    @cached_property
+    def hash(self) -> str:
+        digest = hashlib.sha256(f"olavlm plan segment 1\n{self.start} {len(self.images)}\n".encode())
+        # A sliced or concatenated array may carry foreign bytes in its buffers; a fresh one does not.
+        whole = pa.concat_arrays([self.images, pa.array([], pa.large_string())])
+        _, offsets, data = whole.buffers()
+        offsets = np.frombuffer(offsets, "<i8", len(whole) + 1, whole.offset * 8)
+        digest.update(np.ascontiguousarray(offsets - offsets[0]))
+        digest.update(memoryview(data)[int(offsets[0]) : int(offsets[-1])] if data is not None else b"")
+        return digest.hexdigest()
+
+    def write(self, file: Path) -> None:
+        """Publish the segment; raises FileExistsError if another writer was first."""
+        table = pa.table(
+            {"row": pa.array(np.arange(self.start, self.stop), pa.int64()), "image": self.images},
+        ).replace_schema_metadata({"olavlm.segment_sha256": self.hash})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        publish(file, sink.getvalue())
+
+    @classmethod
+    def read(cls, file: Path) -> Segment:
+        try:
+            table = pq.read_table(file)
+            rows, images = table.column("row"), table.column("image").cast(pa.large_string())
+            recorded = table.schema.metadata[b"olavlm.segment_sha256"].decode()
+            segment = cls(rows[0].as_py(), pa.concat_arrays(images.chunks))
+        except (pa.ArrowException, KeyError, TypeError, IndexError, OSError) as e:
+            raise PlanError(f"plan segment {file} is damaged: {str(e).splitlines()[0]}") from None
+        if segment.hash != recorded:
+            raise PlanError(f"plan segment {file} is damaged: its content does not match its recorded hash")
+        return segment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The segments of a store, in order."""
+
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """Read `folder/00000.parquet`, ...; an absent folder is an empty plan."""
+        files = sorted(folder.glob("[0-9]*.parquet"))
+        if [f.stem for f in files] != [f"{i:05d}" for i in range(len(files))]:
+            raise PlanError(f"{folder}: plan segments are numbered without gaps, found {[f.name for f in files]}")
+        return cls(tuple(Segment.read(f) for f in files))
+
+    @property
+    def hash(self) -> str:
+        """Names the plan: sha256 of the segments' hashes in order."""
+        return hashlib.sha256("\n".join(s.hash for s in self.segments).encode()).hexdigest()
+
+    @property
+    def num_images(self) -> int:
+        return sum(len(s.images) for s in self.segments)
+
+    @property
+    def extent(self) -> int:
+        """One past the last row; with one segment, the number of images."""
+        return self.segments[-1].stop if self.segments else 0
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The row numbers that hold an image, ascending, int64."""
+        return np.concatenate([np.arange(s.start, s.stop) for s in self.segments] or [np.empty(0, np.int64)])
+
+    @cached_property
+    def images(self) -> pa.LargeStringArray:
+        """The image paths, in the order of `rows`."""
+        return pa.concat_arrays([s.images for s in self.segments] or [pa.array([], pa.large_string())])
+
+    @property
+    def table(self) -> pa.Table:
+        """Columns row (int64) and image (string), one line per image."""
+        return pa.table({"row": pa.array(self.rows), "image": self.images})
+
+    def segment_of(self, row: int) -> Segment:
+        """The segment that holds `row`; MissingFeatures if none does."""
+        for segment in self.segments:
+            if segment.start <= row < segment.stop:
+                return segment
+        raise MissingFeatures(
+            f"row {row} holds no image: the plan has {self.num_images} images, last row {self.extent - 1}"
+        )
+
+    def image_of(self, row: int) -> str:
+        segment = self.segment_of(row)
+        return segment.images[row - segment.start].as_py()
+
+    def row_of(self, image: str) -> int:
+        """The row of an image path; MissingFeatures if it is not in the plan."""
+        at = pc.index(self.images, pa.scalar(image, pa.large_string())).as_py()
+        if at < 0:
+            raise MissingFeatures(f"image {image!r} is not in the plan of {self.num_images} images")
+        return int(self.rows[at])
+
+    def rows_of(self, images: pa.Array | Sequence[str]) -> np.ndarray:
+        """Rows of many image paths, int64, in their order; -1 for a path that is not in the plan."""
+        if not isinstance(images, (pa.Array, pa.ChunkedArray)):
+            images = pa.array(images, pa.large_string())
+        at = pc.index_in(images.cast(pa.large_string()), self.images)
+        if isinstance(at, pa.ChunkedArray):
+            at = at.combine_chunks()
+        found = at.is_valid().to_numpy(zero_copy_only=False)
+        rows = np.full(len(images), -1, np.int64)
+        rows[found] = self.rows[at.drop_null().to_numpy()] if found.any() else []
+        return rows
+
+    def growth(self, images: pa.LargeStringArray, shard_rows: Sequence[int] = ()) -> Segment | None:
+        """The segment that this plan lacks to cover `images` (distinct paths), or None if it has them all.
+
+        Raises `PlanError` with a diff if the plan holds images that the dataset lacks: that is another dataset.
+        """
+        known = pc.is_in(images, self.images) if self.num_images else pa.array(np.zeros(len(images), bool))
+        new = images.filter(pc.invert(known))
+        foreign = self.num_images - (len(images) - len(new))
+        if foreign:
+            gone = self.images.filter(pc.invert(pc.is_in(self.images, images)))
+            raise PlanError(
+                f"the dataset is not the plan's: {foreign} of its {self.num_images} images are not in the dataset "
+                f"(first: {gone[0].as_py()!r}) and {len(new)} images of the dataset are not in the plan; give the "
+                "dataset the plan was made from (it may have grown), another store, or --replace"
+            )
+        if not len(new):
+            return None
+        alignment = math.lcm(SEGMENT_ALIGNMENT, *shard_rows)
+        return Segment(-(-self.extent // alignment) * alignment, new)
