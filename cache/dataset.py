@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -55,6 +56,12 @@ class Dataset:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
+
+    def take(self, indices: np.ndarray) -> Dataset:
+        """The samples at `indices`, in that order."""
+        part = Dataset.__new__(Dataset)
+        part.files, part.table = self.files, self.table.take(pa.array(indices)).combine_chunks()
+        return part
 
     def images(self) -> pa.LargeStringArray:
         """The distinct image paths, in order of first appearance: the rows of a plan."""

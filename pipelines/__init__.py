@@ -1,0 +1,1 @@
+"""The commands: extract, train, generate, cache tools, report, demo and tiny checkpoints."""

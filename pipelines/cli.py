@@ -1,0 +1,115 @@
+"""What every command shares: exit status, one-line errors, progress.
+
+Exit status 2 is wrong usage, 1 a failed or incomplete job, 0 all else. An error that the user can mend is one line on
+standard error; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+from tqdm import tqdm
+
+from olavlm.cache import CacheError
+from olavlm.student.errors import RecipeError, StudentError
+from olavlm.teachers import TeacherError
+
+VERSIONED = ("olavlm", "torch", "transformers", "numpy", "pillow", "zarr", "ray", "accelerate")
+
+
+class UsageError(Exception):
+    """A combination of arguments that cannot be: exit status 2."""
+
+
+class JobFailed(Exception):
+    """A job that ended incomplete for the reason given: exit status 1."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived."""
+
+
+def command(name: str) -> Callable[[Callable[[list[str] | None], int]], Callable[[list[str] | None], int]]:
+    """Make a function of the arguments a console script that keeps this module's promises."""
+
+    def wrap(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+        @functools.wraps(main)
+        def run(argv: list[str] | None = None) -> int:
+            try:
+                return main(argv)
+            except (UsageError, RecipeError) as e:
+                return _fail(name, e, 2)
+            except (CacheError, TeacherError, StudentError, JobFailed) as e:
+                return _fail(name, e, 1)
+            except OSError as e:
+                if isinstance(e, BrokenPipeError):
+                    os._exit(0)  # the reader of our output left; there is nobody to tell
+                what = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e
+                return _fail(name, what, 1)
+            except (KeyboardInterrupt, Stopped):
+                return _fail(name, "stopped", 1)
+
+        return run
+
+    return wrap
+
+
+def _fail(name: str, error: object, status: int) -> int:
+    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return status
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise `Stopped` in the main thread."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """A bar with rate and ETA on a terminal, a plain line every `seconds` otherwise."""
+
+    def __init__(self, total: int, unit: str, title: str, *, seconds: float = 15.0) -> None:
+        self.total, self.unit, self.title, self.seconds = total, unit, title, seconds
+        self.done, self.began = 0, time.monotonic()
+        self._printed = self.began
+        self._bar = tqdm(total=total, unit=unit, desc=title, smoothing=0.05) if sys.stderr.isatty() else None
+
+    def update(self, n: int) -> None:
+        self.done += n
+        if self._bar is not None:
+            self._bar.update(n)
+        elif time.monotonic() - self._printed >= self.seconds:
+            self._printed = time.monotonic()
+            rate = self.done / (self._printed - self.began)
+            eta = (self.total - self.done) / rate if rate else float("inf")
+            print(
+                f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.2f} {self.unit}/s, ETA {eta:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this package and the libraries that decide results."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}

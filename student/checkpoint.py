@@ -1,0 +1,199 @@
+"""Run folders: what a run starts from, leaves behind, and is resumed from.
+
+    RUN/recipe.yaml versions.json stage.json    the resolved recipe, versions, and what trained
+    RUN/metrics.jsonl
+    RUN/checkpoints/step-000200/                trained parameters, optimizer state, step
+    RUN/adapter.safetensors adapter.json        PT's result: projector, task tokens, predictors, logit scales
+    RUN/config.json model.safetensors ...       VPT's and IFT's result: a whole model, for `OlaVLM.from_pretrained`
+
+Neither teachers nor a frozen LLM are ever written. Weights are safetensors, optimizer states are read with
+`weights_only`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .conversation import load_tokenizer
+from .errors import ModelError, TrainingError
+from .model import OlaVLM
+from .stages import ADAPTER
+from .tokens import TaskSpec
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
+
+
+@dataclass
+class Adapter:
+    """What PT trained, and the base models that it was trained on."""
+
+    folder: Path
+    llm: str
+    encoder: str
+    config: dict[str, Any]
+    """Keyword arguments of `OlaVLM.build`."""
+    tasks: list[TaskSpec]
+    recipe_hash: str
+
+    def build(self, *, with_predictors: bool = True, **overrides: Any) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
+        """Base models with the adapter's weights in place; `overrides` replace arguments of `OlaVLM.build`.
+
+        Raises:
+            ModelError: a base model or the adapter cannot be loaded, or the two do not fit.
+        """
+        tokenizer = load_tokenizer(str(self.folder))
+        arguments = {**self.config, **overrides}
+        llm, encoder = arguments.pop("llm", self.llm), arguments.pop("encoder", self.encoder)
+        model = OlaVLM.build(llm, encoder, tokenizer, self.tasks, with_predictors=with_predictors, **arguments)
+        weights = _load(self.folder / ADAPTER_WEIGHTS)
+        if not with_predictors:
+            weights = {k: v for k, v in weights.items() if k.partition(".")[0] not in ("predictors", "logit_scales")}
+        own = {k for k in model.state_dict() if k.partition(".")[0] in ADAPTER}
+        if own != set(weights):
+            raise ModelError(f"{self.folder}: the adapter lacks or exceeds the model by {min(own ^ set(weights))!r}")
+        try:
+            model.load_state_dict(weights, strict=False)
+        except RuntimeError as e:
+            raise ModelError(
+                f"{self.folder} does not fit {llm} and {encoder}: {str(e).splitlines()[-1].strip()}"
+            ) from None
+        return model, tokenizer
+
+
+def save_adapter(
+    folder: Path,
+    model: OlaVLM,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    llm: str,
+    encoder: str,
+    config: dict[str, Any],
+    recipe_hash: str,
+) -> None:
+    """Write PT's result: adapter weights, how to build the model around them, and the tokenizer."""
+    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k.partition(".")[0] in ADAPTER}
+    tokenizer.save_pretrained(folder)
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    content = {
+        "format": 1,
+        "llm": llm,
+        "encoder": encoder,
+        "config": config,
+        "tasks": [task.to_dict() for task in model.tasks],
+        "recipe_sha256": recipe_hash,
+    }
+    write_json(folder / ADAPTER_CONFIG, content)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in a folder; ModelError if there is none or it is damaged."""
+    try:
+        content = json.loads((folder / ADAPTER_CONFIG).read_text())
+        tasks = [TaskSpec.from_dict(task) for task in content["tasks"]]
+        return Adapter(folder, content["llm"], content["encoder"], content["config"], tasks, content["recipe_sha256"])
+    except FileNotFoundError:
+        raise ModelError(f"{folder} holds neither {ADAPTER_CONFIG} (from pt) nor config.json (from ift)") from None
+    except (KeyError, TypeError, ValueError) as e:
+        raise ModelError(f"{folder / ADAPTER_CONFIG} is damaged: {e}") from None
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds PT's result; ModelError if the folder does not exist."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelError(f"checkpoint {path} does not exist; give a run folder of olavlm-train")
+    if (folder / ADAPTER_CONFIG).is_file():
+        return True
+    if (folder / "config.json").is_file():
+        return False
+    if (folder / "checkpoints").is_dir():
+        raise ModelError(f"{path} is a run that has not finished; run the same olavlm-train command again to finish it")
+    raise ModelError(f"{path} holds no checkpoint: neither {ADAPTER_CONFIG} (from pt) nor config.json (from ift)")
+
+
+def load_checkpoint(path: str | Path) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
+    """A trained model and its tokenizer, from the run folder of any stage. ModelError if it cannot be had."""
+    if is_adapter(path):
+        return read_adapter(Path(path)).build(with_predictors=False)
+    return OlaVLM.from_pretrained(path), load_tokenizer(str(path))
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that train, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_step(run: Path, step: int, model: OlaVLM, optimizer: torch.optim.Optimizer, recipe_hash: str, keep: int):
+    """Write `checkpoints/step-...`, which appears whole or not at all, and remove all but the newest `keep`."""
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    private = folder.with_name(f".{folder.name}")
+    shutil.rmtree(private, ignore_errors=True)
+    private.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in trainable_state(model).items()}, private / "trained.safetensors")
+    torch.save(optimizer.state_dict(), private / "optimizer.pt")
+    write_json(private / "state.json", {"step": step, "recipe_sha256": recipe_hash})
+    shutil.rmtree(folder, ignore_errors=True)
+    private.rename(folder)
+    for old in sorted(folder.parent.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def latest_step(run: Path, recipe_hash: str) -> tuple[Path | None, int]:
+    """The newest checkpoint of a run and its step, (None, 0) if there is none.
+
+    Raises:
+        TrainingError: the checkpoint is another recipe's.
+    """
+    folders = sorted((run / "checkpoints").glob("step-*"))
+    if not folders:
+        return None, 0
+    try:
+        state = json.loads((folders[-1] / "state.json").read_text())
+        step, written_by = state["step"], state["recipe_sha256"]
+    except (OSError, KeyError, ValueError) as e:
+        raise TrainingError(
+            f"checkpoint {folders[-1]} is damaged: {e}; remove it to resume from the one before"
+        ) from None
+    if written_by != recipe_hash:
+        raise TrainingError(
+            f"{run} holds a run of another recipe (see its recipe.yaml); use another train.output_dir or remove it"
+        )
+    return folders[-1], step
+
+
+def load_step(folder: Path, model: OlaVLM, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's parameters and optimizer state back, bit for bit."""
+    weights = _load(folder / "trained.safetensors")
+    own = dict(model.named_parameters())
+    if set(weights) != set(trainable_state(model)):
+        raise TrainingError(f"checkpoint {folder} holds other parameters than those that train")
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise ModelError(f"{file} does not exist") from None
+    except (SafetensorError, OSError) as e:
+        raise ModelError(f"{file} is damaged: {e}") from None
+
+
+def write_json(file: Path, content: object) -> None:
+    """Replace a file as a whole."""
+    private = file.with_name(f".{file.name}")
+    private.write_text(json.dumps(content, indent=1) + "\n")
+    private.replace(file)

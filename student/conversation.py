@@ -1,0 +1,288 @@
+"""Prompts: a LLaVA conversation to the text of a chat template, and to token ids with labels.
+
+A prompt is tokenised once, as a whole; labels follow from the character spans of the answers.
+The templates are those of LLaVA and of the models' own chat formats.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from olavlm.student.errors import ModelError, SampleError
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+IGNORE_INDEX = -100
+
+_ASSISTANT_SENTENCES = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """System text, then role + message + separator for each turn. An open prompt ends with the assistant's role."""
+
+    system: str
+    user: str
+    assistant: str
+    user_end: str
+    assistant_end: str
+    chat: bool = True
+    """False for a template that has no roles: image and caption alone."""
+
+
+TEMPLATES = {
+    "llama_3": Template(
+        system=f"<|start_header_id|>system<|end_header_id|>\n\n{_ASSISTANT_SENTENCES}<|eot_id|>",
+        user="<|start_header_id|>user<|end_header_id|>\n\n",
+        assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        user_end="<|eot_id|>",
+        assistant_end="<|eot_id|>",
+    ),
+    "phi_3": Template(
+        system="<|system|>\nYou are a helpful AI assistant.<|end|>",
+        user="\n<|user|>\n",
+        assistant="\n<|assistant|>\n",
+        user_end="<|end|>",
+        assistant_end="<|end|>",
+    ),
+    "vicuna_v1": Template(
+        system=f"{_ASSISTANT_SENTENCES} ",
+        user="USER: ",
+        assistant="ASSISTANT: ",
+        user_end=" ",
+        assistant_end="</s>",
+    ),
+    "plain": Template(system="", user="", assistant="", user_end="", assistant_end="\n", chat=False),
+}
+ALIASES = {"llava_llama_3": "llama_3", "llava_phi_3": "phi_3", "v1": "vicuna_v1"}
+
+
+class Segment(NamedTuple):
+    """A piece of a prompt, and whether the model learns to write it."""
+
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class _Turn:
+    human: bool
+    text: str
+    image: bool
+
+
+def get_template(name: str) -> Template:
+    """The template of a name or alias; ValueError with the valid names otherwise."""
+    try:
+        return TEMPLATES[ALIASES.get(name, name)]
+    except KeyError:
+        valid = ", ".join([*TEMPLATES, *ALIASES])
+        raise ValueError(f"template {name!r} is unknown; choose one of: {valid}") from None
+
+
+def render(turns: Sequence[Mapping[str, str]], template: str, sample_id: Any = None) -> list[Segment]:
+    """The training prompt in pieces; their texts joined are the whole prompt, without BOS.
+
+    Args:
+        turns: LLaVA turns, {"from": "human" | "gpt", "value": text}. Turns ahead of the first human one are dropped.
+            `<image>` in a human turn moves to the turn's beginning.
+        template: a name in `TEMPLATES` or `ALIASES`.
+        sample_id: names the sample in errors.
+
+    Raises:
+        ValueError: unknown template.
+        SampleError: unknown speaker, no turns, roles that do not alternate, more than one `<image>`.
+    """
+    return _render(_parse(turns, sample_id), get_template(template), sample_id)
+
+
+def generation_prompt(turns: Sequence[Mapping[str, str]], template: str, sample_id: Any = None) -> str:
+    """The prompt that the model continues: the last turn is a human one, the text ends with the assistant's role.
+
+    Raises:
+        ValueError, SampleError: as `render`; also a template without roles, or a last turn that is not a human one.
+    """
+    return _render_open(_parse(turns, sample_id), template, sample_id)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Mapping[str, str]],
+    template: str,
+    max_length: int | None = None,
+    sample_id: Any = None,
+) -> dict[str, list[int]]:
+    """Token ids and labels of a conversation, from one tokenisation of the whole prompt.
+
+    Labels are the ids of the answers and their terminators, and -100 elsewhere. A token that holds characters of an
+    answer and, beside them, only white space of the prompt (SentencePiece joins a word to the space before it) belongs
+    to the answer. Special tokens written out in a message lose their meaning: `<|eot_id|>` becomes `< |eot_id|>`.
+
+    Args:
+        tokenizer: a fast tokenizer that knows `<image>` (`prepare_tokenizer`).
+        max_length: longest list returned; the end is cut.
+
+    Returns:
+        `input_ids` and `labels`, lists of one length.
+
+    Raises:
+        ValueError, SampleError: as `render`; also a token that joins an answer to other visible text.
+    """
+    parsed = _neutralise(_parse(turns, sample_id), tokenizer)
+    text, spans = "", []
+    for segment in _render(parsed, get_template(template), sample_id):
+        if segment.supervised:
+            spans.append((len(text), len(text) + len(segment.text)))
+        text += segment.text
+    ids, extents = _tokenise(tokenizer, text)
+    labels = [IGNORE_INDEX] * len(ids)
+    for index, extent in enumerate(extents):
+        if extent is not None and _is_answer(text, extent, spans, sample_id):
+            labels[index] = ids[index]
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Mapping[str, str]],
+    template: str,
+    sample_id: Any = None,
+) -> list[int]:
+    """Token ids of `generation_prompt`, special tokens in messages neutralised as in `encode`."""
+    text = _render_open(_neutralise(_parse(turns, sample_id), tokenizer), template, sample_id)
+    return _tokenise(tokenizer, text)[0]
+
+
+def terminator_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
+    """Id of the token that ends an answer; None when the tokenizer writes the terminator in several tokens."""
+    ids = tokenizer(get_template(template).assistant_end, add_special_tokens=False)["input_ids"]
+    return ids[0] if len(ids) == 1 else None
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Adds `<image>` and, where there is no padding token, `<pad>`, in place; pads on the right. Idempotent."""
+    if not tokenizer.is_fast:
+        raise ModelError(f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer")
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint (hub id or folder), prepared. ModelError when there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no tokenizer in {str(path)!r}: {str(error).splitlines()[0]}") from error
+    return prepare_tokenizer(tokenizer)
+
+
+def _where(sample_id: Any) -> str:
+    return "" if sample_id is None else f"sample {sample_id}: "
+
+
+def _parse(turns: Sequence[Mapping[str, str]], sample_id: Any) -> list[_Turn]:
+    where = _where(sample_id)
+    roles = [turn.get("from") for turn in turns]
+    unknown = [role for role in roles if role not in ("human", "gpt")]
+    if unknown:
+        raise SampleError(f"{where}speaker {unknown[0]!r} is unknown; turns are from 'human' or 'gpt'")
+    if "human" not in roles:
+        raise SampleError(f"{where}no human turn among {len(turns)} turns")
+    turns = turns[roles.index("human") :]
+    parsed = []
+    for index, turn in enumerate(turns):
+        human, text = turn["from"] == "human", turn.get("value")
+        if not isinstance(text, str):
+            raise SampleError(f"{where}turn {index} has the value {text!r}; it must be text")
+        if human != (index % 2 == 0):
+            raise SampleError(f"{where}turn {index} is again from {turn['from']!r}; roles must alternate")
+        image = human and IMAGE_TOKEN in text
+        if human and text.count(IMAGE_TOKEN) + sum(turn.image for turn in parsed) > 1:
+            raise SampleError(f"{where}more than one {IMAGE_TOKEN}; a sample has one image at most")
+        parsed.append(_Turn(human, text.replace(IMAGE_TOKEN, "").strip() if image else text, image))
+    return parsed
+
+
+def _render(turns: Sequence[_Turn], template: Template, sample_id: Any) -> list[Segment]:
+    where = _where(sample_id)
+    if not template.chat:
+        if len(turns) != 2:
+            raise SampleError(f"{where}{len(turns)} turns; the plain template takes one question and one caption")
+        image = [Segment(IMAGE_TOKEN, False)] if turns[0].image else []
+        return [*image, Segment(turns[1].text + template.assistant_end, True)]
+    segments = [Segment(template.system, False)]
+    for turn in turns:
+        if turn.human:
+            image = f"{IMAGE_TOKEN}\n" if turn.image else ""
+            segments.append(Segment(f"{template.user}{image}{turn.text}{template.user_end}", False))
+        else:
+            segments.append(Segment(template.assistant, False))
+            segments.append(Segment(turn.text + template.assistant_end, True))
+    return segments
+
+
+def _render_open(turns: Sequence[_Turn], template: str, sample_id: Any) -> str:
+    where = _where(sample_id)
+    if not get_template(template).chat:
+        raise SampleError(f"{where}template {template!r} has no roles to answer in; choose a chat template")
+    if not turns[-1].human:
+        raise SampleError(f"{where}the last turn is an answer; a prompt to continue ends with a human turn")
+    segments = _render(turns, get_template(template), sample_id)
+    return "".join(segment.text for segment in segments) + get_template(template).assistant.rstrip(" ")
+
+
+def _neutralise(turns: Iterable[_Turn], tokenizer: PreTrainedTokenizerBase) -> list[_Turn]:
+    """Splits special tokens that are written out in a message, so that they are read as ordinary text."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
+    if not pattern:
+        return list(turns)
+    return [
+        replace(turn, text=re.sub(pattern, lambda found: f"{found[0][0]} {found[0][1:]}", turn.text)) for turn in turns
+    ]
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int] | None]]:
+    """Ids, and for each the characters it stands for; None for those that the tokenizer adds, such as BOS.
+
+    White space that some tokenizers leave out of their offsets counts to the token after it.
+    """
+    encoding = tokenizer(text, return_offsets_mapping=True, truncation=False)
+    extents: list[tuple[int, int] | None] = []
+    covered = 0
+    for (start, end), sequence in zip(encoding["offset_mapping"], encoding.sequence_ids(0), strict=True):
+        if sequence is None:
+            extents.append(None)
+            continue
+        extents.append((min(start, covered), end))
+        covered = max(covered, end)
+    return encoding["input_ids"], extents
+
+
+def _is_answer(text: str, extent: tuple[int, int], spans: Sequence[tuple[int, int]], sample_id: Any) -> bool:
+    """Whether a token belongs to an answer; SampleError when it belongs to an answer and to other visible text."""
+    start, end = extent
+    for span_start, span_end in spans:
+        if span_start <= start < span_end and end <= span_end:
+            return True
+        inside = text[max(start, span_start) : min(end, span_end)]
+        outside = text[start:span_start] + text[max(start, span_end) : end]
+        if inside.strip() and outside.strip():
+            raise SampleError(
+                f"{_where(sample_id)}token {text[start:end]!r} joins an answer to other text, so that labels cannot be "
+                "exact; use a template whose terminators are tokens of this tokenizer"
+            )
+        if inside.strip():
+            return True
+    return False

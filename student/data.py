@@ -1,0 +1,159 @@
+"""Samples to micro-batches: prompts tokenised, images decoded, targets read, all in loader processes.
+
+The loader is not handed to accelerate: which samples a rank sees is the sampler's decision alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from olavlm.cache import BadImage, Dataset, ImageRoots, Sample
+
+from .assembly import count_supervised
+from .conversation import IGNORE_INDEX, IMAGE_TOKEN, encode
+from .encoders import ImageTransform
+from .errors import SampleError
+from .sampler import GlobalBatchSampler
+from .targets import Loaded, TargetSource
+
+
+@dataclass
+class MicroBatch:
+    """What a loader process hands over; tensors on the host, targets still as the source loaded them."""
+
+    input_ids: torch.Tensor  # long (b, L)
+    labels: torch.Tensor  # long (b, L)
+    attention_mask: torch.Tensor  # long (b, L)
+    pixel_values: torch.Tensor  # float32 (b, 3, S, S), zeros without an image
+    supervised_tokens: int
+    complete: torch.Tensor  # bool (b,): has an image, and its tokens fit into the sequence
+    ids: list[str]
+    bad_images: list[str]  # images that could not be read; their samples train nothing
+    targets: Loaded = field(default_factory=dict)
+
+
+@dataclass
+class Collator:
+    """Makes a micro-batch of dataset indices."""
+
+    dataset: Dataset
+    roots: ImageRoots
+    tokenizer: PreTrainedTokenizerBase
+    transform: ImageTransform
+    template: str
+    image_token_id: int
+    num_inserted_tokens: int  # by an image, beside its `<image>`
+    max_length: int
+    source: TargetSource | None
+
+    def __call__(self, indices: list[int]) -> MicroBatch:
+        samples = [self.dataset[int(i)] for i in indices]
+        size = self.transform.size
+        pixels = torch.zeros(len(samples), 3, size, size)
+        texts, bad = [], []
+        for row, sample in enumerate(samples):
+            text = self._encode(sample)
+            if sample.image is not None:
+                try:
+                    pixels[row] = torch.from_numpy(self.transform(self.roots.open(sample.image)))
+                except BadImage as e:
+                    # Learning to describe an image that is not there would teach to invent one.
+                    text["labels"] = [IGNORE_INDEX] * len(text["labels"])
+                    bad.append(str(e))
+            texts.append(text)
+        width = max(len(t["input_ids"]) for t in texts)
+        ids = torch.full((len(texts), width), self.tokenizer.pad_token_id)
+        labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            n = len(text["input_ids"])
+            ids[row, :n] = torch.tensor(text["input_ids"])
+            labels[row, :n] = torch.tensor(text["labels"])
+            mask[row, :n] = 1
+        images = [s.image for s in samples]
+        broken = {b.partition(":")[0] for b in bad}
+        return MicroBatch(
+            input_ids=ids,
+            labels=labels,
+            attention_mask=mask,
+            pixel_values=pixels,
+            supervised_tokens=sum(
+                count_supervised(
+                    t["input_ids"], t["labels"], self.image_token_id, self.num_inserted_tokens, self.max_length
+                )
+                for t in texts
+            ),
+            complete=torch.tensor(
+                [
+                    image is not None and image not in broken and self._fits(t["input_ids"])
+                    for image, t in zip(images, texts, strict=True)
+                ]
+            ),
+            ids=[s.id for s in samples],
+            bad_images=bad,
+            targets=self.source.load(images) if self.source is not None else {},
+        )
+
+    def _encode(self, sample: Sample) -> dict[str, list[int]]:
+        has_placeholder = any(IMAGE_TOKEN in turn["value"] for turn in sample.conversations)
+        if has_placeholder != (sample.image is not None):
+            raise SampleError(
+                f"sample {sample.id}: a sample has {IMAGE_TOKEN} in its text if and only if it has an image; "
+                f"this one has {'the first' if has_placeholder else 'the second'} alone"
+            )
+        return encode(self.tokenizer, sample.conversations, self.template, self.max_length, sample.id)
+
+    def _fits(self, input_ids: list[int]) -> bool:
+        """Whether image and task tokens lie within the longest sequence."""
+        if self.image_token_id not in input_ids:
+            return False
+        return input_ids.index(self.image_token_id) + 1 + self.num_inserted_tokens <= self.max_length
+
+
+class _Indices(torch.utils.data.Dataset):
+    """Hands indices through, so that the collator makes a micro-batch as a whole."""
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def batches(
+    collator: Collator,
+    sampler: GlobalBatchSampler,
+    steps: range,
+    *,
+    rank: int,
+    world_size: int,
+    accumulation: int,
+    workers: int,
+    pin_memory: bool,
+) -> Iterator[list[MicroBatch]]:
+    """For each step its micro-batches on this rank, loaded ahead by `workers` processes."""
+    order = [part.tolist() for step in steps for part in sampler.slices(step, rank, world_size, accumulation)]
+    options: dict[str, Any] = {"prefetch_factor": max(2, accumulation)} if workers else {}
+    loader = iter(
+        DataLoader(
+            _Indices(),
+            batch_sampler=order,
+            collate_fn=collator,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            **options,
+        )
+    )
+    for _ in steps:
+        yield [next(loader) for _ in range(accumulation)]
+
+
+def choose_samples(num_samples: int, fraction: float, seed: int) -> np.ndarray:
+    """Indices of a random part of a dataset, ascending, int64; the same for the same seed."""
+    if fraction == 1.0:
+        return np.arange(num_samples)
+    generator = np.random.Generator(np.random.Philox(key=[seed, 2**32]))
+    return np.sort(generator.permutation(num_samples)[: max(1, round(num_samples * fraction))])

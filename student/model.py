@@ -1,0 +1,611 @@
+"""OlaVLM: a vision encoder, a projector, task tokens, a causal language model, and predictors of teacher features.
+
+    model = OlaVLM.build(llm="meta-llama/Meta-Llama-3-8B-Instruct", encoder="openai/clip-vit-large-patch14-336",
+                         tokenizer=tokenizer, tasks=[TaskSpec("depth", tokens=576, dim=1024, layers=(8, 20))])
+    model.save_pretrained("checkpoint", tokenizer=tokenizer)
+    model = OlaVLM.from_pretrained("checkpoint")
+
+Source: arXiv 2412.09585. The parts are the library's own models.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import ModelOutput
+
+from olavlm.student.assembly import (
+    AssembledBatch,
+    KeyBlocks,
+    assemble,
+    check_key_blocks,
+    key_mask,
+    locate,
+)
+from olavlm.student.conversation import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    encode_prompt,
+    get_template,
+    prepare_tokenizer,
+    terminator_id,
+)
+from olavlm.student.encoders import (
+    Geometry,
+    ImageTransform,
+    VisionEncoder,
+    load_complete,
+    load_image_transform,
+)
+from olavlm.student.errors import ModelError
+from olavlm.student.losses import text_loss_sum
+from olavlm.student.predictor import EmbeddingPredictor
+from olavlm.student.tokens import QueryKind, TaskSpec, TaskTokens
+
+LOGIT_SCALE_INIT = 2.0
+"""Initial value of the learnt s; similarities are multiplied by exp(s)."""
+
+
+class OlaVLMConfig(PreTrainedConfig):
+    """Everything that rebuilds the model around its weights.
+
+    Args:
+        text_config, vision_config: configs of the language model and of the vision tower.
+        tasks: `TaskSpec` fields of each task, in the order in which their tokens are inserted.
+        num_task_tokens: N, tokens inserted for each task; 0 for none.
+        with_predictors: whether predictors and logit scales are part of the model; a finetuned model has none.
+        gen_query: queries of tasks with one teacher token: `contextual`, the layer's states at the task's tokens, or
+            `raw`, the parameter itself.
+        key_blocks, include_answer: what predictors attend to (`olavlm.student.assembly.key_mask`).
+        image_token_id: id of `<image>`.
+        select_layer: hidden state of the vision tower.
+        template: prompt template the model is trained with.
+        geometry, image_mean, image_std: image transform the model is trained with.
+        max_sequence_length: longest sequence in training, inserted tokens included; the rest is cut.
+    """
+
+    model_type = "olavlm"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    tasks: list | None = None
+    num_task_tokens: int = 8
+    with_predictors: bool = True
+    gen_query: QueryKind = "contextual"
+    key_blocks: KeyBlocks = "sys+img+t+txt"
+    include_answer: bool = True
+    image_token_id: int = 0
+    select_layer: int = -2
+    template: str = "llama_3"
+    geometry: Geometry = "square"
+    image_mean: list | None = None
+    image_std: list | None = None
+    max_sequence_length: int = 4096
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.text_config = _as_config(self.text_config, LlamaConfig)
+        self.vision_config = _as_config(self.vision_config, CLIPVisionConfig)
+        self.tasks = [task.to_dict() if isinstance(task, TaskSpec) else task for task in self.tasks or []]
+        if self.gen_query not in ("contextual", "raw"):
+            raise ValueError(f"gen_query={self.gen_query!r} must be one of contextual, raw")
+        check_key_blocks(self.key_blocks)
+        get_template(self.template)
+        # The base class would set the parts' attention to this config's own, which is none.
+        parts = {name: getattr(self, name)._attn_implementation for name in self.sub_configs}
+        super().__post_init__(**{"attn_implementation": parts} | kwargs)
+
+    @property
+    def task_specs(self) -> tuple[TaskSpec, ...]:
+        """The tasks, in the order of insertion."""
+        return tuple(TaskSpec.from_dict(task) for task in self.tasks)
+
+    @property
+    def image_transform(self) -> ImageTransform:
+        """What turns an image into `pixel_values`."""
+        transform = ImageTransform(self.vision_config.image_size, geometry=self.geometry)
+        return ImageTransform(
+            transform.size,
+            tuple(self.image_mean or transform.mean),
+            tuple(self.image_std or transform.std),
+            self.geometry,
+        )
+
+
+@dataclass
+class OlaVLMOutput(ModelOutput):
+    """What a forward gives."""
+
+    logits: torch.Tensor | None = None
+    """[B, L, V] over the assembled sequence; only without labels."""
+    text_loss_sum: torch.Tensor | None = None
+    """float32 scalar, summed over supervised tokens; only with labels."""
+    predictions: dict[str, torch.Tensor] | None = None
+    """For "task/layer": [B, n, D]. Rows that are not `complete` mean nothing, but are finite."""
+    logit_scales: dict[str, torch.Tensor] | None = None
+    """For each task with predictors: scalar s, a function of the parameter."""
+    complete: torch.Tensor | None = None
+    """bool [B]: rows with an image, of which nothing was cut off."""
+    attention_mask: torch.Tensor | None = None
+    """long [B, L] of the assembled sequence."""
+
+
+class OlaVLM(PreTrainedModel):
+    """The multimodal language model. `build` starts one from base checkpoints, `from_pretrained` reads a saved one.
+
+    Args:
+        config: shapes and choices.
+        llm, vision: ready parts; random ones of the config's shapes when None.
+    """
+
+    config_class = OlaVLMConfig
+    config: OlaVLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: OlaVLMConfig,
+        llm: PreTrainedModel | None = None,
+        vision: VisionEncoder | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.vision = vision or VisionEncoder.from_config(config.vision_config, config.select_layer)
+        self.llm = llm or AutoModelForCausalLM.from_config(config.text_config)
+        self.tasks = config.task_specs
+        width = self.llm.get_input_embeddings().embedding_dim
+        self.projector = nn.Sequential(nn.Linear(self.vision.width, width), nn.GELU(), nn.Linear(width, width))
+        self.task_tokens = TaskTokens(self.tasks, config.num_task_tokens, width)
+        self.predictors = nn.ModuleDict()
+        self.logit_scales = nn.ParameterDict()
+        if config.with_predictors:
+            num_blocks = len(decoder_blocks(self.llm))
+            for task in self.tasks:
+                for layer in task.layers:
+                    if layer > num_blocks:
+                        raise ValueError(f"task {task.name}: layer {layer} of an LLM of {num_blocks} blocks")
+                    self.predictors[_predictor_key(task.name, layer)] = self._predictor(task, width)
+                if task.layers:
+                    self.logit_scales[task.name] = nn.Parameter(torch.tensor(LOGIT_SCALE_INIT))
+        self._head_is_plain: bool | None = None
+        self.post_init()
+
+    def _predictor(self, task: TaskSpec, llm_width: int) -> EmbeddingPredictor:
+        latent = self.config.num_task_tokens == 0
+        return EmbeddingPredictor(
+            llm_width,
+            task.dim,
+            task.tokens,
+            width=llm_width if task.predictor_width == "llm" and not latent else task.dim,
+            latent=latent,
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Own parts keep PyTorch's initialisation; the library's default would be another."""
+        if isinstance(module, nn.Linear | nn.LayerNorm | TaskTokens | EmbeddingPredictor):
+            module.reset_parameters()
+        elif module is self.logit_scales:
+            for scale in self.logit_scales.values():
+                nn.init.constant_(scale, LOGIT_SCALE_INIT)
+
+    @classmethod
+    def build(
+        cls,
+        llm: str | Path,
+        encoder: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: Sequence[TaskSpec] = (),
+        *,
+        geometry: Geometry = "square",
+        select_layer: int = -2,
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
+        **config: Any,
+    ) -> "OlaVLM":
+        """A model from a causal LM and a vision encoder, each a hub id or a folder; the rest starts anew.
+
+        `<image>` and, if it lacks one, a padding token are added to `tokenizer`, in place. Vocabulary rows that this
+        adds to the LLM, input and output, are the mean of the existing rows.
+
+        Args:
+            tasks: what is distilled, in the order of insertion.
+            dtype: of LLM and encoder. Projector, task tokens, predictors and scales are float32.
+            attn_implementation: of LLM and encoder, in the library's terms.
+            config: further fields of `OlaVLMConfig`.
+
+        Raises:
+            ModelError: a checkpoint that is missing, of another kind, or incomplete.
+            ValueError: a setting that the rules of `OlaVLMConfig` or `TaskSpec` exclude.
+        """
+        prepare_tokenizer(tokenizer)
+        transform = load_image_transform(encoder, geometry)
+        options = {"dtype": dtype, "attn_implementation": attn_implementation}
+        vision = VisionEncoder.from_pretrained(encoder, select_layer, **options)
+        language_model = load_complete(AutoModelForCausalLM, llm, **options)
+        model = cls(
+            OlaVLMConfig(
+                text_config=language_model.config,
+                vision_config=vision.tower.config,
+                tasks=list(tasks),
+                image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+                select_layer=select_layer,
+                geometry=geometry,
+                image_mean=list(transform.mean),
+                image_std=list(transform.std),
+                **config,
+            ),
+            llm=language_model,
+            vision=vision,
+        )
+        _grow_vocabulary(model.llm, len(tokenizer))
+        model._head_is_plain = model._check_head()
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "OlaVLM":
+        """The model of a checkpoint that `save_pretrained` wrote; arguments are the library's.
+
+        Raises:
+            ModelError: no checkpoint there, another kind of model, or weights missing from it.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except OSError as error:
+            first = str(error).splitlines()[0]
+            raise ModelError(f"cannot load a model from {str(pretrained_model_name_or_path)!r}: {first}") from error
+        if info["missing_keys"]:
+            raise ModelError(
+                f"{str(pretrained_model_name_or_path)!r} lacks {len(info['missing_keys'])} weights of the model, such "
+                f"as {min(info['missing_keys'])!r}"
+            )
+        with suppress(OSError):  # without generation settings, those of the LLM's config stay
+            model.llm.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path)
+        model._head_is_plain = model._check_head()
+        return (model, info) if with_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *args: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        with_predictors: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes config, safetensors, generation settings, image preprocessor and, if given, the tokenizer.
+
+        Args:
+            with_predictors: False leaves predictors and logit scales out, and the config says so.
+            state_dict: weights gathered elsewhere, instead of the model's own.
+        """
+        state = self.state_dict() if state_dict is None else state_dict
+        kept = self.config.with_predictors
+        if not with_predictors:
+            state = {k: v for k, v in state.items() if not k.startswith(("predictors.", "logit_scales."))}
+        self.config.with_predictors = kept and with_predictors
+        try:
+            super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
+        finally:
+            self.config.with_predictors = kept
+        self.llm.generation_config.save_pretrained(save_directory)
+        self.config.image_transform.save(save_directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(save_directory)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.llm.get_output_embeddings()
+
+    @property
+    def num_inserted_tokens(self) -> int:
+        """Tokens that an image adds to its text: image and task tokens, less the `<image>` they replace."""
+        return self.vision.num_tokens + len(self.tasks) * self.config.num_task_tokens - 1
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+    ) -> OlaVLMOutput:
+        """One pass over a batch of right-padded text with at most one image a sample.
+
+        Args:
+            input_ids: long (B, L), with `<image>` where a sample's image belongs.
+            attention_mask: (B, L), 1 for text and 0 for padding; all 1 when None.
+            labels: long (B, L), -100 where nothing is learnt; None gives logits instead of the text loss.
+            pixel_values: float (B, 3, S, S), one row a sample; rows of samples without `<image>` are not read. None
+                when no sample has one.
+
+        Raises:
+            ValueError: more than one `<image>` in a sample, or one without `pixel_values`.
+        """
+        batch = self._assemble(input_ids, attention_mask, labels, pixel_values, self.config.max_sequence_length)
+        layers = {layer for task in self.tasks for layer in task.layers} if len(self.predictors) else set()
+        last, states, logits = self._run_llm(batch, layers, with_logits=labels is None)
+        return OlaVLMOutput(
+            logits=logits if labels is None else None,
+            text_loss_sum=None if labels is None else self._text_loss_sum(last, logits, batch.labels),
+            predictions=self._predict(batch, states),
+            logit_scales={name: scale.clone() for name, scale in self.logit_scales.items()},
+            complete=batch.complete,
+            attention_mask=batch.attention_mask,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """New token ids (B, new tokens), by the LLM's own `generate`, which takes the further arguments.
+
+        Inputs are those of `forward`: text padded on the right.
+        """
+        batch = self._assemble(input_ids, attention_mask, None, pixel_values, None, padding_side="left")
+        return self.llm.generate(inputs_embeds=batch.embeds, attention_mask=batch.attention_mask, **kwargs)
+
+    def answer(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image: Image.Image | None,
+        prompt: str,
+        max_new_tokens: int = 128,
+        **kwargs: Any,
+    ) -> str:
+        """The answer to a question about an image (or about none), in the template the model was trained with.
+
+        Further arguments go to `generate`; decoding is greedy unless they say otherwise.
+        """
+        text = prompt if image is None else f"{IMAGE_TOKEN}\n{prompt}"
+        ids = encode_prompt(tokenizer, [{"from": "human", "value": text}], self.config.template)
+        pixels = None
+        if image is not None:
+            pixels = torch.from_numpy(self.config.image_transform(image))[None].to(self.device)
+        was_training = self.training
+        self.eval()
+        try:
+            new_ids = self.generate(
+                torch.tensor([ids], device=self.device),
+                pixel_values=pixels,
+                **{
+                    "max_new_tokens": max_new_tokens,
+                    "do_sample": False,
+                    "eos_token_id": self._stop_ids(tokenizer),
+                    "pad_token_id": tokenizer.pad_token_id,
+                }
+                | kwargs,
+            )
+        finally:
+            self.train(was_training)
+        return tokenizer.decode(new_ids[0], skip_special_tokens=True).strip()
+
+    def _stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """What ends an answer: the LLM's own end tokens and the template's terminator."""
+        own = self.llm.generation_config.eos_token_id
+        ids = set(own if isinstance(own, list) else [own])
+        ids |= {tokenizer.eos_token_id, terminator_id(tokenizer, self.config.template)}
+        return sorted(ids - {None})
+
+    def _assemble(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        max_length: int | None,
+        padding_side: str = "right",
+    ) -> AssembledBatch:
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        layouts = locate(
+            input_ids,
+            attention_mask,
+            self.config.image_token_id,
+            self.vision.num_tokens,
+            len(self.tasks),
+            self.config.num_task_tokens,
+            max_length,
+        )
+        text = self.llm.get_input_embeddings()(input_ids)
+        rows = [row for row, layout in enumerate(layouts) if layout.image is not None]
+        if rows:
+            if pixel_values is None:
+                raise ValueError(f"row {rows[0]} has {IMAGE_TOKEN}, but no pixel_values are given")
+            images = self.projector(self._projector_input(self.vision(pixel_values[rows])))
+        else:
+            images = self.projector(self._projector_input(text.new_zeros(1, 1, self.vision.width)))[:0]
+        return assemble(text, labels, layouts, images.to(text), self.task_tokens().to(text), padding_side=padding_side)
+
+    def _projector_input(self, features: torch.Tensor) -> torch.Tensor:
+        return _as_input_of(self.projector[0].weight, features)
+
+    def _run_llm(
+        self, batch: AssembledBatch, layers: set[int], with_logits: bool
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None]:
+        """Final states [B, L, H], the states after the wanted blocks, and logits if wanted or not to be avoided."""
+        if self._head_is_plain is None:
+            self._head_is_plain = self._check_head()
+        inputs = {"inputs_embeds": batch.embeds, "attention_mask": batch.attention_mask, "use_cache": False}
+        with capture_states(self.llm, layers) as states:
+            if with_logits or not self._head_is_plain:
+                logits = self.llm(**inputs).logits
+            else:
+                self.llm.get_decoder()(**inputs)
+                logits = None
+        return states.pop("last"), states, logits
+
+    def _text_loss_sum(self, last: torch.Tensor, logits: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+        """Next-token cross-entropy, with vocabulary logits at labelled positions alone."""
+        wanted = labels[:, 1:] != IGNORE_INDEX
+        if logits is None:
+            logits = self.llm.get_output_embeddings()(last[:, :-1][wanted])
+        else:
+            logits = logits[:, :-1][wanted]
+        return text_loss_sum(logits, labels[:, 1:][wanted])
+
+    def _predict(self, batch: AssembledBatch, states: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+        predictions = {}
+        for index, task in enumerate(self.tasks):
+            if not states or not task.layers:
+                continue
+            mask = key_mask(batch, index, self.config.key_blocks, self.config.include_answer)
+            for layer in task.layers:
+                predictor = self.predictors[_predictor_key(task.name, layer)]
+                keys = _as_input_of(predictor.in_proj.weight, states[layer])
+                queries = self._queries(index, keys, batch)
+                predictions[f"{task.name}/{layer}"] = predictor(keys, queries, mask)
+        return predictions
+
+    def _queries(self, index: int, keys: torch.Tensor, batch: AssembledBatch) -> torch.Tensor | None:
+        """Queries of a task: [1, Q, H] raw, [B, N, H] contextual, None for a predictor with latents."""
+        task = self.tasks[index]
+        if self.config.num_task_tokens == 0:
+            return None
+        if task.tokens > 1 or self.config.gen_query == "raw":
+            return self.task_tokens.queries(task.name)[None]
+        # A sample without the task's tokens, whose prediction is not used, reads its first positions instead.
+        first = [layout.tasks[index].start if layout.complete else 0 for layout in batch.layouts]
+        offsets = torch.arange(self.config.num_task_tokens, device=keys.device)
+        positions = torch.tensor(first, device=keys.device)[:, None] + offsets
+        positions = positions.clamp(max=keys.shape[1] - 1)  # [B, N]
+        return keys.gather(1, positions[..., None].expand(-1, -1, keys.shape[-1]))
+
+    @torch.no_grad()
+    def _check_head(self) -> bool:
+        """Whether the LLM's logits are its output embeddings applied to its final states, and nothing more.
+
+        One forward, in which the output embeddings give known numbers of up to 100, so that a model which scales, caps
+        or shifts its logits is found whatever its weights.
+        """
+        head = self.llm.get_output_embeddings()
+        if head is None or self.device.type == "meta":
+            return False
+        seen: dict[str, torch.Tensor] = {}
+
+        def replace(_module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+            seen["input"] = inputs[0]
+            known = torch.linspace(-100, 100, output.numel(), device=output.device)
+            seen["output"] = known.to(output.dtype).view_as(output)
+            return seen["output"]
+
+        was_training = self.llm.training
+        self.llm.eval()
+        handle = head.register_forward_hook(replace)
+        try:
+            ids = torch.arange(4, device=self.llm.device)[None] % self.llm.config.get_text_config().vocab_size
+            with capture_states(self.llm, set()) as states:
+                logits = self.llm(input_ids=ids, use_cache=False).logits
+        finally:
+            handle.remove()
+            self.llm.train(was_training)
+        return (
+            "input" in seen
+            and torch.equal(seen["input"], states["last"])
+            and torch.equal(logits, seen["output"].to(logits.dtype))
+        )
+
+
+def decoder_blocks(llm: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder blocks of a causal LM; ValueError for an architecture that keeps them elsewhere."""
+    decoder = llm.get_decoder()
+    names = ("layers", "h", "blocks")
+    for name in names:
+        if isinstance(blocks := getattr(decoder, name, None), nn.ModuleList):
+            return blocks
+    raise ValueError(f"{type(llm).__name__} has no list of decoder blocks among {', '.join(names)}")
+
+
+@contextmanager
+def capture_states(llm: PreTrainedModel, layers: set[int]) -> Iterator[dict[int | str, torch.Tensor]]:
+    """Collects [B, L, H] states in one forward of the LLM within the context.
+
+    Key l is the output of decoder block l, counted from 1; for the last block it is after the final norm, as in the
+    library's `hidden_states`. Key "last" is always there: the decoder's output.
+    """
+    blocks = decoder_blocks(llm)
+    states: dict[int | str, torch.Tensor] = {}
+
+    def keep_block(layer: int):
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            states[layer] = output if isinstance(output, torch.Tensor) else output[0]
+
+        return hook
+
+    def keep_last(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        states["last"] = output[0]
+        if len(blocks) in layers:
+            states[len(blocks)] = output[0]
+
+    handles = [llm.get_decoder().register_forward_hook(keep_last)]
+    handles += [blocks[layer - 1].register_forward_hook(keep_block(layer)) for layer in layers if layer < len(blocks)]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _predictor_key(task: str, layer: int) -> str:
+    return f"{task}_{layer}"
+
+
+def _as_config(config: dict | PreTrainedConfig | None, default: type[PreTrainedConfig]) -> PreTrainedConfig:
+    if config is None:
+        return default()
+    if isinstance(config, PreTrainedConfig):
+        return config
+    fields = dict(config)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _as_input_of(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """States in the dtype of the layer that reads them; under autocast that is the layer's own affair."""
+    return states if torch.is_autocast_enabled(states.device.type) else states.to(weight.dtype)
+
+
+@torch.no_grad()
+def _grow_vocabulary(llm: PreTrainedModel, size: int) -> None:
+    """Gives the LLM at least `size` vocabulary rows; new rows are the mean of the existing ones."""
+    old = llm.get_input_embeddings().num_embeddings
+    if size <= old:
+        return
+    llm.resize_token_embeddings(size, mean_resizing=False)
+    for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+        weight = module.weight
+        weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+
+
+AutoConfig.register(OlaVLMConfig.model_type, OlaVLMConfig, exist_ok=True)
+AutoModel.register(OlaVLMConfig, OlaVLM, exist_ok=True)
+AutoModelForImageTextToText.register(OlaVLMConfig, OlaVLM, exist_ok=True)

@@ -1,0 +1,70 @@
+"""Which samples make the global batch of step k: a function of (seed, epoch, k, global batch size) alone.
+
+Ranks and micro-batches only slice it, so that the same run on another number of processes sees the same samples in
+the same order, and a resumed run needs no state but its step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class GlobalBatchSampler:
+    """Every epoch is a new permutation, cut into full global batches; the last is filled up from the epoch's start.
+
+    With `group_by_modality` a batch holds image samples or text-only ones alone, except the epoch's last batches: what
+    is left over of the two, in dataset order.
+    """
+
+    has_image: np.ndarray
+    """bool (samples,)"""
+    global_batch_size: int
+    seed: int
+    group_by_modality: bool = False
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return -(-len(self.has_image) // self.global_batch_size)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def batch(self, step: int) -> np.ndarray:
+        """Dataset indices of the global batch of a step (from 0), int64 (global_batch_size,)."""
+        epoch, k = divmod(step, len(self))
+        return self._epoch(epoch)[k]
+
+    def slices(self, step: int, rank: int, world_size: int, accumulation: int) -> list[np.ndarray]:
+        """The micro-batches of one rank. Over ranks and micro-batches they are the global batch, without overlap."""
+        per_rank = self.batch(step).reshape(world_size, accumulation, -1)
+        return list(per_rank[rank])
+
+    @lru_cache(maxsize=2)  # noqa: B019 - a sampler lives as long as its run
+    def _epoch(self, epoch: int) -> np.ndarray:
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        size = self.global_batch_size
+        if not self.group_by_modality:
+            order = generator.permutation(len(self.has_image))
+            return np.resize(order, (len(self), size))
+        batches, left = [], []
+        for members in (self._image_samples, self._text_samples):
+            order = generator.permutation(members)
+            full = len(order) // size * size
+            batches.append(order[:full].reshape(-1, size))
+            left.append(order[full:])
+        full_batches = generator.permutation(np.concatenate(batches))
+        rest = np.sort(np.concatenate(left))
+        order = np.concatenate([full_batches.reshape(-1), rest])
+        return np.resize(order, (len(self), size))
+
+    @cached_property
+    def _image_samples(self) -> np.ndarray:
+        return np.flatnonzero(self.has_image)
+
+    @cached_property
+    def _text_samples(self) -> np.ndarray:
+        return np.flatnonzero(~self.has_image)

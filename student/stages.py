@@ -1,0 +1,59 @@
+"""Which parts of the model each stage trains.
+
+Source: arXiv 2412.09585, tables 2, 4 and 6. The vision encoder is frozen throughout.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from olavlm.student.model import OlaVLM
+
+Stage = Literal["pt", "vpt", "ift"]
+
+ADAPTER = ("projector", "task_tokens", "predictors", "logit_scales")
+"""Parts of the model beside its two base models: all that PT trains and all that its checkpoint holds."""
+
+TRAINED: dict[Stage, tuple[str, ...]] = {
+    "pt": ADAPTER,
+    "vpt": ("llm", "projector"),
+    "ift": ("llm", "projector"),
+}
+_PARTS = ("vision", "projector", "task_tokens", "llm", "predictors", "logit_scales")
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """A row of the table that a run prints at its start."""
+
+    part: str
+    parameters: int
+    trainable: int
+
+
+def apply_stage(model: OlaVLM, stage: Stage, *, freeze_tokens: bool = True, distil: bool = False) -> list[PartRow]:
+    """Sets what trains and the train or evaluation mode of each part; returns the table.
+
+    Everything but the vision encoder is in training mode, a frozen LLM too: gradient checkpointing works only there.
+
+    Args:
+        stage: pt, vpt or ift.
+        freeze_tokens: False also trains the task tokens in vpt and ift. PT always trains them.
+        distil: True also trains predictors and logit scales in vpt and ift (embedding losses in every stage).
+
+    Raises:
+        ValueError: an unknown stage.
+    """
+    if stage not in TRAINED:
+        raise ValueError(f"stage {stage!r} is unknown; choose one of: {', '.join(TRAINED)}")
+    trained = set(TRAINED[stage])
+    if not freeze_tokens:
+        trained.add("task_tokens")
+    if distil:
+        trained |= {"predictors", "logit_scales"}
+    model.train()
+    rows = []
+    for part in _PARTS:
+        module = getattr(model, part).requires_grad_(part in trained)
+        counts = [parameter.numel() for parameter in module.parameters()]
+        rows.append(PartRow(part, sum(counts), sum(counts) if part in trained else 0))
+    return rows

@@ -1,0 +1,207 @@
+"""Where distillation targets come from: the cache, or teachers in the loop.
+
+Both sources have two halves. `load(images)` runs in a loader process and touches no device; `finish(loaded, device)`
+runs in the training process. Both give the same targets, up to the storage dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from olavlm.cache import BadImage, CacheError, Dataset, FeatureStore, ImageRoots, MissingFeatures
+
+from .config import Recipe, TaskConfig
+from .errors import RecipeError, TargetsError
+from .tokens import TaskSpec
+
+Loaded = dict[str, tuple[np.ndarray, np.ndarray]]
+"""For each task an array with one row a sample, and bool (b,): whether the row holds anything."""
+
+
+class TargetSource(Protocol):
+    """Gives the teacher features of a micro-batch."""
+
+    specs: list[TaskSpec]
+    """The tasks, in the order of insertion, with the shapes that the teachers have."""
+
+    def load(self, images: Sequence[str | None]) -> Loaded:
+        """The host half, for the images of a micro-batch; None is a sample without an image."""
+        ...
+
+    def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Targets (b, n, D) and valid bool (b,) of each task, on `device`. Invalid rows may hold anything."""
+        ...
+
+
+class CachedTargets:
+    """Rows of a feature store, in its storage dtype."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.store = FeatureStore(recipe.targets.store)
+        self.groups = {name: self.store[recipe.tasks[name].key or name] for name in recipe.task_order}
+        self.specs = [
+            task_spec(name, recipe.tasks[name], group.layout.tokens, group.layout.dim)
+            for name, group in self.groups.items()
+        ]
+
+    def load(self, images: Sequence[str | None]) -> Loaded:
+        present = [i for i, image in enumerate(images) if image is not None]
+        rows = self.store.rows.rows_of([images[i] for i in present])
+        if (rows < 0).any():
+            raise MissingFeatures(f"image {images[present[int(np.argmin(rows))]]!r} is not in the store's plan")
+        loaded = {}
+        for name, group in self.groups.items():
+            # Zeros, not empty memory: a row without an image must not be able to look like a target.
+            values = np.zeros((len(images), group.layout.tokens, group.layout.dim), group.dtype)
+            valid = np.zeros(len(images), bool)
+            if len(present) == len(images):
+                _, valid = group.read(rows, out=values)
+            elif present:
+                values[present], valid[present] = group.read(rows, out=np.empty_like(values[: len(present)]))
+            loaded[name] = values, valid
+        return loaded
+
+    def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        targets = {name: torch.from_numpy(values).to(device, non_blocking=True) for name, (values, _) in loaded.items()}
+        valid = {name: torch.from_numpy(rows).to(device) for name, (_, rows) in loaded.items()}
+        return targets, valid
+
+
+class OnlineTargets:
+    """Teachers in the loop: each image is prepared by the loader and run through every teacher in the step."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        from olavlm.teachers import load_teacher
+
+        self.roots = ImageRoots(recipe.image_roots)
+        self.teachers = {
+            name: load_teacher(
+                recipe.tasks[name].teacher or name,
+                model=recipe.tasks[name].model,
+                recipe=recipe.tasks[name].recipe,
+                geometry=recipe.targets.geometry,
+                device=device,
+            )
+            for name in recipe.task_order
+        }
+        self.specs = [
+            task_spec(name, recipe.tasks[name], teacher.card.tokens, teacher.card.dim)
+            for name, teacher in self.teachers.items()
+        ]
+
+    def load(self, images: Sequence[str | None]) -> Loaded:
+        pictures = []
+        for image in images:
+            try:
+                pictures.append(None if image is None else self.roots.open(image))
+            except BadImage:  # counted by the collator, which reads the same image
+                pictures.append(None)
+        loaded = {}
+        for name, teacher in self.teachers.items():
+            pixels = np.zeros((len(images), 3, *teacher.card.size), np.uint8)
+            for row, picture in enumerate(pictures):
+                if picture is not None:
+                    pixels[row] = teacher.prepare(picture)
+            loaded[name] = pixels, np.array([picture is not None for picture in pictures])
+        return loaded
+
+    def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        targets, valid = {}, {}
+        for name, (pixels, rows) in loaded.items():
+            targets[name] = self.teachers[name].forward(torch.from_numpy(pixels).to(device))
+            valid[name] = torch.from_numpy(rows).to(device) & targets[name].isfinite().all(dim=(1, 2))
+        return targets, valid
+
+
+def task_spec(name: str, task: TaskConfig, tokens: int, dim: int) -> TaskSpec:
+    return TaskSpec(name, tokens, dim, tuple(task.layers), task.weight, task.predictor_width)
+
+
+def check_targets(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse a store that cannot serve the recipe, before any model is loaded.
+
+    Raises:
+        RecipeError: targets from the cache, and no store named.
+        TargetsError: the store is not there, lacks a teacher, holds features of another recipe, teacher or geometry, or
+            does not cover the dataset. Says what is missing and the command that makes it.
+    """
+    if recipe.targets.source == "online" or not recipe.tasks:
+        return
+    if recipe.targets.store is None:
+        raise RecipeError("targets.store is not set; name a store of olavlm-extract, or set targets.source to online")
+    try:
+        store = FeatureStore(recipe.targets.store)
+        store.teachers  # noqa: B018 - is it readable?
+    except CacheError as e:
+        raise TargetsError(f"{e}: {extract_command(recipe, recipe.task_order)}") from None
+    keys = {name: recipe.tasks[name].key or name for name in recipe.task_order}
+    lacking = [name for name, key in keys.items() if key not in store.teachers]
+    if lacking:
+        raise TargetsError(
+            f"store {recipe.targets.store} lacks {', '.join(keys[name] for name in lacking)} "
+            f"(it has {', '.join(store.teachers) or 'nothing'}); make it with: {extract_command(recipe, lacking)}"
+        )
+    for name, key in keys.items():
+        _check_card(recipe, name, store[key].card)
+    rows = store.rows.rows_of(dataset.images())
+    if (outside := int((rows < 0).sum())) > 0:
+        first = dataset.images()[int(np.argmin(rows))].as_py()
+        raise TargetsError(
+            f"store {recipe.targets.store} does not cover the dataset: {outside} of its {len(rows)} images (first: "
+            f"{first!r}) are not in the plan; add them with: {extract_command(recipe, recipe.task_order)}"
+        )
+    for name, key in keys.items():
+        if len(missing := store[key].missing_rows(rows)):
+            raise TargetsError(
+                f"store {recipe.targets.store} does not cover the dataset: {len(missing)} of its {len(rows)} images "
+                f"have no '{key}' features yet (first: {store.rows.image_of(int(missing[0]))!r}); finish it with: "
+                f"{extract_command(recipe, [name])}"
+            )
+        if not store[key].coverage(rows).valid:
+            raise TargetsError(f"store {recipe.targets.store}: every '{key}' row of the dataset is quarantined")
+
+
+def _check_card(recipe: Recipe, name: str, card: dict[str, Any]) -> None:
+    from olavlm.teachers import TEACHERS  # names and recipes; no model library is imported
+
+    task = recipe.tasks[name]
+    teacher = task.teacher or name
+    if teacher not in TEACHERS:
+        raise RecipeError(f"tasks.{name}.teacher is {teacher}: use one of {', '.join(TEACHERS)}")
+    wanted = {
+        "name": (card.get("name"), teacher),
+        "recipe": (card.get("recipe", {}).get("name"), task.recipe or TEACHERS[teacher].recipes[0]),
+        "geometry": (card.get("geometry"), recipe.targets.geometry),
+    }
+    for what, (there, here) in wanted.items():
+        if there != here:
+            raise TargetsError(
+                f"store {recipe.targets.store}, '{task.key or name}': {what} is {there!r} and the recipe wants "
+                f"{here!r}; make another store with: {extract_command(recipe, [name])}"
+            )
+
+
+def extract_command(recipe: Recipe, names: Sequence[str]) -> str:
+    """The command that makes, or finishes, the features of these tasks."""
+    words = []
+    for name in names:
+        task = recipe.tasks[name]
+        model = f"={task.model}" if task.model else ""
+        words.append(f"--teacher {task.teacher or name}{model}")
+    if len(names) == 1:
+        task = recipe.tasks[names[0]]
+        words += [f"--recipe {task.recipe}"] if task.recipe else []
+        words += [f"--as {task.key}"] if task.key else []
+    if recipe.targets.geometry != "reference":
+        words.append(f"--geometry {recipe.targets.geometry}")
+    words += [f"--data {' '.join(recipe.files)}", f"--images {' '.join(recipe.image_roots)}"]
+    return " ".join(["olavlm-extract", *words, f"--store {recipe.targets.store or 'STORE'}"])
+
+
+def open_targets(recipe: Recipe, device: torch.device) -> TargetSource:
+    """The recipe's source."""
+    return OnlineTargets(recipe, device) if recipe.targets.source == "online" else CachedTargets(recipe)

@@ -1,0 +1,119 @@
+"""The training task: a batch to named losses and their total.
+
+Source: arXiv 2412.09585; the contrastive term multiplies similarities by exp(s), as in the public code.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import torch
+from torch import nn
+
+from olavlm.student.losses import contrastive_sum, smooth_l1_sum
+from olavlm.student.tokens import TaskSpec
+
+CONTRASTIVE_WEIGHT = 0.3
+
+
+class Batch(TypedDict, total=False):
+    """A micro-batch of b samples, as the collator makes it."""
+
+    input_ids: torch.Tensor
+    """long (b, L), padded on the right."""
+    labels: torch.Tensor
+    """long (b, L), -100 where nothing is learnt."""
+    attention_mask: torch.Tensor
+    """(b, L), 1 for text, 0 for padding."""
+    pixel_values: torch.Tensor
+    """float (b, 3, S, S); zeros, or anything, for samples without an image."""
+    targets: dict[str, torch.Tensor]
+    """For each task: float (b, n, D), any float dtype; anything, NaN included, where not valid."""
+    valid: dict[str, torch.Tensor]
+    """For each task: bool (b,), whether the sample has an image and a target."""
+
+
+@dataclass
+class BatchTotals:
+    """Counts of the whole optimizer batch, over ranks and accumulation steps; losses are sums divided by them."""
+
+    supervised_tokens: int
+    """Tokens that the text loss counts (`count_supervised`)."""
+    valid_rows: Mapping[str, int]
+    """For each task: rows with a valid target."""
+    targets: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """For each task: (M, n, D), the targets of the whole batch; a task that is missing has those of the micro-batch."""
+    targets_valid: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """For each task in `targets`: bool (M,)."""
+    offset: int = 0
+    """Row of `targets` that belongs to the first sample of the micro-batch."""
+
+
+@dataclass(frozen=True)
+class DistillTask:
+    """Text loss and, for each task and layer, smooth-L1 and contrastive losses.
+
+    total = text + sum over tasks of weight * sum over its layers of (smooth_l1 + contrastive_weight * contrastive)
+    """
+
+    tasks: Sequence[TaskSpec]
+    use_contrastive: bool = True
+    """Off: the term is still reported, and weighs nothing."""
+    contrastive_weight: float = CONTRASTIVE_WEIGHT
+
+    def compute(
+        self, model: nn.Module, batch: Batch, totals: BatchTotals
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Losses of a micro-batch, such that those of all micro-batches and ranks add up to the whole batch's.
+
+        Args:
+            model: an `OlaVLM`, or a wrapper with its forward.
+
+        Returns:
+            losses: scalars with a graph: `loss/text`, `loss/{task}/{layer}/smooth_l1`,
+                `loss/{task}/{layer}/contrastive` (ahead of its weight), `loss/total`.
+            report: detached scalars: the losses, and `scale/{task}`, the factor on the task's similarities.
+        """
+        inputs = {name: batch.get(name) for name in ("input_ids", "attention_mask", "labels", "pixel_values")}
+        output = model(**inputs)
+        losses = {"loss/text": output.text_loss_sum / max(1, totals.supervised_tokens)}
+        total = losses["loss/text"]
+        report = {}
+        for task in self.tasks:
+            for layer in task.layers:
+                if (key := f"{task.name}/{layer}") not in output.predictions:
+                    continue
+                scale = output.logit_scales[task.name]
+                smooth_l1, contrastive = self._layer_losses(
+                    task.name, output.predictions[key], output.complete, scale, batch, totals
+                )
+                losses[f"loss/{key}/smooth_l1"] = smooth_l1
+                losses[f"loss/{key}/contrastive"] = contrastive
+                weight = self.contrastive_weight if self.use_contrastive else 0.0
+                total = total + task.weight * (smooth_l1 + weight * contrastive)
+                report[f"scale/{task.name}"] = scale.detach().exp().clamp(max=100)
+        losses["loss/total"] = total
+        return losses, {name: loss.detach() for name, loss in losses.items()} | report
+
+    def _layer_losses(
+        self,
+        task: str,
+        prediction: torch.Tensor,
+        complete: torch.Tensor,
+        scale: torch.Tensor,
+        batch: Batch,
+        totals: BatchTotals,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        target, target_valid = batch["targets"][task], batch["valid"][task]
+        valid = target_valid & complete
+        rows = torch.arange(len(prediction), device=prediction.device)
+        if task in totals.targets:
+            negatives, negatives_valid = totals.targets[task], totals.targets_valid[task]
+            rows = rows + totals.offset
+        else:
+            negatives, negatives_valid = target, target_valid
+        count = max(1, totals.valid_rows[task])
+        return (
+            smooth_l1_sum(prediction, target, valid) / count,
+            contrastive_sum(prediction, negatives, rows, valid, negatives_valid, scale) / count,
+        )

@@ -1,0 +1,412 @@
+"""One stage of training, from a recipe to a run folder.
+
+    accelerate launch --num_processes 8 -m olavlm.pipelines.train pt --config llama3-8b-clip-l ...
+    python -m olavlm.pipelines.train pt --config tiny --model.llm tiny/llm ...
+
+A step takes the global batch of the sampler, cut into `accumulation` micro-batches a process. What the losses are
+divided by, and the targets that serve as negatives, are those of the whole global batch and known before the first
+backward, so that any split of it over processes and micro-batches gives the same gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerBase
+
+from olavlm.cache import Dataset, ImageRoots
+
+from .checkpoint import (
+    is_adapter,
+    latest_step,
+    load_step,
+    read_adapter,
+    save_adapter,
+    save_step,
+    write_json,
+)
+from .config import Recipe, Stage
+from .conversation import load_tokenizer
+from .data import Collator, MicroBatch, batches, choose_samples
+from .errors import RecipeError, TrainingError
+from .metrics import JsonLines, TensorBoard, Tracker
+from .model import OlaVLM
+from .sampler import GlobalBatchSampler
+from .stages import PartRow, apply_stage
+from .targets import TargetSource, check_targets, open_targets
+from .task import Batch, BatchTotals, DistillTask
+from .tokens import TaskSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NAMED_SAMPLES = 32  # in the message of a run that stops on a non-finite loss
+
+
+def train(recipe: Recipe, stage: Stage, versions: dict[str, str]) -> Path:
+    """Run one stage; returns the run folder. Resumes what an earlier call with the same recipe left unfinished.
+
+    Raises:
+        StudentError, CacheError: what the user can mend, before any model is loaded where that is possible.
+        TrainingError: a loss that is not finite, an embedding loss of exactly zero, or a stop by SIGINT or SIGTERM
+            (after a checkpoint).
+    """
+    distil = stage in recipe.losses.stages and bool(recipe.tasks)
+    dataset, roots = open_data(recipe)
+    if distil:
+        check_targets(recipe, dataset)
+
+    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
+    source = open_targets(recipe, accelerator.device) if distil else None
+    set_seed(recipe.train.seed)
+    model, tokenizer = start_model(recipe, stage, source.specs if source else [], distil)
+    table = apply_stage(model, stage, freeze_tokens=recipe.train.freeze_tokens, distil=distil)
+    if recipe.train.gradient_checkpointing:
+        model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=recipe.train.lr,
+        weight_decay=recipe.train.weight_decay,
+    )
+    run = Path(recipe.train.output_dir)
+    identity = f"{stage}-{recipe.hash()}"
+    resumed_from, first_step = latest_step(run, identity)
+    if resumed_from is not None:
+        load_step(resumed_from, model, optimizer)
+    if accelerator.is_main_process:
+        describe_run(run, recipe, stage, table, versions, accelerator.num_processes)
+    sampler, collator = make_loader_parts(recipe, accelerator, dataset, roots, tokenizer, model, source)
+    schedule = Schedule(recipe, len(sampler))
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    trackers = open_trackers(recipe, run, first_step) if accelerator.is_main_process else []
+    if first_step:
+        accelerator.print(f"resumed from step {first_step}")
+
+    task = DistillTask(model.tasks if distil else [], recipe.losses.contrastive, recipe.losses.contrastive_weight)
+    loop = Loop(recipe, accelerator, wrapped, optimizer, source, task)
+    steps = range(first_step, schedule.total_steps)
+    loading = batches(
+        collator,
+        sampler,
+        steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulation=recipe.train.accumulation,
+        workers=recipe.data.workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    with stop_requests() as stop:
+        began = time.perf_counter()
+        for step in steps:
+            waited = time.perf_counter()
+            micro_batches = next(loading)
+            data_wait = time.perf_counter() - waited
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr(step)
+            values = loop.step(step, micro_batches)
+            values |= {
+                "lr": schedule.lr(step),
+                "epoch": (step + 1) / len(sampler),
+                "data_wait_ms": 1000 * data_wait,
+                "step_ms": 1000 * (time.perf_counter() - waited),
+            }
+            for tracker in trackers:
+                tracker.log(step + 1, values)
+            if accelerator.is_main_process:
+                print(_line(step + 1, schedule.total_steps, first_step, began, values), flush=True)
+            last = step + 1 == schedule.total_steps
+            stopping = bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device)) > 0)
+            if last or stopping or (step + 1) % recipe.train.save_every == 0:
+                if accelerator.is_main_process:
+                    save_step(run, step + 1, model, optimizer.optimizer, identity, recipe.train.keep)
+                accelerator.wait_for_everyone()
+            if stopping and not last:
+                raise TrainingError(
+                    f"stopped by {stop[0] if stop else 'another process'} after step {step + 1}, which is saved; run "
+                    "the same command again to finish"
+                )
+    for tracker in trackers:
+        tracker.close()
+    if accelerator.is_main_process:
+        save_result(run, recipe, stage, model, tokenizer)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return run
+
+
+class Loop:
+    """The optimizer step: totals and targets of the whole batch first, then its micro-batches."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        source: TargetSource | None,
+        task: DistillTask,
+    ) -> None:
+        self.recipe, self.accelerator, self.model, self.optimizer = recipe, accelerator, model, optimizer
+        self.source, self.task = source, task
+
+    def step(self, step: int, micro_batches: list[MicroBatch]) -> dict[str, float]:
+        """One optimizer step on this process's micro-batches; returns the whole batch's metrics.
+
+        Raises:
+            TrainingError: a loss that is not finite, or an embedding loss that is zero; nothing is updated then.
+        """
+        accelerator = self.accelerator
+        torch.manual_seed(self.recipe.train.seed + step)  # the same noise, if a model has any, after a resume
+        prepared = [self._to_device(m) for m in micro_batches]
+        totals = self._totals(micro_batches, prepared)
+        sums: dict[str, torch.Tensor] = {}
+        scales: dict[str, torch.Tensor] = {}
+        for number, batch in enumerate(prepared):
+            # With several processes, gradients are exchanged in the last backward alone.
+            last = number == len(prepared) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
+                losses, report = self.task.compute(self.model, batch, totals)
+                # DDP averages over processes; the losses are already divided by the whole batch's counts.
+                accelerator.backward(losses["loss/total"] * accelerator.num_processes)
+            totals.offset += len(batch["input_ids"])
+            for name, value in report.items():
+                if name in losses:
+                    sums[name] = sums.get(name, 0.0) + value.double()
+                else:
+                    scales[name] = value
+        names = sorted(sums)
+        reduced = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
+        values = dict(zip(names, reduced, strict=True))
+        self._check(step, values, totals, micro_batches)
+        if self.recipe.train.max_grad_norm is not None:
+            norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.train.max_grad_norm)
+            values["grad_norm"] = float(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            **values,
+            **{name: float(value) for name, value in scales.items()},
+            "supervised_tokens": totals.supervised_tokens,
+            **{f"valid/{name}": count for name, count in totals.valid_rows.items()},
+            "bad_images": self._bad_images,
+        }
+
+    def _to_device(self, micro: MicroBatch) -> Batch:
+        device = self.accelerator.device
+        batch = Batch(
+            **{
+                name: getattr(micro, name).to(device, non_blocking=True)
+                for name in ("input_ids", "labels", "attention_mask", "pixel_values")
+            }
+        )
+        if self.source is not None:
+            targets, valid = self.source.finish(micro.targets, device)
+            complete = micro.complete.to(device)
+            batch["targets"] = targets
+            batch["valid"] = {name: rows & complete for name, rows in valid.items()}
+        return batch
+
+    def _totals(self, micro_batches: list[MicroBatch], prepared: list[Batch]) -> BatchTotals:
+        """Counts and targets of the whole batch, over micro-batches and processes."""
+        accelerator = self.accelerator
+        names = [task.name for task in self.task.tasks]
+        counts = [sum(m.supervised_tokens for m in micro_batches), sum(len(m.bad_images) for m in micro_batches)]
+        counts += [sum(int(b["valid"][name].sum()) for b in prepared) for name in names]
+        device = accelerator.device
+        reduced = accelerator.reduce(torch.tensor(counts, dtype=torch.long, device=device), reduction="sum").tolist()
+        tokens, self._bad_images, *valid = map(int, reduced)
+        totals = BatchTotals(supervised_tokens=tokens, valid_rows=dict(zip(names, valid, strict=True)))
+        for name in names:
+            # No gradient flows to targets, so gathering those of the whole batch is exact.
+            totals.targets[name] = accelerator.gather(torch.cat([b["targets"][name] for b in prepared]))
+            totals.targets_valid[name] = accelerator.gather(torch.cat([b["valid"][name] for b in prepared]))
+        totals.offset = accelerator.process_index * sum(len(b["input_ids"]) for b in prepared)
+        return totals
+
+    def _check(self, step: int, values: dict[str, float], totals: BatchTotals, micro_batches: list[MicroBatch]) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            ids = [i for m in micro_batches for i in m.ids]
+            more = f" and {len(ids) - NAMED_SAMPLES} more" if len(ids) > NAMED_SAMPLES else ""
+            raise TrainingError(
+                f"step {step + 1}: {bad[0]} is {values[bad[0]]}; samples of process {self.accelerator.process_index}: "
+                f"{', '.join(ids[:NAMED_SAMPLES])}{more}"
+            )
+        for name, value in values.items():
+            _, _, rest = name.partition("loss/")
+            if rest.endswith("/smooth_l1") and value == 0.0 and totals.valid_rows[rest.partition("/")[0]]:
+                raise TrainingError(
+                    f"step {step + 1}: {name} is exactly zero though the batch has valid targets; an embedding loss "
+                    "that trains nothing is a fault, not a success"
+                )
+
+
+class Schedule:
+    """Length of the run, and the learning rate of each step: linear warm-up, then a cosine to 0."""
+
+    def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
+        by_epochs = math.ceil(recipe.train.epochs * steps_per_epoch)
+        self.total_steps = recipe.train.max_steps or by_epochs
+        self.horizon = max(by_epochs, self.total_steps)
+        self.warmup_steps = math.ceil(recipe.train.warmup * self.horizon)
+        self.peak = recipe.train.lr
+
+    def lr(self, step: int) -> float:
+        """Of a step, from 0. The first is not wasted at 0, and the last is above it."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.horizon - self.warmup_steps)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def open_data(recipe: Recipe) -> tuple[Dataset, ImageRoots]:
+    """The recipe's samples, `data.fraction` applied, and image roots."""
+    dataset, roots = Dataset(recipe.files), ImageRoots(recipe.image_roots)
+    chosen = choose_samples(len(dataset), recipe.data.fraction, recipe.train.seed)
+    return (dataset if len(chosen) == len(dataset) else dataset.take(chosen)), roots
+
+
+def start_model(
+    recipe: Recipe, stage: Stage, specs: list[TaskSpec], distil: bool
+) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
+    """The model that the stage starts from: base checkpoints in pt, `init.from` after it."""
+    m = recipe.model
+    settings = build_settings(recipe, stage)
+    if recipe.init.from_ is None:
+        if stage != "pt":
+            raise RecipeError(f"init.from is not set; {stage} starts from the run folder of an earlier stage")
+        tokenizer = load_tokenizer(m.llm)
+        return OlaVLM.build(m.llm, m.encoder, tokenizer, specs, **settings), tokenizer
+    if is_adapter(recipe.init.from_):
+        adapter = read_adapter(Path(recipe.init.from_))
+        if distil:
+            adapter.tasks = specs
+        return adapter.build(with_predictors=distil, llm=m.llm, encoder=m.encoder, **settings)
+    if distil:
+        raise RecipeError(f"losses.stages has {stage}, and {recipe.init.from_} holds no predictors to go on with")
+    model = OlaVLM.from_pretrained(recipe.init.from_, dtype=DTYPES[m.dtype])
+    model.config.geometry, model.config.max_sequence_length = settings["geometry"], m.max_length
+    return model, load_tokenizer(recipe.init.from_)
+
+
+def build_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """The recipe's model section as arguments of `OlaVLM.build`."""
+    m = recipe.model
+    return {
+        "geometry": m.geometry or ("square" if stage == "pt" else "pad"),
+        "select_layer": m.select_layer,
+        "dtype": DTYPES[m.dtype],
+        "attn_implementation": m.attention,
+        "template": m.template,
+        "max_sequence_length": m.max_length,
+        "num_task_tokens": m.num_task_tokens,
+        "gen_query": m.gen_query,
+        "key_blocks": m.key_blocks,
+        "include_answer": m.include_answer,
+    }
+
+
+def make_loader_parts(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    dataset: Dataset,
+    roots: ImageRoots,
+    tokenizer: PreTrainedTokenizerBase,
+    model: OlaVLM,
+    source: TargetSource | None,
+) -> tuple[GlobalBatchSampler, Collator]:
+    sampler = GlobalBatchSampler(
+        has_image=np.asarray(dataset.has_image()),
+        global_batch_size=recipe.train.batch_size * recipe.train.accumulation * accelerator.num_processes,
+        seed=recipe.train.seed,
+        group_by_modality=recipe.data.group_by_modality,
+    )
+    collator = Collator(
+        dataset=dataset,
+        roots=roots,
+        tokenizer=tokenizer,
+        transform=model.config.image_transform,
+        template=recipe.model.template,
+        image_token_id=model.config.image_token_id,
+        num_inserted_tokens=model.num_inserted_tokens,
+        max_length=recipe.model.max_length,
+        source=source,
+    )
+    return sampler, collator
+
+
+def describe_run(
+    run: Path, recipe: Recipe, stage: Stage, table: list[PartRow], versions: dict[str, str], num_processes: int
+) -> None:
+    """Print and keep what trains, and keep the resolved recipe and the versions."""
+    print(f"{'part':<14}{'parameters':>16}{'trainable':>16}")
+    for row in table:
+        print(f"{row.part:<14}{row.parameters:>16,}{row.trainable:>16,}")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    write_json(run / "versions.json", versions)
+    write_json(run / "stage.json", {"stage": stage, "processes": num_processes, "parts": [asdict(r) for r in table]})
+
+
+def open_trackers(recipe: Recipe, run: Path, first_step: int) -> list[Tracker]:
+    trackers: list[Tracker] = [JsonLines(run / "metrics.jsonl", first_step)]
+    if recipe.train.tensorboard:
+        trackers.append(TensorBoard(run / "tensorboard", first_step))
+    return trackers
+
+
+def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What the next stage, or a user, takes from the run folder."""
+    if stage != "pt":
+        model.save_pretrained(run, tokenizer=tokenizer, with_predictors=False)
+        return
+    config = {k: v for k, v in build_settings(recipe, stage).items() if k not in ("dtype", "attn_implementation")}
+    m = recipe.model
+    save_adapter(
+        run,
+        model,
+        tokenizer,
+        llm=_absolute(m.llm),
+        encoder=_absolute(m.encoder),
+        config=config,
+        recipe_hash=recipe.hash(),
+    )
+
+
+def _absolute(model: str) -> str:
+    """A local folder by its full path, so that the adapter finds it from anywhere; a hub id as it is."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[str]]:
+    """Inside, SIGINT and SIGTERM are noted in the list, to be looked at between steps."""
+    noted: list[str] = []
+    previous = {
+        number: signal.signal(number, lambda n, frame: noted.append(signal.Signals(n).name))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield noted
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _line(step: int, total: int, first: int, began: float, values: dict[str, float]) -> str:
+    seconds = (time.perf_counter() - began) / (step - first)
+    return (
+        f"step {step}/{total} | loss {values['loss/total']:.4f} | text {values['loss/text']:.4f} | "
+        f"lr {values['lr']:.2e} | {values['step_ms']:.0f} ms | data {values['data_wait_ms']:.0f} ms | "
+        f"ETA {seconds * (total - step):.0f} s"
+    )

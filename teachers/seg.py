@@ -1,0 +1,123 @@
+"""The seg teacher: the last feature map of OneFormer's Swin backbone (arXiv 2211.06220).
+
+`stage4`, the distillation target of OLA-VLM (arXiv 2412.09585): the picture is squashed to 768 x 768, resized as
+OneFormer's processor does (800 x 800), and the stage-4 map after its LayerNorm, 25 x 25, is interpolated to the
+24 x 24 grid of a 768-pixel input. `stage4-768` feeds the 768 x 768 picture directly, which gives that grid exactly.
+
+Only the backbone is kept, and the processor's class is never built: a preprocessor_config.json that names
+`class_info_file` makes it ask the hub even for a local folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from olavlm.teachers.base import COMPUTE_DTYPES, PixelTeacher, library_versions
+from olavlm.teachers.card import Card
+from olavlm.teachers.checkpoint import load_model, open_checkpoint, weights_digest
+from olavlm.teachers.errors import TeacherError
+from olavlm.teachers.geometry import IMAGENET_MEAN, IMAGENET_STD, squash
+
+SIDE = 768  # both recipes squash to this first; it sets the token grid: 768 / 32 = 24
+
+
+class SegTeacher(PixelTeacher):
+    """Tokens [B, grid[0] * grid[1], dim], row-major, of the last stage."""
+
+    def __init__(self, card: Card, network: torch.nn.Module, device: torch.device, resample: Image.Resampling) -> None:
+        super().__init__(card, network, device)
+        self._resample = resample
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        image = squash(image, SIDE, Image.Resampling.BICUBIC)
+        side = self.card.size[0]
+        return image if side == SIDE else squash(image, side, self._resample)
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        maps = self._network(pixels).feature_maps[-1].float()
+        if maps.shape[2:] != self.card.grid:
+            maps = F.interpolate(maps, size=self.card.grid, mode="bilinear", align_corners=False)
+        return maps.flatten(2).transpose(1, 2).contiguous()
+
+
+def load_seg(
+    *, name: str, model: str, revision: str | None, recipe: str, geometry: str, device: torch.device, compute_dtype: str
+) -> SegTeacher:
+    """See `registry.load_teacher`, which checks the arguments.
+
+    Raises:
+        TeacherError: the checkpoint cannot be used, or its backbone is not a Swin.
+    """
+    # The model without its training loss, which alone would need scipy.
+    from transformers import OneFormerModel
+
+    checkpoint = open_checkpoint(model, revision=revision, model_types=("oneformer",))
+    backbone = load_model(
+        OneFormerModel,
+        checkpoint,
+        dtype=COMPUTE_DTYPES[compute_dtype],
+        part="pixel_level_module.encoder.",
+        unused=("swin.layernorm.",),  # the classifier's norm; each stage has its own
+    ).pixel_level_module.encoder
+    config = backbone.config
+    if config.model_type != "swin":
+        raise TeacherError(f"{model}: its backbone is a {config.model_type}, seg runs a swin; name a Swin OneFormer")
+    stride = config.patch_size * 2 ** (len(config.depths) - 1)
+    processor = checkpoint.json("preprocessor_config.json")
+    resample = Image.Resampling(processor.get("resample", Image.Resampling.BILINEAR))
+    side = processed_side(processor, SIDE) if recipe == "stage4" else SIDE
+    rows = SIDE // stride
+    card = Card(
+        name=name,
+        model=checkpoint.model,
+        revision=checkpoint.revision,
+        weights_sha256=weights_digest(checkpoint.weights),
+        recipe={
+            "name": recipe,
+            "layers": [backbone.out_features[-1]],
+            "layer_norm": "stage",
+            "averaging": "none",
+            "resize": f"squash to {SIDE} bicubic"
+            + (f", then to {side} {resample.name.lower()}" if side != SIDE else ""),
+            "interpolation": "none" if side == SIDE else "bilinear, align_corners=False",
+        },
+        geometry=geometry,
+        size=(side, side),
+        mean=processor.get("image_mean", IMAGENET_MEAN),
+        std=processor.get("image_std", IMAGENET_STD),
+        compute_dtype=compute_dtype,
+        tokens=rows * rows,
+        dim=backbone.channels[-1],
+        grid=(rows, rows),
+        versions=library_versions(),
+    )
+    return SegTeacher(card, backbone, device, resample)
+
+
+def processed_side(processor: dict[str, Any], side: int) -> int:
+    """Side in pixels to which OneFormer's image processor resizes a square picture of `side` pixels.
+
+    Args:
+        processor: preprocessor_config.json, or {} for the library's defaults: short edge 800, long edge at most 1333.
+            Older files write `size` as a number, with `max_size` beside it.
+
+    Raises:
+        TeacherError: a `size` that does not say what becomes of a square.
+    """
+    if not processor.get("do_resize", True):
+        return side
+    size = processor.get("size", {"shortest_edge": 800, "longest_edge": 1333})
+    if isinstance(size, int):
+        size = {"shortest_edge": size, "longest_edge": processor.get("max_size", size)}
+    if "shortest_edge" in size:
+        return min(size["shortest_edge"], size.get("longest_edge") or size["shortest_edge"])
+    if size.get("height") and size.get("height") == size.get("width"):
+        return size["height"]
+    raise TeacherError(
+        f"preprocessor_config.json: size {size} does not keep a square picture square; "
+        "give shortest_edge and longest_edge, or use recipe stage4-768"
+    )

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from olavlm.teachers import TeacherError
+from olavlm.teachers.geometry import frame, short_edge_crop
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+
+
+def columns(width: int, height: int) -> Image.Image:
+    """A picture whose red value is the column and green value the row."""
+    rows, cols = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([cols, rows, 0 * cols], axis=-1).astype(np.uint8))
+
+
+def test_reference_leaves_the_picture():
+    image = columns(5, 3)
+    assert frame(image, "reference", MEAN) is image
+
+
+@pytest.mark.parametrize(("size", "first"), [((7, 4), (1, 0)), ((4, 7), (0, 1)), ((6, 4), (1, 0)), ((4, 4), (0, 0))])
+def test_square_is_the_centre(size, first):
+    squared = np.asarray(frame(columns(*size), "square", MEAN))
+    assert squared.shape == (4, 4, 3)
+    assert tuple(squared[0, 0, :2]) == first
+    assert tuple(squared[3, 3, :2]) == (first[0] + 3, first[1] + 3)
+
+
+def test_pad_fills_with_the_integer_part_of_the_mean():
+    padded = np.asarray(frame(columns(6, 3), "pad", MEAN))
+    assert padded.shape == (6, 6, 3)
+    assert (padded[0] == (122, 116, 104)).all()  # one row above, two below: half of three, rounded down
+    assert (padded[4:] == (122, 116, 104)).all()
+    assert (padded[1:4] == np.asarray(columns(6, 3))).all()
+
+
+def test_a_tall_picture_is_padded_left_and_right():
+    padded = np.asarray(frame(columns(2, 6), "pad", MEAN))
+    assert (padded[:, 2:4] == np.asarray(columns(2, 6))).all()
+    assert (padded[:, [0, 1, 4, 5]] == (122, 116, 104)).all()
+
+
+def test_an_unknown_geometry_lists_the_valid_ones():
+    with pytest.raises(TeacherError, match=r"'crop'.*reference, square, pad"):
+        frame(columns(2, 2), "crop", MEAN)
+
+
+def test_short_edge_crop_rounds_down():
+    # 5x3 to a short edge of 4: the long edge is int(4 * 5 / 3) = 6, and (6 - 4) // 2 = 1 column goes on the left.
+    image = columns(5, 3)
+    whole = np.asarray(image.resize((6, 4), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(np.asarray(short_edge_crop(image, 4)), whole[:, 1:5])
+
+
+def test_short_edge_crop_refuses_what_would_not_fit_memory():
+    with pytest.raises(TeacherError, match="1x65535"):
+        short_edge_crop(Image.new("RGB", (1, 65535)), 224)

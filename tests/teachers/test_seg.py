@@ -1,0 +1,132 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import OneFormerModel
+
+from olavlm.teachers import TeacherError, load_teacher
+from olavlm.teachers.seg import processed_side
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny):
+    return OneFormerModel.from_pretrained(tiny["seg"]).pixel_level_module.encoder.eval()
+
+
+@pytest.fixture
+def seg_folder(tiny, tmp_path):
+    """A copy of the tiny checkpoint to change."""
+    return shutil.copytree(tiny["seg"], tmp_path / "seg")
+
+
+def normalised(images) -> torch.Tensor:
+    arrays = [(np.asarray(image) / 255 - MEAN) / STD for image in images]
+    return torch.tensor(np.stack(arrays)).permute(0, 3, 1, 2).float()
+
+
+def squashed(images) -> list[Image.Image]:
+    return [image.resize((768, 768), Image.Resampling.BICUBIC) for image in images]
+
+
+@torch.no_grad()
+def last_map(backbone, pixels) -> torch.Tensor:
+    """The last stage's map from the Swin's own hidden states, normalised by hand."""
+    hidden = backbone.swin(pixels, output_hidden_states=True, always_partition=True).reshaped_hidden_states[-1]
+    norm = backbone.hidden_states_norms["stage4"]
+    hidden = hidden.permute(0, 2, 3, 1)
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + norm.eps)
+    return (scaled * norm.weight + norm.bias).permute(0, 3, 1, 2)
+
+
+def test_stage4_is_the_interpolated_last_map(backbone, teachers, pictures):
+    processed = [image.resize((800, 800), Image.Resampling.BILINEAR) for image in squashed(pictures[:2])]
+    maps = last_map(backbone, normalised(processed))
+    assert maps.shape[2:] == (25, 25)
+    expected = F.interpolate(maps, (24, 24), mode="bilinear", align_corners=False).flatten(2).mT
+    torch.testing.assert_close(teachers["seg"].encode(pictures[:2]), expected, atol=1e-5, rtol=0)
+    assert teachers["seg"].card.size == (800, 800)
+
+
+def test_stage4_768_is_the_last_map_itself(backbone, tiny, pictures):
+    teacher = load_teacher("seg", model=tiny["seg"], recipe="stage4-768", device="cpu")
+    maps = last_map(backbone, normalised(squashed(pictures[:2])))
+    features = teacher.encode(pictures[:2])
+    torch.testing.assert_close(features, maps.flatten(2).mT, atol=1e-5, rtol=0)
+    torch.testing.assert_close(features[1, 3 * 24 + 20], maps[1, :, 3, 20], atol=1e-5, rtol=0)  # row-major
+    assert teacher.card.size == (768, 768)
+
+
+def test_the_whole_models_backbone_gives_the_same(backbone, teachers, pictures):
+    pixels = torch.from_numpy(teachers["seg"].prepare(pictures[0]))[None]
+    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    with torch.no_grad():
+        maps = backbone(normalised([image])).feature_maps[-1]
+    expected = F.interpolate(maps, (24, 24), mode="bilinear", align_corners=False).flatten(2).mT
+    torch.testing.assert_close(teachers["seg"].forward(pixels), expected, atol=1e-5, rtol=0)
+
+
+def test_a_folder_that_names_class_info_file_loads_offline(seg_folder, teachers):
+    """With that entry, building OneFormer's processor asks the hub even for a local folder."""
+    entries = {"class_info_file": "coco_panoptic.json", "repo_path": "shi-labs/oneformer_demo", "num_text": 134}
+    (seg_folder / "preprocessor_config.json").write_text(
+        json.dumps(entries | {"size": {"shortest_edge": 800, "longest_edge": 1333}, "image_mean": list(MEAN)})
+    )
+    teacher = load_teacher("seg", model=seg_folder, device="cpu")
+    assert teacher.card.fingerprint() == teachers["seg"].card.fingerprint()
+
+
+def test_the_folders_own_preprocessing_is_followed(seg_folder, backbone, pictures):
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    (seg_folder / "preprocessor_config.json").write_text(
+        json.dumps({"size": 672, "max_size": 2000, "resample": 3, "image_mean": mean, "image_std": std})
+    )
+    teacher = load_teacher("seg", model=seg_folder, device="cpu")
+    image = squashed(pictures[:1])[0].resize((672, 672), Image.Resampling.BICUBIC)
+    pixels = torch.tensor((np.asarray(image) / 255 - mean) / std).permute(2, 0, 1)[None].float()
+    expected = F.interpolate(last_map(backbone, pixels), (24, 24), mode="bilinear", align_corners=False).flatten(2).mT
+    torch.testing.assert_close(teacher.encode(pictures[:1]), expected, atol=1e-5, rtol=0)
+    assert teacher.card.size == (672, 672)
+    assert teacher.card.mean == tuple(mean)
+
+
+@pytest.mark.parametrize(
+    ("processor", "side"),
+    [
+        ({}, 800),
+        ({"do_resize": False}, 768),
+        ({"size": 640, "max_size": 2560}, 640),
+        ({"size": {"shortest_edge": 900, "longest_edge": 850}}, 850),
+        ({"size": {"shortest_edge": 512}}, 512),
+        ({"size": {"height": 512, "width": 512}}, 512),
+    ],
+)
+def test_processed_side(processor, side):
+    assert processed_side(processor, 768) == side
+
+
+def test_a_size_that_is_no_square_is_refused():
+    with pytest.raises(TeacherError, match="stage4-768"):
+        processed_side({"size": {"height": 512, "width": 640}}, 768)
+
+
+def test_tensor_names_of_older_checkpoints_load(seg_folder, teachers, pictures):
+    """The published checkpoints name the backbone's tensors without `swin.` and lack the layernorm it never uses."""
+    weights = load_file(seg_folder / "model.safetensors")
+    old = {name.replace("encoder.swin.", "encoder."): tensor for name, tensor in weights.items()}
+    old = {
+        name: tensor
+        for name, tensor in old.items()
+        if not name.startswith("model.pixel_level_module.encoder.layernorm")
+    }
+    assert len(old) == len(weights) - 2
+    save_file(old, seg_folder / "model.safetensors", {"format": "pt"})
+    features = load_teacher("seg", model=seg_folder, device="cpu").encode(pictures[:1])
+    assert torch.equal(features, teachers["seg"].encode(pictures[:1]))
