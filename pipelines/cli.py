@@ -110,6 +110,13 @@ class Progress:
             self._bar.close()
 
 
+def quiet_models() -> None:
+    """Keep transformers from drawing a bar for every file it reads or writes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def versions() -> dict[str, str]:
     """Of Python, this package and the libraries that decide results."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}

@@ -31,7 +31,9 @@ from olavlm.cache import (
     StoreBuilder,
     decode_rgb,
 )
-from olavlm.teachers import load_teacher
+from olavlm.teachers import Teacher, load_teacher
+
+from .cli import quiet_models
 
 BATCHES_AHEAD = 2  # batches of prepared images that wait for the forward
 WRITES_BEHIND = 2  # batches of features that wait for the disk
@@ -48,7 +50,8 @@ class TeacherSpec:
     recipe: str | None = None
     geometry: str = "reference"
 
-    def load(self, device: str):
+    def load(self, device: str) -> Teacher:
+        quiet_models()
         return load_teacher(
             self.name,
             model=self.model,
@@ -93,11 +96,11 @@ class ShardExtractor:
         self.specs = {spec.key: spec for spec in specs}
         self.roots = ImageRoots(images)
         self.builder = StoreBuilder(store)
-        self._teachers: dict[str, object] = {}
+        self._teachers: dict[str, Teacher] = {}
         self._prepare = ThreadPoolExecutor(threads, "prepare")
         self._write = ThreadPoolExecutor(1, "write")
 
-    def _teacher(self, key: str):
+    def _teacher(self, key: str) -> Teacher:
         if key not in self._teachers:
             self._teachers[key] = self.specs[key].load(self.device)
         return self._teachers[key]
@@ -138,7 +141,7 @@ class ShardExtractor:
             bytes=(record.file or {"size": 0})["size"],
         )
 
-    def _prepared_batches(self, teacher, images: list[str]) -> Iterator[list[Prepared]]:
+    def _prepared_batches(self, teacher: Teacher, images: list[str]) -> Iterator[list[Prepared]]:
         ahead: list[Future[Prepared]] = []
         upcoming = iter(images)
         for start in range(0, len(images), self.batch_size):
@@ -147,7 +150,7 @@ class ShardExtractor:
             size = min(self.batch_size, len(images) - start)
             yield [ahead.pop(0).result() for _ in range(size)]
 
-    def _prepare_row(self, teacher, image: str) -> Prepared:
+    def _prepare_row(self, teacher: Teacher, image: str) -> Prepared:
         sha256 = None
         try:
             data = self.roots.read(image)
@@ -156,7 +159,7 @@ class ShardExtractor:
         except BadImage as e:
             return Prepared(None, sha256, e.reason, e.detail)
 
-    def _forward(self, teacher, batch: list[Prepared]) -> np.ndarray:
+    def _forward(self, teacher: Teacher, batch: list[Prepared]) -> np.ndarray:
         pixels = [p.pixels for p in batch if p.pixels is not None]
         if not pixels:
             return np.empty((0,), np.float32)

@@ -14,7 +14,7 @@ import torch
 from olavlm.cache import decode_rgb
 from olavlm.student import load_checkpoint
 
-from .cli import JobFailed, command
+from .cli import JobFailed, command, quiet_models
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise JobFailed("--device cuda: this machine has no usable CUDA device; use --device cpu")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    quiet_models()
     model, tokenizer = load_checkpoint(args.checkpoint)
     print(model.to(device).answer(tokenizer, image, args.prompt, max_new_tokens=args.max_new_tokens))
     return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from olavlm.teachers.tiny import make_tiny
 
-from .cli import command
+from .cli import command, quiet_models
 
 
 @command("olavlm-tiny")
@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("dir", metavar="DIR", type=Path)
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
+    quiet_models()
     for name, folder in make_tiny(args.dir, seed=args.seed).items():
         print(f"{name}: {folder}")
     return 0

@@ -20,7 +20,7 @@ from olavlm.student.config import STAGES, Recipe, describe, load_recipe, shipped
 from olavlm.student.targets import check_targets
 from olavlm.student.trainer import open_data, train
 
-from .cli import command, versions
+from .cli import command, quiet_models, versions
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     recipe = load_recipe(args.config, overrides, args.stage)
     if args.dry_run:
         return dry_run(recipe, args.stage)
-    run = train(recipe, args.stage, versions())
-    print(f"{args.stage} finished: {run}")
+    quiet_models()
+    train(recipe, args.stage, versions())
     return 0
 
 

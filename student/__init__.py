@@ -1,14 +1,32 @@
 """The student: the MLLM, its predictors and losses, and its training. Reads the cache; runs no teacher unless told to.
 
->>> from olavlm.student import OlaVLM
->>> model = OlaVLM.from_pretrained("ift_run")
+    >>> from olavlm.student import OlaVLM
+    >>> model = OlaVLM.from_pretrained("runs/tiny/ift")
+
+Importing this package is cheap: PyTorch and transformers are imported with the first name that needs them.
 """
 
-from .checkpoint import load_checkpoint
-from .config import Recipe, load_recipe
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .errors import ModelError, RecipeError, SampleError, StudentError, TargetsError, TrainingError
-from .model import OlaVLM, OlaVLMConfig
-from .tokens import TaskSpec
+
+if TYPE_CHECKING:
+    from .checkpoint import load_checkpoint
+    from .config import Recipe, load_recipe
+    from .model import OlaVLM, OlaVLMConfig
+    from .tokens import TaskSpec
+
+_LAZY = {
+    "OlaVLM": "model",
+    "OlaVLMConfig": "model",
+    "Recipe": "config",
+    "TaskSpec": "tokens",
+    "load_checkpoint": "checkpoint",
+    "load_recipe": "config",
+}
 
 __all__ = [
     "ModelError",
@@ -24,3 +42,9 @@ __all__ = [
     "load_checkpoint",
     "load_recipe",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

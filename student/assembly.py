@@ -13,14 +13,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from olavlm.student.conversation import IGNORE_INDEX
+from olavlm.student.errors import RecipeError, SampleError
 
 KeyBlocks = Literal["img+t", "sys+img+t", "sys+img+t+txt"]
 
 
 def check_key_blocks(key_blocks: str) -> None:
-    """ValueError for a name that is none of `KeyBlocks`."""
+    """RecipeError for a name that is none of `KeyBlocks`."""
     if key_blocks not in get_args(KeyBlocks):
-        raise ValueError(f"key_blocks={key_blocks!r} must be one of {', '.join(get_args(KeyBlocks))}")
+        raise RecipeError(f"key_blocks={key_blocks!r} must be one of {', '.join(get_args(KeyBlocks))}")
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,15 @@ def locate(
     """The layout of each sample of a right-padded text batch (B, L), after insertion and cut to `max_length`.
 
     Raises:
-        ValueError: more than one `<image>` in a sample, or padding ahead of text.
+        SampleError: more than one `<image>` in a sample, or padding ahead of text.
     """
     mask = attention_mask.cpu().bool()
     if (mask[:, 1:] & ~mask[:, :-1]).any():
-        raise ValueError("attention_mask has padding ahead of text; pad on the right")
+        raise SampleError("attention_mask has padding ahead of text; pad on the right")
     is_image = (input_ids.cpu() == image_token_id) & mask
     counts = is_image.sum(dim=1).tolist()
     if max(counts, default=0) > 1:
-        raise ValueError(f"row {counts.index(max(counts))} has {max(counts)} image tokens; one is the most")
+        raise SampleError(f"row {counts.index(max(counts))} has {max(counts)} image tokens; one is the most")
     starts = is_image.int().argmax(dim=1).tolist()
     layouts = []
     for count, start, length in zip(counts, starts, mask.sum(dim=1).tolist(), strict=True):

@@ -307,8 +307,11 @@ def _check_keys(content: Any, cls: type, path: tuple[str, ...], where: str) -> N
     for key, value in content.items() if isinstance(content, dict) else ():
         names = {f.name.rstrip("_"): f.name for f in dataclasses.fields(cls)}
         if key not in names:
-            dotted = ".".join((*path, str(key)))
-            valid = list(_all_keys(Recipe))
+            full = (*path, str(key))
+            while isinstance(value, dict) and value:  # name a field, not a section
+                name, value = next(iter(value.items()))
+                full = (*full, str(name))
+            dotted, valid = ".".join(full), list(_all_keys(Recipe))
             local = [".".join((*path, n)) for n in names]
             near = difflib.get_close_matches(dotted, local + valid, 1, cutoff=0.0)
             raise RecipeError(f"{where}: unknown recipe key '{dotted}'; the nearest is '{near[0]}'")

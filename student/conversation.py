@@ -7,12 +7,13 @@ The templates are those of LLaVA and of the models' own chat formats.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from olavlm.student.errors import ModelError, SampleError
+from olavlm.student.errors import ModelError, RecipeError, SampleError
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -79,12 +80,12 @@ class _Turn:
 
 
 def get_template(name: str) -> Template:
-    """The template of a name or alias; ValueError with the valid names otherwise."""
+    """The template of a name or alias; RecipeError with the valid names otherwise."""
     try:
         return TEMPLATES[ALIASES.get(name, name)]
     except KeyError:
         valid = ", ".join([*TEMPLATES, *ALIASES])
-        raise ValueError(f"template {name!r} is unknown; choose one of: {valid}") from None
+        raise RecipeError(f"template {name!r} is unknown; choose one of: {valid}") from None
 
 
 def render(turns: Sequence[Mapping[str, str]], template: str, sample_id: Any = None) -> list[Segment]:
@@ -97,7 +98,7 @@ def render(turns: Sequence[Mapping[str, str]], template: str, sample_id: Any = N
         sample_id: names the sample in errors.
 
     Raises:
-        ValueError: unknown template.
+        RecipeError: unknown template.
         SampleError: unknown speaker, no turns, roles that do not alternate, more than one `<image>`.
     """
     return _render(_parse(turns, sample_id), get_template(template), sample_id)
@@ -107,7 +108,7 @@ def generation_prompt(turns: Sequence[Mapping[str, str]], template: str, sample_
     """The prompt that the model continues: the last turn is a human one, the text ends with the assistant's role.
 
     Raises:
-        ValueError, SampleError: as `render`; also a template without roles, or a last turn that is not a human one.
+        RecipeError, SampleError: as `render`; also a template without roles, or a last turn that is not a human one.
     """
     return _render_open(_parse(turns, sample_id), template, sample_id)
 
@@ -133,7 +134,7 @@ def encode(
         `input_ids` and `labels`, lists of one length.
 
     Raises:
-        ValueError, SampleError: as `render`; also a token that joins an answer to other visible text.
+        RecipeError, SampleError: as `render`; also a token that joins an answer to other visible text.
     """
     parsed = _neutralise(_parse(turns, sample_id), tokenizer)
     text, spans = "", []
@@ -177,12 +178,13 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return tokenizer
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint (hub id or folder), prepared. ModelError when there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer in {str(path)!r}: {str(error).splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:  # what the tokenizers library raises has no class of its own
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"no tokenizer in {str(path)!r}: {reason}") from error
     return prepare_tokenizer(tokenizer)
 
 

@@ -5,7 +5,8 @@ in LLaVA-1.5 and OLA-VLM (arXiv 2412.09585).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,9 +14,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     CLIPImageProcessor,
     CLIPVisionModel,
     PreTrainedConfig,
@@ -24,7 +27,7 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
-from olavlm.student.errors import ModelError
+from olavlm.student.errors import ModelError, RecipeError
 
 Geometry = Literal["square", "pad"]
 
@@ -55,7 +58,7 @@ class ImageTransform:
 
     def __post_init__(self) -> None:
         if self.geometry not in get_args(Geometry):
-            raise ValueError(f"geometry={self.geometry!r} must be one of {', '.join(get_args(Geometry))}")
+            raise RecipeError(f"geometry={self.geometry!r} must be one of {', '.join(get_args(Geometry))}")
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
 
@@ -109,16 +112,16 @@ class VisionEncoder(nn.Module):
         self.select_layer = select_layer
         self._block = (select_layer if select_layer >= 0 else num_layers + 1 + select_layer) - 1
         if not 0 <= self._block < num_layers:
-            raise ValueError(
+            raise RecipeError(
                 f"select_layer={select_layer}: the encoder has {num_layers} blocks; use -{num_layers} to -1, "
                 f"or 1 to {num_layers}"
             )
-        self._num_prefix_tokens = ENCODERS[tower.config.model_type].num_prefix_tokens
+        self._num_prefix_tokens = _family(tower.config.model_type).num_prefix_tokens
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, select_layer: int = -2) -> "VisionEncoder":
         """An encoder of random weights, to be filled from a checkpoint."""
-        return cls(_family(config.model_type).model_class._from_config(config), select_layer)
+        return cls(AutoModel.from_config(config), select_layer)
 
     @classmethod
     def from_pretrained(
@@ -173,7 +176,8 @@ def load_image_transform(path: str | Path, geometry: Geometry = "square") -> Ima
         file = None
     if file is None:
         return ImageTransform(size, geometry=geometry)
-    fields = json.loads(Path(file).read_text())
+    with load_errors(path):
+        fields = json.loads(Path(file).read_text())
     crop = fields.get("crop_size", size)
     sides: Sequence[int] = list(crop.values()) if isinstance(crop, dict) else [crop]
     if any(side != size for side in sides):
@@ -192,26 +196,31 @@ def load_complete(model_class: Any, path: str | Path, **kwargs: Any) -> PreTrain
     Raises:
         ModelError: one line that names the checkpoint and what is wrong with it.
     """
-    try:
+    with load_errors(path):
         model, info = model_class.from_pretrained(str(path), output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot load a model from {str(path)!r}: {str(error).splitlines()[0]}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(f"{str(path)!r} lacks {len(missing)} weights of the model, such as {missing[0]!r}")
+    refuse_missing(path, info)
     return model
 
 
-def load_config(path: str | Path) -> PreTrainedConfig:
-    """The config of a checkpoint; ModelError in one line when there is none."""
+@contextmanager
+def load_errors(path: str | Path) -> Iterator[None]:
+    """Turns what the library raises while it loads a checkpoint into a `ModelError` of one line."""
     try:
-        return AutoConfig.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a model from {str(path)!r}: {str(error).splitlines()[0]}") from error
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"cannot load a model from {str(path)!r}: {reason}") from error
+
+
+def refuse_missing(path: str | Path, info: Mapping[str, Any]) -> None:
+    """ModelError when the library's loading info names weights that the checkpoint lacks."""
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{str(path)!r} lacks {len(missing)} weights of the model, such as {missing[0]!r}")
 
 
 def _vision_config(path: str | Path) -> PreTrainedConfig:
-    config = load_config(path)
+    with load_errors(path):
+        config = AutoConfig.from_pretrained(str(path))
     return getattr(config, "vision_config", config)
 
 

@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 MAX_SCALE = 100.0
 """Upper bound of exp(logit_scale), as in CLIP."""
-_CHUNK_ELEMENTS = 2**21
+_CHUNK_ELEMENTS = 2**20
+_MAX_CHUNKS = 32
 _NORM_EPS = 1e-12
 
 
@@ -152,10 +153,10 @@ def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _column_chunks(*tensors: torch.Tensor) -> Iterator[slice]:
-    """Slices of the shared column axis such that a chunk of all tensors' rows stays small."""
-    rows = sum(len(tensor) for tensor in tensors)
-    width = max(1, _CHUNK_ELEMENTS // max(1, rows))
-    for start in range(0, tensors[0].shape[1], width):
+    """Slices of the shared column axis: all tensors' rows of a chunk are small, or a 32nd of the whole."""
+    rows, columns = sum(len(tensor) for tensor in tensors), tensors[0].shape[1]
+    width = max(_CHUNK_ELEMENTS // max(1, rows), -(-columns // _MAX_CHUNKS), 1)
+    for start in range(0, columns, width):
         yield slice(start, start + width)
 
 

@@ -52,9 +52,11 @@ from olavlm.student.encoders import (
     ImageTransform,
     VisionEncoder,
     load_complete,
+    load_errors,
     load_image_transform,
+    refuse_missing,
 )
-from olavlm.student.errors import ModelError
+from olavlm.student.errors import ModelError, RecipeError, SampleError
 from olavlm.student.losses import text_loss_sum
 from olavlm.student.predictor import EmbeddingPredictor
 from olavlm.student.tokens import QueryKind, TaskSpec, TaskTokens
@@ -106,7 +108,7 @@ class OlaVLMConfig(PreTrainedConfig):
         self.vision_config = _as_config(self.vision_config, CLIPVisionConfig)
         self.tasks = [task.to_dict() if isinstance(task, TaskSpec) else task for task in self.tasks or []]
         if self.gen_query not in ("contextual", "raw"):
-            raise ValueError(f"gen_query={self.gen_query!r} must be one of contextual, raw")
+            raise RecipeError(f"gen_query={self.gen_query!r} must be one of contextual, raw")
         check_key_blocks(self.key_blocks)
         get_template(self.template)
         # The base class would set the parts' attention to this config's own, which is none.
@@ -162,6 +164,7 @@ class OlaVLM(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ("projector", "task_tokens", "predictors", "logit_scales")
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -186,7 +189,7 @@ class OlaVLM(PreTrainedModel):
             for task in self.tasks:
                 for layer in task.layers:
                     if layer > num_blocks:
-                        raise ValueError(f"task {task.name}: layer {layer} of an LLM of {num_blocks} blocks")
+                        raise RecipeError(f"task {task.name}: layer {layer} of an LLM of {num_blocks} blocks")
                     self.predictors[_predictor_key(task.name, layer)] = self._predictor(task, width)
                 if task.layers:
                     self.logit_scales[task.name] = nn.Parameter(torch.tensor(LOGIT_SCALE_INIT))
@@ -233,13 +236,13 @@ class OlaVLM(PreTrainedModel):
 
         Args:
             tasks: what is distilled, in the order of insertion.
-            dtype: of LLM and encoder. Projector, task tokens, predictors and scales are float32.
+            dtype: of LLM and encoder. Projector, task tokens, predictors and scales are float32, also once reloaded.
             attn_implementation: of LLM and encoder, in the library's terms.
             config: further fields of `OlaVLMConfig`.
 
         Raises:
             ModelError: a checkpoint that is missing, of another kind, or incomplete.
-            ValueError: a setting that the rules of `OlaVLMConfig` or `TaskSpec` exclude.
+            RecipeError: a setting that cannot be used, with the rule.
         """
         prepare_tokenizer(tokenizer)
         transform = load_image_transform(encoder, geometry)
@@ -273,20 +276,12 @@ class OlaVLM(PreTrainedModel):
             ModelError: no checkpoint there, another kind of model, or weights missing from it.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except OSError as error:
-            first = str(error).splitlines()[0]
-            raise ModelError(f"cannot load a model from {str(pretrained_model_name_or_path)!r}: {first}") from error
-        if info["missing_keys"]:
-            raise ModelError(
-                f"{str(pretrained_model_name_or_path)!r} lacks {len(info['missing_keys'])} weights of the model, such "
-                f"as {min(info['missing_keys'])!r}"
-            )
+        path = pretrained_model_name_or_path
+        with load_errors(path):
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        refuse_missing(path, info)
         with suppress(OSError):  # without generation settings, those of the LLM's config stay
-            model.llm.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path)
+            model.llm.generation_config = GenerationConfig.from_pretrained(path)
         model._head_is_plain = model._check_head()
         return (model, info) if with_info else model
 
@@ -347,7 +342,7 @@ class OlaVLM(PreTrainedModel):
                 when no sample has one.
 
         Raises:
-            ValueError: more than one `<image>` in a sample, or one without `pixel_values`.
+            SampleError: more than one `<image>` in a sample, or one without `pixel_values`.
         """
         batch = self._assemble(input_ids, attention_mask, labels, pixel_values, self.config.max_sequence_length)
         layers = {layer for task in self.tasks for layer in task.layers} if len(self.predictors) else set()
@@ -441,8 +436,9 @@ class OlaVLM(PreTrainedModel):
         rows = [row for row, layout in enumerate(layouts) if layout.image is not None]
         if rows:
             if pixel_values is None:
-                raise ValueError(f"row {rows[0]} has {IMAGE_TOKEN}, but no pixel_values are given")
-            images = self.projector(self._projector_input(self.vision(pixel_values[rows])))
+                raise SampleError(f"row {rows[0]} has {IMAGE_TOKEN}, but no pixel_values are given")
+            pixels = pixel_values if len(rows) == len(layouts) else pixel_values[rows]
+            images = self.projector(self._projector_input(self.vision(pixels)))
         else:
             images = self.projector(self._projector_input(text.new_zeros(1, 1, self.vision.width)))[:0]
         return assemble(text, labels, layouts, images.to(text), self.task_tokens().to(text), padding_side=padding_side)
@@ -453,7 +449,7 @@ class OlaVLM(PreTrainedModel):
     def _run_llm(
         self, batch: AssembledBatch, layers: set[int], with_logits: bool
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None]:
-        """Final states [B, L, H], the states after the wanted blocks, and logits if wanted or not to be avoided."""
+        """Final states [B, L, H], states after the wanted blocks, and logits if wanted or if the head is not plain."""
         if self._head_is_plain is None:
             self._head_is_plain = self._check_head()
         inputs = {"inputs_embeds": batch.embeds, "attention_mask": batch.attention_mask, "use_cache": False}
@@ -463,7 +459,11 @@ class OlaVLM(PreTrainedModel):
             else:
                 self.llm.get_decoder()(**inputs)
                 logits = None
-        return states.pop("last"), states, logits
+        last = states.pop("last")
+        # Reentrant gradient checkpointing may cut the states off the graph, and with them the predictors' gradient.
+        cut = [layer for layer, state in states.items() if batch.embeds.requires_grad and not state.requires_grad]
+        assert not cut, f"states of layers {cut} are outside the graph; use non-reentrant gradient checkpointing"
+        return last, states, logits
 
     def _text_loss_sum(self, last: torch.Tensor, logits: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
         """Next-token cross-entropy, with vocabulary logits at labelled positions alone."""
@@ -477,8 +477,8 @@ class OlaVLM(PreTrainedModel):
     def _predict(self, batch: AssembledBatch, states: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
         predictions = {}
         for index, task in enumerate(self.tasks):
-            if not states or not task.layers:
-                continue
+            if not states:
+                break
             mask = key_mask(batch, index, self.config.key_blocks, self.config.include_answer)
             for layer in task.layers:
                 predictor = self.predictors[_predictor_key(task.name, layer)]
@@ -537,13 +537,13 @@ class OlaVLM(PreTrainedModel):
 
 
 def decoder_blocks(llm: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder blocks of a causal LM; ValueError for an architecture that keeps them elsewhere."""
+    """The list of decoder blocks of a causal LM; ModelError for an architecture that keeps them elsewhere."""
     decoder = llm.get_decoder()
     names = ("layers", "h", "blocks")
     for name in names:
         if isinstance(blocks := getattr(decoder, name, None), nn.ModuleList):
             return blocks
-    raise ValueError(f"{type(llm).__name__} has no list of decoder blocks among {', '.join(names)}")
+    raise ModelError(f"{type(llm).__name__} has no list of decoder blocks among {', '.join(names)}")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Source: arXiv 2412.09585, tables 2, 4 and 6. The vision encoder is frozen throug
 from dataclasses import dataclass
 from typing import Literal
 
+from olavlm.student.errors import RecipeError
 from olavlm.student.model import OlaVLM
 
 Stage = Literal["pt", "vpt", "ift"]
@@ -41,10 +42,10 @@ def apply_stage(model: OlaVLM, stage: Stage, *, freeze_tokens: bool = True, dist
         distil: True also trains predictors and logit scales in vpt and ift (embedding losses in every stage).
 
     Raises:
-        ValueError: an unknown stage.
+        RecipeError: an unknown stage.
     """
     if stage not in TRAINED:
-        raise ValueError(f"stage {stage!r} is unknown; choose one of: {', '.join(TRAINED)}")
+        raise RecipeError(f"stage {stage!r} is unknown; choose one of: {', '.join(TRAINED)}")
     trained = set(TRAINED[stage])
     if not freeze_tokens:
         trained.add("task_tokens")

@@ -10,7 +10,7 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from olavlm.student.losses import contrastive_sum, smooth_l1_sum
+from olavlm.student.losses import MAX_SCALE, contrastive_sum, smooth_l1_sum
 from olavlm.student.tokens import TaskSpec
 
 CONTRASTIVE_WEIGHT = 0.3
@@ -91,7 +91,7 @@ class DistillTask:
                 losses[f"loss/{key}/contrastive"] = contrastive
                 weight = self.contrastive_weight if self.use_contrastive else 0.0
                 total = total + task.weight * (smooth_l1 + weight * contrastive)
-                report[f"scale/{task.name}"] = scale.detach().exp().clamp(max=100)
+                report[f"scale/{task.name}"] = scale.detach().exp().clamp(max=MAX_SCALE)
         losses["loss/total"] = total
         return losses, {name: loss.detach() for name, loss in losses.items()} | report
 

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from olavlm.student.errors import RecipeError
+
 QueryKind = Literal["contextual", "raw"]
 PredictorWidth = Literal["target", "llm"]
 
@@ -36,15 +38,15 @@ class TaskSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise ValueError(f"task name {self.name!r}: use only letters, digits, '_' and '-'")
+            raise RecipeError(f"task name {self.name!r}: use only letters, digits, '_' and '-'")
         if self.tokens < 1 or self.dim < 1:
-            raise ValueError(f"task {self.name}: tokens={self.tokens} and dim={self.dim} must be at least 1")
+            raise RecipeError(f"task {self.name}: tokens={self.tokens} and dim={self.dim} must be at least 1")
         if any(layer < 1 for layer in self.layers) or len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"task {self.name}: layers={list(self.layers)} must be distinct and are counted from 1")
+            raise RecipeError(f"task {self.name}: layers={list(self.layers)} must be distinct and are counted from 1")
         if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"task {self.name}: weight={self.weight} must be a number of 0 or more")
+            raise RecipeError(f"task {self.name}: weight={self.weight} must be a number of 0 or more")
         if self.predictor_width not in get_args(PredictorWidth):
-            raise ValueError(
+            raise RecipeError(
                 f"task {self.name}: predictor_width={self.predictor_width!r} must be one of "
                 f"{', '.join(get_args(PredictorWidth))}"
             )
@@ -71,19 +73,19 @@ class TaskTokens(nn.Module):
         width: H, width of the LLM.
 
     Raises:
-        ValueError: a teacher's token count is not divisible by N, or a name occurs twice.
+        RecipeError: a teacher's token count is not divisible by N, or a name occurs twice.
     """
 
     def __init__(self, tasks: Sequence[TaskSpec], num_tokens: int, width: int) -> None:
         super().__init__()
         names = [task.name for task in tasks]
         if len(set(names)) != len(names):
-            raise ValueError(f"tasks {names}: each name may occur once")
+            raise RecipeError(f"tasks {names}: each name may occur once")
         if num_tokens < 0:
-            raise ValueError(f"num_task_tokens={num_tokens} must be 0 or more")
+            raise RecipeError(f"num_task_tokens={num_tokens} must be 0 or more")
         for task in tasks:
             if num_tokens and task.tokens > 1 and task.tokens % num_tokens:
-                raise ValueError(
+                raise RecipeError(
                     f"task {task.name}: {task.tokens} teacher tokens are not divisible into "
                     f"num_task_tokens={num_tokens} groups; choose a divisor of {task.tokens}"
                 )

@@ -11,6 +11,7 @@ backward, so that any split of it over processes and micro-batches gives the sam
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -66,7 +67,9 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str]) -> Path:
     if distil:
         check_targets(recipe, dataset)
 
-    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision)
+    # Without `cpu`, accelerate would take several processes on a machine without an accelerator for one each.
+    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, cpu=not torch.accelerator.is_available())
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "processes do not see each other"
     source = open_targets(recipe, accelerator.device) if distil else None
     set_seed(recipe.train.seed)
     model, tokenizer = start_model(recipe, stage, source.specs if source else [], distil)
@@ -139,7 +142,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str]) -> Path:
         tracker.close()
     if accelerator.is_main_process:
         save_result(run, recipe, stage, model, tokenizer)
-    accelerator.wait_for_everyone()
+    accelerator.print(f"{stage} finished: {run}")
     accelerator.end_training()
     return run
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from olavlm.teachers.errors import TeacherError
@@ -149,7 +150,7 @@ def _from_hub(repository: str, revision: str | None, subfolder: str) -> tuple[Pa
 def load_model(cls: type, checkpoint: Checkpoint, *, dtype: Any, part: str = "", unused: tuple[str, ...] = ()) -> Any:
     """`cls.from_pretrained` on the folder, with every tensor of the part we run taken from the file.
 
-    from_pretrained fills tensors that the file lacks with random numbers and goes on; here that is an error.
+    from_pretrained draws tensors that the file lacks at random and goes on; here that is an error.
 
     Args:
         cls: a transformers model class.
@@ -161,8 +162,6 @@ def load_model(cls: type, checkpoint: Checkpoint, *, dtype: Any, part: str = "",
     Raises:
         TeacherError: unreadable weights, weights of other shapes, or missing ones.
     """
-    from safetensors import SafetensorError
-
     try:
         with quiet():
             model, report = cls.from_pretrained(
@@ -171,25 +170,24 @@ def load_model(cls: type, checkpoint: Checkpoint, *, dtype: Any, part: str = "",
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported like the missing ones
             )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # a damaged file fails in any of three libraries, each with errors of its own
         raise TeacherError(
             f"{checkpoint.model}: {cls.__name__} cannot load it ({_one_line(error)}); fetch or save it again"
         ) from error
-    missing = sorted(
-        name for name in report["missing_keys"] if name.startswith(part) and not any(piece in name for piece in unused)
-    )
-    if missing:
+    drawn = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    drawn = sorted(name for name in drawn if name.startswith(part) and not any(piece in name for piece in unused))
+    if drawn:
         raise TeacherError(
-            f"{checkpoint.model}: {len(missing)} tensors of {cls.__name__} are not in the weights "
-            f"(such as {missing[0]}); fetch or save the whole model again"
+            f"{checkpoint.model}: its weights lack {len(drawn)} tensors of {cls.__name__} or have another shape "
+            f"(such as {drawn[0]}); fetch or save the whole model again"
         )
     return model
 
 
 def _one_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return shorten(str(error), 300) or type(error).__name__
 
 
 @contextmanager

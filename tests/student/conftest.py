@@ -16,6 +16,15 @@ from olavlm.teachers.tiny import make_tiny
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small are computed many times faster by one thread on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def golden_predictor():
     return np.load(GOLDEN / "predictor.npz")

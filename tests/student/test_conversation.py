@@ -10,11 +10,12 @@ from olavlm.student.conversation import (
     encode,
     encode_prompt,
     generation_prompt,
+    load_tokenizer,
     prepare_tokenizer,
     render,
     terminator_id,
 )
-from olavlm.student.errors import SampleError
+from olavlm.student.errors import ModelError, SampleError
 
 CHATS = ("llama_3", "phi_3", "vicuna_v1")
 TEXT = ["A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT: </s> cup spoon Yes"]
@@ -219,6 +220,11 @@ def test_prepare_tokenizer_adds_what_is_missing_once(tokenizer):
     bare = prepare_tokenizer(byte_level(False))
     assert (bare.pad_token, bare.padding_side) == ("<pad>", "right")
     assert len(bare(IMAGE_TOKEN)["input_ids"]) == 1
+
+
+def test_no_tokenizer_there(tiny):
+    with pytest.raises(ModelError, match="no tokenizer in '/nowhere'"):
+        load_tokenizer("/nowhere")
 
 
 def test_terminator(tokenizer):

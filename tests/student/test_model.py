@@ -3,7 +3,6 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -103,8 +102,17 @@ def test_round_trip(build, tmp_path, tokenizer, make_batch, samples, with_predic
     assert all(torch.equal(prediction, ours.predictions[name]) for name, prediction in theirs.predictions.items())
     assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(IMAGE_TOKEN) == model.config.image_token_id
     assert isinstance(AutoModelForImageTextToText.from_pretrained(tmp_path), OlaVLM)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert sum(name.startswith("predictors.") for name in file.keys()) > 0 or not with_predictors  # noqa: SIM118
+    saved = load_file(tmp_path / "model.safetensors")
+    assert any(name.startswith("predictors.") for name in saved) is with_predictors
+
+
+def test_round_trip_with_a_half_precision_base(build, tmp_path):
+    model = build(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    state = OlaVLM.from_pretrained(tmp_path).state_dict()
+    for name, weight in model.state_dict().items():
+        assert state[name].dtype == weight.dtype, name
+        assert torch.equal(state[name], weight), name
 
 
 def test_round_trip_with_tied_embeddings(tiny, tokenizer, tasks, tmp_path):
@@ -230,9 +238,7 @@ def test_captured_states_are_the_librarys_hidden_states(build, layers):
 def test_text_loss_is_the_librarys_over_all_positions(build, make_batch, samples):
     model = build()
     batch = make_batch(samples)
-    assembled = model._assemble(
-        *(inputs_of(batch)[n] for n in ("input_ids", "attention_mask", "labels", "pixel_values")), None
-    )
+    assembled = model._assemble(*inputs_of(batch).values(), None)
     library = model.llm(
         inputs_embeds=assembled.embeds, attention_mask=assembled.attention_mask, labels=assembled.labels
     )
@@ -262,9 +268,7 @@ def test_other_llms_and_heads_that_do_more(name, tiny, tokenizer, tmp_path, make
     assert model._head_is_plain is plain
     batch = make_batch(samples)
     output = model(**inputs_of(batch))
-    assembled = model._assemble(
-        *(inputs_of(batch)[n] for n in ("input_ids", "attention_mask", "labels", "pixel_values")), None
-    )
+    assembled = model._assemble(*inputs_of(batch).values(), None)
     library = model.llm(
         inputs_embeds=assembled.embeds, attention_mask=assembled.attention_mask, labels=assembled.labels
     )
@@ -272,6 +276,13 @@ def test_other_llms_and_heads_that_do_more(name, tiny, tokenizer, tmp_path, make
     torch.testing.assert_close(output.text_loss_sum / count, library.loss)
     assert set(output.predictions) == {"gen/1", "gen/3", "depth/2"}
     assert all(torch.isfinite(prediction).all() for prediction in output.predictions.values())
+
+
+def test_head_that_reads_other_states_is_found(build):
+    model = build()
+    assert model._check_head()
+    model.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 0.5,))
+    assert not model._check_head()
 
 
 def test_unknown_architecture():

@@ -8,9 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from olavlm.teachers import load_teacher, make_tiny
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """On networks this small, more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

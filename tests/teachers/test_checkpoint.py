@@ -159,6 +159,13 @@ def test_damaged_weights(tiny, tmp_path):
     assert "cannot load it" in refused("depth", tmp_path)
 
 
+def test_a_config_with_a_wrong_value(tiny, tmp_path):
+    shutil.copytree(tiny["gen"], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    assert "cannot load it" in refused("gen", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "tensor"),
     [
@@ -191,7 +198,7 @@ def test_a_tensor_of_another_shape(tiny, tmp_path):
     weights = load_file(tmp_path / WEIGHTS)
     weights["visual_projection.weight"] = weights["visual_projection.weight"][:-1].clone()
     save_file(weights, tmp_path / WEIGHTS, {"format": "pt"})
-    assert "cannot load it" in refused("gen", tmp_path)
+    assert "another shape (such as visual_projection.weight)" in refused("gen", tmp_path)
 
 
 def without_tensor(source, target, tensor: str):

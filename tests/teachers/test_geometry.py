@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from olavlm.teachers import TeacherError
+from olavlm.teachers import TeacherError, geometry
 from olavlm.teachers.geometry import frame, short_edge_crop
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -36,9 +36,9 @@ def test_pad_fills_with_the_integer_part_of_the_mean():
 
 
 def test_a_tall_picture_is_padded_left_and_right():
-    padded = np.asarray(frame(columns(2, 6), "pad", MEAN))
-    assert (padded[:, 2:4] == np.asarray(columns(2, 6))).all()
-    assert (padded[:, [0, 1, 4, 5]] == (122, 116, 104)).all()
+    padded = np.asarray(frame(columns(3, 6), "pad", MEAN))
+    assert (padded[:, 1:4] == np.asarray(columns(3, 6))).all()
+    assert (padded[:, [0, 4, 5]] == (122, 116, 104)).all()
 
 
 def test_an_unknown_geometry_lists_the_valid_ones():
@@ -53,6 +53,16 @@ def test_short_edge_crop_rounds_down():
     np.testing.assert_array_equal(np.asarray(short_edge_crop(image, 4)), whole[:, 1:5])
 
 
-def test_short_edge_crop_refuses_what_would_not_fit_memory():
-    with pytest.raises(TeacherError, match="1x65535"):
-        short_edge_crop(Image.new("RGB", (1, 65535)), 224)
+@pytest.mark.parametrize("size", [(400, 30), (30, 400), (401, 37)])
+def test_resizing_only_what_is_kept_is_the_same(size, monkeypatch):
+    image = columns(*size)
+    whole = np.asarray(short_edge_crop(image, 50)).astype(int)
+    monkeypatch.setattr(geometry, "LONGEST_SIDE", 50)
+    part = np.asarray(short_edge_crop(image, 50))
+    assert abs(part - whole).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 65535), (65535, 1)])
+def test_a_picture_one_pixel_wide_fits_in_memory(size):
+    assert max(frame(Image.new("RGB", size), "pad", MEAN).size) == 8192
+    assert short_edge_crop(Image.new("RGB", size, (1, 2, 3)), 224).getcolors() == [(224 * 224, (1, 2, 3))]

@@ -1,0 +1,104 @@
+"""What the whole suite shares: tiny checkpoints, the bundled photographs, and stores extracted from them."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported: no test may ask the network
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+from olavlm.cache import Dataset, FeatureStore, StoreBuilder, pending
+from olavlm.pipelines.extractor import ShardExtractor, TeacherSpec
+from olavlm.student.config import load_recipe
+from olavlm.teachers.tiny import make_tiny
+
+SAMPLE = Path(str(files("olavlm.pipelines") / "sample"))
+TEACHERS = ("gen", "depth", "seg")
+NUM_IMAGES = 10
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """On networks this small, more threads only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoint folders depth, seg, gen, encoder and llm."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def pt_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled captions of the first photographs, one a photograph."""
+    samples, seen = [], set()
+    for sample in json.loads((SAMPLE / "pt.json").read_text()):
+        if sample["image"] not in seen and len(seen) < NUM_IMAGES:
+            seen.add(sample["image"])
+            samples.append(sample)
+    file = tmp_path_factory.mktemp("data") / "pt.json"
+    file.write_text(json.dumps(samples))
+    return file
+
+
+@pytest.fixture(scope="session")
+def ift_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six bundled dialogues over photographs and two without."""
+    samples = json.loads((SAMPLE / "ift.json").read_text())
+    chosen = [s for s in samples if "image" in s][:6] + [s for s in samples if "image" not in s][:2]
+    file = tmp_path_factory.mktemp("data") / "ift.json"
+    file.write_text(json.dumps(chosen))
+    return file
+
+
+@pytest.fixture(scope="session")
+def make_store(tiny, pt_json, tmp_path_factory):
+    """make_store(dtype, teachers=..., images=...) -> folder of a finished store, extracted without Ray."""
+
+    def make(dtype: str, teachers=TEACHERS, data: Path = pt_json, images: Path = SAMPLE / "images") -> Path:
+        folder = tmp_path_factory.mktemp("store") / "features"
+        builder = StoreBuilder(folder)
+        builder.extend_plan(Dataset([data]).images())
+        specs = [TeacherSpec(name, name, str(tiny[name])) for name in teachers]
+        for spec in specs:
+            builder.ensure_teacher(spec.key, spec.load("cpu").card.to_dict(), dtype=dtype, shard_rows=4)
+        worker = ShardExtractor(str(folder), specs, [str(images)], batch_size=4, device="cpu", threads=2)
+        for spec in specs:
+            for task in pending(FeatureStore(folder)[spec.key]):
+                assert worker.extract(task).outcome == "committed"
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def store32(make_store) -> Path:
+    return make_store("float32")
+
+
+@pytest.fixture
+def recipe(tiny, pt_json, store32, tmp_path):
+    """recipe(stage="pt", **{"section.field": value}) -> the tiny recipe over the shared fixtures."""
+
+    def make(stage="pt", **overrides):
+        values = {
+            "model.llm": tiny["llm"],
+            "model.encoder": tiny["encoder"],
+            "data.file": pt_json,
+            "data.images": SAMPLE / "images",
+            "data.workers": 0,
+            "targets.store": store32,
+            "train.output_dir": tmp_path / stage,
+            "train.batch_size": 4,
+            "init.from": "null",
+            **{f"tasks.{name}.model": tiny[name] for name in TEACHERS},
+            **overrides,
+        }
+        return load_recipe("tiny", [f"--{k}={v}" for k, v in values.items()], stage)
+
+    return make

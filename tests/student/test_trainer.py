@@ -1,0 +1,312 @@
+"""Training: what gets gradients, equal splits, exact resume, cached against online targets, and refusals."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from olavlm.cache import FeatureStore, StoreBuilder
+from olavlm.student import OlaVLM, RecipeError, TargetsError, TrainingError, load_checkpoint
+from olavlm.student import trainer as trainer_module
+from olavlm.student.checkpoint import read_adapter
+from olavlm.student.metrics import read_metrics
+from olavlm.student.stages import ADAPTER
+from olavlm.student.trainer import Loop, Schedule, train
+
+LAYERS = {"gen": (4, 6), "depth": (2, 6), "seg": (3, 5)}
+TERMS = [
+    f"loss/{task}/{layer}/{term}"
+    for task, layers in LAYERS.items()
+    for layer in layers
+    for term in ("smooth_l1", "contrastive")
+]
+
+
+def run(recipe, stage="pt"):
+    folder = train(recipe, stage, {"test": "1"})
+    return folder, read_metrics(folder / "metrics.jsonl")
+
+
+def losses(metrics):
+    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in metrics]
+
+
+def assert_close(a, b, tolerance):
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            assert abs(x[name] - y[name]) <= tolerance * max(1.0, abs(y[name])), (name, x[name], y[name])
+
+
+def test_every_term_is_logged_finite_and_not_zero_and_the_total_is_their_sum(recipe):
+    folder, metrics = run(recipe(**{"train.max_steps": 3}))
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    for line in metrics:
+        assert all(line[name] > 0 for name in TERMS)
+        assert set(losses([line])[0]) == {*TERMS, "loss/text", "loss/total"}
+        embedding = sum(line[n] * (0.3 if n.endswith("contrastive") else 1.0) for n in TERMS)
+        assert line["loss/total"] == pytest.approx(line["loss/text"] + 0.5 * embedding, rel=1e-6)
+        assert line["data_wait_ms"] >= 0
+    assert {"recipe.yaml", "versions.json", "stage.json", "adapter.safetensors"} <= {f.name for f in folder.iterdir()}
+
+
+def grown(recipe, stage, monkeypatch):
+    """Names of the parameters that changed in one step, by part, and of those with a gradient."""
+    seen = {}
+    original = Loop._check
+
+    def spy(self, step, values, totals, micro_batches):
+        model = self.accelerator.unwrap_model(self.model)
+        seen["gradients"] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        seen["trainable"] = {n for n, p in model.named_parameters() if p.requires_grad}
+        return original(self, step, values, totals, micro_batches)
+
+    monkeypatch.setattr(Loop, "_check", spy)
+    folder, _ = run(recipe, stage)
+    return folder, seen
+
+
+def test_pt_trains_projector_tokens_predictors_and_scales_alone(recipe, monkeypatch):
+    _, seen = grown(recipe(**{"train.max_steps": 1}), "pt", monkeypatch)
+    assert {n.partition(".")[0] for n in seen["gradients"]} == set(ADAPTER)
+    assert seen["gradients"].keys() == seen["trainable"]
+    for name, gradient in seen["gradients"].items():
+        assert gradient.isfinite().all(), name
+        assert gradient.abs().max() > 0, name
+
+
+def test_ift_trains_llm_and_projector_alone(recipe, ift_json, monkeypatch):
+    pt, _ = run(recipe(**{"train.max_steps": 1}))
+    ift = recipe("ift", **{"init.from": pt, "data.file": ift_json, "train.max_steps": 1})
+    folder, seen = grown(ift, "ift", monkeypatch)
+    assert {n.partition(".")[0] for n in seen["gradients"]} == {"llm", "projector"}
+    assert all(g.isfinite().all() for g in seen["gradients"].values())
+    before, after = load_file(pt / "adapter.safetensors"), load_file(folder / "model.safetensors")
+    for name in before:
+        if name.startswith("task_tokens."):
+            assert torch.equal(before[name], after[name]), name
+        if name.startswith("projector."):
+            assert not torch.equal(before[name], after[name]), name
+    assert not any(name.startswith(("predictors.", "logit_scales.")) for name in after)
+    assert OlaVLM.from_pretrained(folder).config.with_predictors is False
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-2)])
+def test_cached_and_online_targets_give_the_same_losses(recipe, make_store, store32, tmp_path, dtype, tolerance):
+    store = store32 if dtype == "float32" else make_store(dtype)
+    common = {"train.max_steps": 5, "targets.store": store}
+    _, cached = run(recipe(**common, **{"train.output_dir": tmp_path / "cached"}))
+    online = {"targets.source": "online", "targets.store": "null", "train.output_dir": tmp_path / "online"}
+    _, live = run(recipe(**{**common, **online}))
+    assert_close(losses(cached), losses(live), tolerance)
+
+
+@pytest.mark.parametrize("stage", ["pt", "ift"])
+def test_accumulation_equals_one_big_batch(recipe, ift_json, stage, tmp_path):
+    common = {"train.max_steps": 3}
+    if stage == "ift":
+        pt, _ = run(recipe(**{"train.max_steps": 1, "train.output_dir": tmp_path / "start"}))
+        common |= {"init.from": pt, "data.file": ift_json}
+    settings = [(4, 1), (2, 2), (1, 4)]
+    runs = [
+        run(
+            recipe(
+                stage,
+                **common,
+                **{"train.batch_size": b, "train.accumulation": a, "train.output_dir": tmp_path / f"{b}x{a}"},
+            ),
+            stage,
+        )
+        for b, a in settings
+    ]
+    weights = [load_file(f / ("adapter.safetensors" if stage == "pt" else "model.safetensors")) for f, _ in runs]
+    for (_, metrics), state in zip(runs[1:], weights[1:], strict=True):
+        assert_close(losses(metrics), losses(runs[0][1]), 1e-5)
+        for name, value in state.items():
+            torch.testing.assert_close(value, weights[0][name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("stage", ["pt", "ift"])
+def test_resume_is_bit_for_bit(recipe, ift_json, stage, tmp_path):
+    common = {"train.epochs": 4}
+    if stage == "ift":
+        pt, _ = run(recipe(**{"train.max_steps": 1, "train.output_dir": tmp_path / "start"}))
+        common |= {"init.from": pt, "data.file": ift_json}
+    whole, expected = run(recipe(stage, **common, **{"train.max_steps": 6, "train.output_dir": tmp_path / "a"}), stage)
+    for steps in (2, 4, 6):  # resumed twice, and in the second epoch
+        half, metrics = run(
+            recipe(stage, **common, **{"train.max_steps": steps, "train.output_dir": tmp_path / "b"}), stage
+        )
+        assert [line["step"] for line in metrics] == list(range(1, steps + 1))
+    name = "adapter.safetensors" if stage == "pt" else "model.safetensors"
+    assert (half / name).read_bytes() == (whole / name).read_bytes()
+    assert losses(metrics) == losses(expected)
+
+
+def test_a_finished_run_is_not_trained_again(recipe):
+    folder, metrics = run(recipe(**{"train.max_steps": 2}))
+    before = (folder / "adapter.safetensors").read_bytes()
+    _, again = run(recipe(**{"train.max_steps": 2}))
+    assert again == metrics
+    assert (folder / "adapter.safetensors").read_bytes() == before
+
+
+def test_another_recipe_does_not_resume_a_run(recipe):
+    run(recipe(**{"train.max_steps": 1}))
+    with pytest.raises(TrainingError, match="another recipe"):
+        run(recipe(**{"train.max_steps": 2, "train.lr": 0.5}))
+
+
+def test_two_processes_equal_one(recipe, tmp_path):
+    _, expected = run(recipe(**{"train.max_steps": 2, "train.output_dir": tmp_path / "one"}))
+    two = recipe(**{"train.max_steps": 2, "train.batch_size": 2, "train.output_dir": tmp_path / "two"})
+    (tmp_path / "two.json").write_text(json.dumps(two.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m",
+               "olavlm.pipelines.train", "pt", "--config", str(tmp_path / "two.json")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_close(losses(read_metrics(tmp_path / "two" / "metrics.jsonl")), losses(expected), 1e-5)
+    one, both = (load_file(tmp_path / n / "adapter.safetensors") for n in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(both[name], one[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_losses_fall(recipe):
+    """In pt the LLM is frozen, and random here, so that the text loss has little room; the embedding losses have more."""
+    _, metrics = run(recipe(**{"train.epochs": 8, "train.lr": 3e-3}))
+    first, last = (
+        {n: sum(line[n] for line in part) / 4 for n in losses(metrics)[0]} for part in (metrics[:4], metrics[-4:])
+    )
+    assert last["loss/text"] < first["loss/text"] - 0.05
+    for name in TERMS:
+        if name.endswith("smooth_l1"):
+            assert last[name] < 0.9 * first[name], name
+
+
+def test_quarantined_rows_are_masked_and_counted(recipe, make_store, pt_json, tmp_path):
+    """One image is broken for the extraction and whole for the training: its row trains text alone."""
+    samples = json.loads(pt_json.read_text())
+    images = tmp_path / "images"
+    shutil.copytree(recipe().image_roots[0], images)
+    victim = images / samples[0]["image"]
+    good = victim.read_bytes()
+    victim.write_bytes(b"")
+    store = make_store("float32", images=images)
+    assert FeatureStore(store)["depth"].failure(samples[0]["image"]).reason == "empty"
+    victim.write_bytes(good)
+    n = len(samples)
+    whole_set = {"train.batch_size": n, "train.max_steps": 1, "targets.store": store}
+    _, metrics = run(recipe(**whole_set, **{"data.images": images, "train.output_dir": tmp_path / "a"}))
+    assert [metrics[0][f"valid/{t}"] for t in LAYERS] == [n - 1] * 3
+    assert metrics[0]["bad_images"] == 0
+
+    victim.write_bytes(b"")  # now the trainer cannot read it either: its text trains nothing
+    _, masked = run(recipe(**whole_set, **{"data.images": images, "train.output_dir": tmp_path / "b"}))
+    assert masked[0]["bad_images"] == 1
+    assert 0 < masked[0]["supervised_tokens"] < metrics[0]["supervised_tokens"]
+
+
+def test_a_zero_embedding_loss_stops_the_run(recipe, monkeypatch):
+    """The control: with the loss zeroed as the public code zeroed it, the guard speaks."""
+    from olavlm.student import task
+
+    monkeypatch.setattr(task, "smooth_l1_sum", lambda p, t, v: p.sum() * 0)
+    with pytest.raises(TrainingError, match="exactly zero though the batch has valid targets"):
+        run(recipe(**{"train.max_steps": 1}))
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_samples(recipe, monkeypatch, pt_json):
+    from olavlm.student import task
+
+    monkeypatch.setattr(task, "smooth_l1_sum", lambda p, t, v: p.sum() * float("nan"))
+    with pytest.raises(TrainingError, match=r"step 1: .* is nan; samples of process 0: ") as error:
+        run(recipe(**{"train.max_steps": 1}))
+    assert any(s["id"] in str(error.value) for s in json.loads(pt_json.read_text()))
+
+
+def test_adapter_builds_the_trained_model_again(recipe):
+    folder, _ = run(recipe(**{"train.max_steps": 2}))
+    model, _ = read_adapter(folder).build()
+    weights = load_file(folder / "adapter.safetensors")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
+    assert not any(name.startswith(("llm.", "vision.")) for name in weights)
+    generator, tokenizer = load_checkpoint(folder)
+    assert isinstance(generator.answer(tokenizer, None, "Hello?", max_new_tokens=3), str)
+
+
+def test_schedule_warms_up_and_falls_to_zero(recipe):
+    made = recipe(**{"train.epochs": 10, "train.lr": 1.0, "train.warmup": 0.1})
+    schedule = Schedule(made, steps_per_epoch=10)
+    assert (schedule.total_steps, schedule.warmup_steps) == (100, 10)
+    assert schedule.lr(0) == pytest.approx(0.1)
+    assert schedule.lr(9) == schedule.lr(10) == pytest.approx(1.0)
+    assert schedule.lr(55) == pytest.approx(0.5)
+    assert 0 < schedule.lr(99) < 1e-3
+    stopped = recipe(**{"train.epochs": 10, "train.lr": 1.0, "train.warmup": 0.1, "train.max_steps": 30})
+    assert Schedule(stopped, 10).lr(29) == schedule.lr(29)
+
+
+class TestRefusalBeforeAnyModelIsLoaded:
+    @pytest.fixture(autouse=True)
+    def no_model(self, monkeypatch):
+        def start_model(*args):
+            raise AssertionError("a model was loaded")
+
+        monkeypatch.setattr(trainer_module, "start_model", start_model)
+
+    def test_control(self, recipe):
+        with pytest.raises(AssertionError, match="a model was loaded"):
+            run(recipe())
+
+    def test_store_that_does_not_exist(self, recipe, tmp_path):
+        with pytest.raises(
+            TargetsError, match=r"not a feature store.*olavlm-extract --teacher gen=.* --teacher depth="
+        ):
+            run(recipe(**{"targets.store": tmp_path / "none"}))
+
+    def test_no_store(self, recipe):
+        with pytest.raises(RecipeError, match=r"targets\.store is not set"):
+            run(recipe(**{"targets.store": "null"}))
+
+    def test_teacher_that_the_store_lacks(self, recipe, make_store, tiny):
+        store = make_store("float16", teachers=("depth",))
+        with pytest.raises(TargetsError) as error:
+            run(recipe(**{"targets.store": store}))
+        assert "lacks gen, seg (it has depth)" in str(error.value)
+        assert f"olavlm-extract --teacher gen={tiny['gen']} --teacher seg={tiny['seg']} --data" in str(error.value)
+
+    def test_card_of_another_recipe_and_geometry(self, recipe):
+        with pytest.raises(
+            TargetsError, match=r"'depth': recipe is 'mean4' and the recipe wants 'last'.*--recipe last"
+        ):
+            run(recipe(**{"tasks.depth.recipe": "last"}))
+        with pytest.raises(TargetsError, match=r"geometry is 'reference' and the recipe wants 'pad'.*--geometry pad"):
+            run(recipe(**{"targets.geometry": "pad"}))
+        with pytest.raises(TargetsError, match="'depth': name is 'depth' and the recipe wants 'seg'"):
+            run(recipe(**{"tasks.seg.key": "depth", "tasks.depth": "null", "tasks.gen": "null"}))
+
+    def test_store_that_does_not_cover_the_dataset(self, recipe, pt_json, tmp_path, store32):
+        more = json.loads(pt_json.read_text())
+        more.append({**more[0], "id": "new", "image": "new.jpg"})
+        (tmp_path / "more.json").write_text(json.dumps(more))
+        with pytest.raises(TargetsError, match=r"1 of its 11 images .first: 'new.jpg'. are not in the plan.*extract"):
+            run(recipe(**{"data.file": tmp_path / "more.json"}))
+
+    def test_unfinished_store(self, recipe, store32, tmp_path):
+        store = tmp_path / "half"
+        shutil.copytree(store32, store)
+        next((store / "seg" / "commits").glob("000001.*")).unlink()
+        with pytest.raises(TargetsError, match=r"4 of its 10 images have no 'seg' features yet.*--teacher seg="):
+            run(recipe(**{"targets.store": store}))
+        assert StoreBuilder(store).plan().num_images == 10
+
+    def test_ift_without_a_start(self, recipe):
+        made = recipe("ift")
+        with pytest.raises(AssertionError, match="a model was loaded"):
+            run(made, "ift")
