@@ -38,6 +38,8 @@ class ShardTask:
     start: int
     stop: int
     segment: str
+    supersedes: int | None = None
+    """Revision of the commit that is to be replaced; None if the shard was not committed when the task was made."""
 
     @property
     def num_rows(self) -> int:
@@ -202,5 +204,6 @@ def pending(group: TeacherFeatures, limit: int | None = None, *, retry_failed: b
             record = None  # to a writer a damaged shard does not exist
         if record is not None:
             stop = max(stop, record.rows[1])  # a committed row is never given up
-        tasks.append(ShardTask(group.key, shard, first, stop, group.plan.segment_of(first).hash))
+        supersedes = None if record is None else record.revision
+        tasks.append(ShardTask(group.key, shard, first, stop, group.plan.segment_of(first).hash, supersedes))
     return tasks

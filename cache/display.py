@@ -216,7 +216,7 @@ def extracted_from(store: FeatureStore) -> list[str]:
             specs, recorded = list(arguments["images"]), str(arguments.get("store", ""))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        found = [_existing(str(spec), started_in(store.path, recorded)) for spec in specs]
+        found = [reachable_root(str(spec), started_in(store.path, recorded)) for spec in specs]
         return [spec for spec in found if spec is not None]
     return []
 
@@ -229,8 +229,8 @@ def started_in(folder: Path, recorded: str) -> Path | None:
     return Path(*whole[: -len(parts)])
 
 
-def _existing(spec: str, base: Path | None) -> str | None:
-    """An image root `[PREFIX=]LOCATION` with its location as it can be reached from here, None if it is gone."""
+def reachable_root(spec: str, base: Path | None) -> str | None:
+    """A recorded image root `[PREFIX=]LOCATION` as it can be reached, from here or from `base`; None if it is gone."""
     prefix, eq, location = spec.partition("=")
     if not eq or "://" in prefix or Path(spec).exists():
         prefix, eq, location = "", "", spec
@@ -331,8 +331,8 @@ def teacher_html(features: TeacherFeatures) -> str:
     rows, tokens, dim = features.shape
     return (
         f'<div style="{_FRAME}"><b>TeacherFeatures</b> <code>{escape(features.key)}</code>'
-        f'<div style="{_FAINT}">{rows:,} plan rows {TIMES} {tokens} tokens {TIMES} {dim}, {features.dtype}, {_size(features)}, '
-        f"{features.layout.shard_rows} rows a shard</div>"
+        f'<div style="{_FAINT}">{rows:,} plan rows {TIMES} {tokens} tokens {TIMES} {dim}, {features.dtype}, '
+        f"{_size(features)}, {features.layout.shard_rows} rows a shard</div>"
         f'<div style="margin:6px 0">{_coverage(features)}</div>{_card(features.card, is_open=True)}</div>'
     )
 
@@ -345,7 +345,7 @@ def _size(features: TeacherFeatures) -> str:
     """Of the valid rows' features."""
     size = features.coverage().valid * features.layout.row_bytes
     step = min(4, int(math.log10(max(1, size)) // 3))
-    return f"{size / 1000**step:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[step]}"
+    return f"{size / 1000**step:.4g} {('B', 'kB', 'MB', 'GB', 'TB')[step]}"
 
 
 def _coverage(features: TeacherFeatures) -> str:

@@ -231,7 +231,7 @@ def run_tasks(args: argparse.Namespace, specs: list[TeacherSpec], device: str, t
                     if result.outcome == "committed":
                         tally.add(result)
                         progress.update(task.num_rows)
-                    elif _done_by_another(args.store, task):
+                    elif result.outcome == "done":
                         progress.update(task.num_rows)
                     else:
                         held[task] = time.monotonic() + HELD_SECONDS
@@ -251,11 +251,6 @@ def _absolute_root(text: str) -> str:
     if not eq or "://" in prefix or Path(text).exists():
         prefix, eq, location = "", "", text
     return text if "://" in location else f"{prefix}{eq}{Path(location).absolute()}"
-
-
-def _done_by_another(store: str, task: ShardTask) -> bool:
-    record = FeatureStore(store)[task.key].record(task.shard)
-    return record is not None and record.rows[1] >= task.stop
 
 
 def sweep(builder: StoreBuilder, tasks: list[ShardTask]) -> None:
@@ -292,7 +287,7 @@ def summarise(
     if tally.shards:
         busy = 100 * tally.forward_seconds / tally.worker_seconds if tally.worker_seconds else 0.0
         print(
-            f"extracted {tally.rows} rows in {tally.shards} shards, {tally.bytes / 1e6:.1f} MB, in {seconds / 3600:.4f} h: "
+            f"extracted {tally.rows} rows in {tally.shards} shards, {tally.bytes / 1e6:.1f} MB, {seconds / 3600:.4f} h: "
             f"{tally.rows / seconds:.2f} rows/s, {tally.bytes / 1e6 / seconds:.2f} MB/s, device busy {busy:.0f} %"
         )
     _name_failures(bad)

@@ -74,7 +74,8 @@ class Prepared:
 
 @dataclass
 class ShardResult:
-    """What became of a task. `outcome` is "committed", "held" (another writer has it) or "lost" (one took it over)."""
+    """What became of a task. `outcome` is "committed", "done" (another writer was first), "held" (one is at work on it)
+    or "lost" (one took it over)."""
 
     task: ShardTask
     outcome: str
@@ -113,7 +114,11 @@ class ShardExtractor:
             raise ValueError(f"the teacher loaded here for '{task.key}' is not the store's: the model files changed")
         images = [group.plan.image_of(row) for row in range(task.start, task.stop)]
         try:
-            with self.builder.writer(group).begin(task.shard, (task.start, task.stop), task.segment) as shard:
+            writer = self.builder.writer(group)
+            with writer.begin(task.shard, (task.start, task.stop), task.segment) as shard:
+                standing = writer.valid_record(task.shard)
+                if standing is not None and standing.revision != task.supersedes:
+                    return ShardResult(task, "done")
                 forward_seconds, writes = 0.0, []
                 for batch in self._prepared_batches(teacher, images):
                     t = time.perf_counter()

@@ -101,7 +101,7 @@ class Collator:
         )
 
     def _encode(self, sample: Sample) -> dict[str, list[int]]:
-        has_placeholder = any(IMAGE_TOKEN in turn["value"] for turn in sample.conversations)
+        has_placeholder = any(IMAGE_TOKEN in turn["value"] for turn in sample.conversations if turn["from"] == "human")
         if has_placeholder != (sample.image is not None):
             raise SampleError(
                 f"sample {sample.id}: a sample has {IMAGE_TOKEN} in its text if and only if it has an image; "

@@ -8,8 +8,8 @@
 Source: arXiv 2412.09585. The parts are the library's own models.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,10 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    CLIPVisionConfig,
     GenerationConfig,
-    LlamaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,9 +29,7 @@ from transformers.utils import ModelOutput
 
 from olavlm.student.assembly import (
     AssembledBatch,
-    KeyBlocks,
     assemble,
-    check_key_blocks,
     key_mask,
     locate,
 )
@@ -43,93 +37,26 @@ from olavlm.student.conversation import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
     encode_prompt,
-    get_template,
     prepare_tokenizer,
     terminator_id,
 )
+from olavlm.student.decoder import capture_states, decoder_blocks, grow_vocabulary, head_is_plain
 from olavlm.student.encoders import (
     Geometry,
-    ImageTransform,
     VisionEncoder,
     load_complete,
     load_errors,
     load_image_transform,
     refuse_missing,
 )
-from olavlm.student.errors import ModelError, RecipeError, SampleError
+from olavlm.student.errors import RecipeError, SampleError
 from olavlm.student.losses import text_loss_sum
+from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.predictor import EmbeddingPredictor
-from olavlm.student.tokens import QueryKind, TaskSpec, TaskTokens
+from olavlm.student.tokens import TaskSpec, TaskTokens
 
 LOGIT_SCALE_INIT = 2.0
 """Initial value of the learnt s; similarities are multiplied by exp(s)."""
-
-
-class OlaVLMConfig(PreTrainedConfig):
-    """Everything that rebuilds the model around its weights.
-
-    Args:
-        text_config, vision_config: configs of the language model and of the vision tower.
-        tasks: `TaskSpec` fields of each task, in the order in which their tokens are inserted.
-        num_task_tokens: N, tokens inserted for each task; 0 for none.
-        with_predictors: whether predictors and logit scales are part of the model; a finetuned model has none.
-        gen_query: queries of tasks with one teacher token: `contextual`, the layer's states at the task's tokens, or
-            `raw`, the parameter itself.
-        key_blocks, include_answer: what predictors attend to (`olavlm.student.assembly.key_mask`).
-        image_token_id: id of `<image>`.
-        select_layer: hidden state of the vision tower.
-        template: prompt template the model is trained with.
-        geometry, image_mean, image_std: image transform the model is trained with.
-        max_sequence_length: longest sequence in training, inserted tokens included; the rest is cut.
-    """
-
-    model_type = "olavlm"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012
-
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    tasks: list | None = None
-    num_task_tokens: int = 8
-    with_predictors: bool = True
-    gen_query: QueryKind = "contextual"
-    key_blocks: KeyBlocks = "sys+img+t+txt"
-    include_answer: bool = True
-    image_token_id: int = 0
-    select_layer: int = -2
-    template: str = "llama_3"
-    geometry: Geometry = "square"
-    image_mean: list | None = None
-    image_std: list | None = None
-    max_sequence_length: int = 4096
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.text_config = _as_config(self.text_config, LlamaConfig)
-        self.vision_config = _as_config(self.vision_config, CLIPVisionConfig)
-        self.tasks = [task.to_dict() if isinstance(task, TaskSpec) else task for task in self.tasks or []]
-        if self.gen_query not in ("contextual", "raw"):
-            raise RecipeError(f"gen_query={self.gen_query!r} must be one of contextual, raw")
-        check_key_blocks(self.key_blocks)
-        get_template(self.template)
-        # The base class would set the parts' attention to this config's own, which is none.
-        parts = {name: getattr(self, name)._attn_implementation for name in self.sub_configs}
-        super().__post_init__(**{"attn_implementation": parts} | kwargs)
-
-    @property
-    def task_specs(self) -> tuple[TaskSpec, ...]:
-        """The tasks, in the order of insertion."""
-        return tuple(TaskSpec.from_dict(task) for task in self.tasks)
-
-    @property
-    def image_transform(self) -> ImageTransform:
-        """What turns an image into `pixel_values`."""
-        transform = ImageTransform(self.vision_config.image_size, geometry=self.geometry)
-        return ImageTransform(
-            transform.size,
-            tuple(self.image_mean or transform.mean),
-            tuple(self.image_std or transform.std),
-            self.geometry,
-        )
 
 
 @dataclass
@@ -264,8 +191,8 @@ class OlaVLM(PreTrainedModel):
             llm=language_model,
             vision=vision,
         )
-        _grow_vocabulary(model.llm, len(tokenizer))
-        model._head_is_plain = model._check_head()
+        grow_vocabulary(model.llm, len(tokenizer))
+        model._head_is_plain = head_is_plain(model.llm)
         return model
 
     @classmethod
@@ -282,7 +209,7 @@ class OlaVLM(PreTrainedModel):
         refuse_missing(path, info)
         with suppress(OSError):  # without generation settings, those of the LLM's config stay
             model.llm.generation_config = GenerationConfig.from_pretrained(path)
-        model._head_is_plain = model._check_head()
+        model._head_is_plain = head_is_plain(model.llm)
         return (model, info) if with_info else model
 
     def save_pretrained(
@@ -451,7 +378,7 @@ class OlaVLM(PreTrainedModel):
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None]:
         """Final states [B, L, H], states after the wanted blocks, and logits if wanted or if the head is not plain."""
         if self._head_is_plain is None:
-            self._head_is_plain = self._check_head()
+            self._head_is_plain = head_is_plain(self.llm)
         inputs = {"inputs_embeds": batch.embeds, "attention_mask": batch.attention_mask, "use_cache": False}
         with capture_states(self.llm, layers) as states:
             if with_logits or not self._head_is_plain:
@@ -501,92 +428,9 @@ class OlaVLM(PreTrainedModel):
         positions = positions.clamp(max=keys.shape[1] - 1)  # [B, N]
         return keys.gather(1, positions[..., None].expand(-1, -1, keys.shape[-1]))
 
-    @torch.no_grad()
-    def _check_head(self) -> bool:
-        """Whether the LLM's logits are its output embeddings applied to its final states, and nothing more.
-
-        One forward, in which the output embeddings give known numbers of up to 100, so that a model which scales, caps
-        or shifts its logits is found whatever its weights.
-        """
-        head = self.llm.get_output_embeddings()
-        if head is None or self.device.type == "meta":
-            return False
-        seen: dict[str, torch.Tensor] = {}
-
-        def replace(_module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-            seen["input"] = inputs[0]
-            known = torch.linspace(-100, 100, output.numel(), device=output.device)
-            seen["output"] = known.to(output.dtype).view_as(output)
-            return seen["output"]
-
-        was_training = self.llm.training
-        self.llm.eval()
-        handle = head.register_forward_hook(replace)
-        try:
-            ids = torch.arange(4, device=self.llm.device)[None] % self.llm.config.get_text_config().vocab_size
-            with capture_states(self.llm, set()) as states:
-                logits = self.llm(input_ids=ids, use_cache=False).logits
-        finally:
-            handle.remove()
-            self.llm.train(was_training)
-        return (
-            "input" in seen
-            and torch.equal(seen["input"], states["last"])
-            and torch.equal(logits, seen["output"].to(logits.dtype))
-        )
-
-
-def decoder_blocks(llm: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder blocks of a causal LM; ModelError for an architecture that keeps them elsewhere."""
-    decoder = llm.get_decoder()
-    names = ("layers", "h", "blocks")
-    for name in names:
-        if isinstance(blocks := getattr(decoder, name, None), nn.ModuleList):
-            return blocks
-    raise ModelError(f"{type(llm).__name__} has no list of decoder blocks among {', '.join(names)}")
-
-
-@contextmanager
-def capture_states(llm: PreTrainedModel, layers: set[int]) -> Iterator[dict[int | str, torch.Tensor]]:
-    """Collects [B, L, H] states in one forward of the LLM within the context.
-
-    Key l is the output of decoder block l, counted from 1; for the last block it is after the final norm, as in the
-    library's `hidden_states`. Key "last" is always there: the decoder's output.
-    """
-    blocks = decoder_blocks(llm)
-    states: dict[int | str, torch.Tensor] = {}
-
-    def keep_block(layer: int):
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            states[layer] = output if isinstance(output, torch.Tensor) else output[0]
-
-        return hook
-
-    def keep_last(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        states["last"] = output[0]
-        if len(blocks) in layers:
-            states[len(blocks)] = output[0]
-
-    handles = [llm.get_decoder().register_forward_hook(keep_last)]
-    handles += [blocks[layer - 1].register_forward_hook(keep_block(layer)) for layer in layers if layer < len(blocks)]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
-
 
 def _predictor_key(task: str, layer: int) -> str:
     return f"{task}_{layer}"
-
-
-def _as_config(config: dict | PreTrainedConfig | None, default: type[PreTrainedConfig]) -> PreTrainedConfig:
-    if config is None:
-        return default()
-    if isinstance(config, PreTrainedConfig):
-        return config
-    fields = dict(config)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def _as_input_of(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -594,18 +438,5 @@ def _as_input_of(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     return states if torch.is_autocast_enabled(states.device.type) else states.to(weight.dtype)
 
 
-@torch.no_grad()
-def _grow_vocabulary(llm: PreTrainedModel, size: int) -> None:
-    """Gives the LLM at least `size` vocabulary rows; new rows are the mean of the existing ones."""
-    old = llm.get_input_embeddings().num_embeddings
-    if size <= old:
-        return
-    llm.resize_token_embeddings(size, mean_resizing=False)
-    for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
-        weight = module.weight
-        weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
-
-
-AutoConfig.register(OlaVLMConfig.model_type, OlaVLMConfig, exist_ok=True)
 AutoModel.register(OlaVLMConfig, OlaVLM, exist_ok=True)
 AutoModelForImageTextToText.register(OlaVLMConfig, OlaVLM, exist_ok=True)

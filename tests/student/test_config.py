@@ -109,7 +109,7 @@ def test_wrong_values_are_one_line(write, override, message):
 
 
 def test_missing_file_lists_the_shipped_recipes():
-    with pytest.raises(RecipeError, match="does not exist; give a file or one of .*tiny"):
+    with pytest.raises(RecipeError, match=r"does not exist; give a file or one of .*tiny"):
         load_recipe("no/such.yaml", [], "pt")
 
 

@@ -19,9 +19,11 @@ from transformers import (
 )
 
 from olavlm.student.conversation import IGNORE_INDEX, IMAGE_TOKEN, encode_prompt
+from olavlm.student.decoder import capture_states, decoder_blocks, head_is_plain
 from olavlm.student.encoders import VisionEncoder
 from olavlm.student.errors import ModelError
-from olavlm.student.model import OlaVLM, OlaVLMConfig, capture_states, decoder_blocks
+from olavlm.student.model import OlaVLM
+from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.tokens import TaskSpec
 
 SHAPES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -280,9 +282,9 @@ def test_other_llms_and_heads_that_do_more(name, tiny, tokenizer, tmp_path, make
 
 def test_head_that_reads_other_states_is_found(build):
     model = build()
-    assert model._check_head()
+    assert head_is_plain(model.llm)
     model.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 0.5,))
-    assert not model._check_head()
+    assert not head_is_plain(model.llm)
 
 
 def test_unknown_architecture():

@@ -1,0 +1,90 @@
+"""The model's config: all that rebuilds an `OlaVLM` around its weights, as `config.json` keeps it."""
+
+from typing import Any
+
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+
+from olavlm.student.assembly import KeyBlocks, check_key_blocks
+from olavlm.student.conversation import get_template
+from olavlm.student.encoders import Geometry, ImageTransform
+from olavlm.student.errors import RecipeError
+from olavlm.student.tokens import QueryKind, TaskSpec
+
+
+class OlaVLMConfig(PreTrainedConfig):
+    """Everything that rebuilds the model around its weights.
+
+    Args:
+        text_config, vision_config: configs of the language model and of the vision tower.
+        tasks: `TaskSpec` fields of each task, in the order in which their tokens are inserted.
+        num_task_tokens: N, tokens inserted for each task; 0 for none.
+        with_predictors: whether predictors and logit scales are part of the model; a finetuned model has none.
+        gen_query: queries of tasks with one teacher token: `contextual`, the layer's states at the task's tokens, or
+            `raw`, the parameter itself.
+        key_blocks, include_answer: what predictors attend to (`olavlm.student.assembly.key_mask`).
+        image_token_id: id of `<image>`.
+        select_layer: hidden state of the vision tower.
+        template: prompt template the model is trained with.
+        geometry, image_mean, image_std: image transform the model is trained with.
+        max_sequence_length: longest sequence in training, inserted tokens included; the rest is cut.
+    """
+
+    model_type = "olavlm"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    tasks: list | None = None
+    num_task_tokens: int = 8
+    with_predictors: bool = True
+    gen_query: QueryKind = "contextual"
+    key_blocks: KeyBlocks = "sys+img+t+txt"
+    include_answer: bool = True
+    image_token_id: int = 0
+    select_layer: int = -2
+    template: str = "llama_3"
+    geometry: Geometry = "square"
+    image_mean: list | None = None
+    image_std: list | None = None
+    max_sequence_length: int = 4096
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.text_config = _as_config(self.text_config, LlamaConfig)
+        self.vision_config = _as_config(self.vision_config, CLIPVisionConfig)
+        self.tasks = [task.to_dict() if isinstance(task, TaskSpec) else task for task in self.tasks or []]
+        if self.gen_query not in ("contextual", "raw"):
+            raise RecipeError(f"gen_query={self.gen_query!r} must be one of contextual, raw")
+        check_key_blocks(self.key_blocks)
+        get_template(self.template)
+        # The base class would set the parts' attention to this config's own, which is none.
+        parts = {name: getattr(self, name)._attn_implementation for name in self.sub_configs}
+        super().__post_init__(**{"attn_implementation": parts} | kwargs)
+
+    @property
+    def task_specs(self) -> tuple[TaskSpec, ...]:
+        """The tasks, in the order of insertion."""
+        return tuple(TaskSpec.from_dict(task) for task in self.tasks)
+
+    @property
+    def image_transform(self) -> ImageTransform:
+        """What turns an image into `pixel_values`."""
+        transform = ImageTransform(self.vision_config.image_size, geometry=self.geometry)
+        return ImageTransform(
+            transform.size,
+            tuple(self.image_mean or transform.mean),
+            tuple(self.image_std or transform.std),
+            self.geometry,
+        )
+
+
+def _as_config(config: dict | PreTrainedConfig | None, default: type[PreTrainedConfig]) -> PreTrainedConfig:
+    if config is None:
+        return default()
+    if isinstance(config, PreTrainedConfig):
+        return config
+    fields = dict(config)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+AutoConfig.register(OlaVLMConfig.model_type, OlaVLMConfig, exist_ok=True)

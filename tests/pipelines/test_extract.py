@@ -1,0 +1,264 @@
+"""olavlm-extract: a Ray job that resumes, repeats nothing, survives kills, and says what is wrong in one line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from olavlm.cache import FeatureStore
+from olavlm.cache.records import Record
+from olavlm.pipelines.extract import main
+from olavlm.teachers import load_teacher
+
+SAMPLE_ROWS = 10
+
+
+@pytest.fixture
+def images():
+    from importlib.resources import files
+
+    return Path(str(files("olavlm.pipelines") / "sample" / "images"))
+
+
+@pytest.fixture
+def words(tiny, pt_json, images, tmp_path):
+    """Arguments of an extraction of one teacher into tmp_path/store."""
+
+    def make(*more, teachers=("depth",), data=pt_json, roots=images, store=tmp_path / "store"):
+        named = [w for t in teachers for w in ("--teacher", f"{t}={tiny[t]}")]
+        fixed = ["--data", data, "--images", roots, "--store", store, "--batch-size", 4, "--device", "cpu"]
+        return [str(w) for w in (*named, *fixed, *more)]
+
+    return make
+
+
+def shard_bytes(store: Path) -> dict[str, bytes]:
+    """What two runs must agree on: plan segments, shard files, and records without host and timings."""
+    files = {str(f.relative_to(store)): f.read_bytes() for f in store.glob("plan/*.parquet")}
+    files |= {str(f.relative_to(store)): f.read_bytes() for f in store.glob("*/features/c/*/0/0")}
+    files |= {
+        str(f.relative_to(store)): json.dumps(Record.read(f).comparable(), sort_keys=True).encode()
+        for f in store.glob("*/commits/*.json")
+    }
+    return files
+
+
+def test_all_teachers_at_once_equal_encode_and_a_second_run_does_nothing(
+    words, tiny, pt_json, images, tmp_path, capsys
+):
+    arguments = words("--shard-rows", 4, "--dtype", "float32", teachers=("depth", "seg", "gen"))
+    assert main(arguments) == 0
+    store = FeatureStore(tmp_path / "store")
+    assert store.teachers == ["depth", "gen", "seg"]
+    from olavlm.cache import ImageRoots
+
+    image = store.plan["image"][7].as_py()
+    for name in store.teachers:
+        teacher = load_teacher(name, model=tiny[name], device="cpu")
+        expected = teacher.encode([ImageRoots([str(images)]).open(image)])[0].numpy()
+        np.testing.assert_allclose(store[name][image], expected, atol=1e-5, rtol=1e-5)
+        np.testing.assert_array_equal(zarr.open_group(store.path, mode="r")[f"{name}/features"][7], store[name][7])
+
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "store").glob("*/**/*") if f.is_file()}
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("all committed, nothing to do") == 3
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+
+
+def test_one_teacher_at_a_time_and_any_number_of_workers_give_the_same_bytes(words, tmp_path):
+    assert main(words("--shard-rows", 2, "--workers", 2, teachers=("depth", "gen"))) == 0
+    for name in ("gen", "depth"):
+        assert main(words("--shard-rows", 2, "--workers", 1, teachers=(name,), store=tmp_path / "other")) == 0
+    assert shard_bytes(tmp_path / "other") == shard_bytes(tmp_path / "store")
+    assert len(shard_bytes(tmp_path / "store")) == 1 + 2 * 2 * 5
+
+
+def test_killed_half_way_then_run_again_ends_with_the_same_bytes(words, tmp_path):
+    arguments = words("--shard-rows", 1, "--workers", 1, teachers=("seg",), store=tmp_path / "killed")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "olavlm.pipelines.extract", *arguments],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    commits = tmp_path / "killed" / "seg" / "commits"
+    deadline = time.monotonic() + 120
+    while len(list(commits.glob("*.json"))) < 3:
+        assert process.poll() is None, "the extraction ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)  # the driver alone: its actors have to notice
+    process.wait()
+    committed = len(list(commits.glob("*.json")))
+    assert 3 <= committed < SAMPLE_ROWS, "the control: some shards were committed before the kill, not all"
+
+    again = words("--shard-rows", 1, "--workers", 1, teachers=("seg",), store=tmp_path / "killed")
+    assert main(again) == 0
+    assert main(words("--shard-rows", 1, "--workers", 2, teachers=("seg",), store=tmp_path / "whole")) == 0
+    assert shard_bytes(tmp_path / "killed") == shard_bytes(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob("seg/leases/*"))
+    assert not list((tmp_path / "killed").glob("seg/staging/*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal_it_drops_what_is_in_flight_and_exits_1(words, tmp_path, number):
+    arguments = words("--shard-rows", 1, "--workers", 1, teachers=("seg",))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "olavlm.pipelines.extract", *arguments], stderr=subprocess.PIPE, text=True
+    )
+    commits = tmp_path / "store" / "seg" / "commits"
+    deadline = time.monotonic() + 120
+    while not list(commits.glob("*.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"stopped by {number.name}" in errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "store" / "seg" / "leases").iterdir())
+    assert not list((tmp_path / "store" / "seg" / "staging").iterdir())
+
+
+def test_zip_gives_the_same_bytes_as_the_folder(words, images, tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for file in images.iterdir():
+            archive.write(file, file.name)
+    assert main(words("--shard-rows", 4)) == 0
+    assert main(words("--shard-rows", 4, roots=tmp_path / "images.zip", store=tmp_path / "zipped")) == 0
+    assert shard_bytes(tmp_path / "zipped") == shard_bytes(tmp_path / "store")
+
+
+def test_bad_images_are_quarantined_named_and_tried_again(words, images, pt_json, tmp_path, capsys):
+    broken = tmp_path / "images"
+    shutil.copytree(images, broken)
+    names = [s["image"] for s in json.loads(pt_json.read_text())]
+    (broken / names[1]).unlink()
+    (broken / names[2]).write_bytes(b"")
+    (broken / names[5]).write_bytes(b"this is no image")
+    whole = (broken / names[6]).read_bytes()
+    (broken / names[6]).write_bytes(whole[: len(whole) // 2])
+    arguments = words("--shard-rows", 4, roots=broken)
+    for _ in range(2):  # on a re-run too
+        assert main(arguments) == 1
+        errors = capsys.readouterr().err
+        for row, reason in ((1, "missing"), (2, "empty"), (5, "not-an-image"), (6, "truncated")):
+            assert f"depth row {row}: {names[row]}: {reason}" in errors
+        assert "4 rows quarantined, 0 missing" in errors
+    store = FeatureStore(tmp_path / "store")
+    values, valid = store["depth"].read(range(SAMPLE_ROWS))
+    assert [i for i, ok in enumerate(valid) if not ok] == [1, 2, 5, 6]
+    assert np.isnan(values[~valid]).all()
+    assert np.isfinite(values[valid]).all()
+    assert main([*arguments, "--limit", "1"]) == 0  # no wanted row is quarantined
+
+    shutil.copytree(images, broken, dirs_exist_ok=True)
+    assert main([*arguments, "--retry-failed"]) == 0
+    assert main(words("--shard-rows", 4, store=tmp_path / "good")) == 0
+    repaired = FeatureStore(tmp_path / "store")["depth"]
+    good = FeatureStore(tmp_path / "good")["depth"]
+    np.testing.assert_array_equal(repaired.read(range(SAMPLE_ROWS))[0], good.read(range(SAMPLE_ROWS))[0])
+
+
+def test_limit_then_all(words, tmp_path):
+    assert main(words("--shard-rows", 4, "--limit", 6)) == 0
+    group = FeatureStore(tmp_path / "store")["depth"]
+    assert group.shape[0] == SAMPLE_ROWS
+    assert group.coverage().valid == 6
+    assert main(words("--shard-rows", 4)) == 0
+    assert main(words("--shard-rows", 4, store=tmp_path / "whole")) == 0
+    rows = range(SAMPLE_ROWS)
+    whole = FeatureStore(tmp_path / "whole")["depth"].read(rows)[0]
+    np.testing.assert_array_equal(FeatureStore(tmp_path / "store")["depth"].read(rows)[0], whole)
+
+
+def test_dry_run_writes_nothing(words, tmp_path, capsys):
+    assert main(words("--dry-run", teachers=("depth", "gen"))) == 0
+    out = capsys.readouterr().out
+    assert "10 rows" in out
+    assert "rows/s a worker, ETA" in out
+    assert "GB free" in out
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_grown_dataset_is_appended(words, pt_json, tmp_path, capsys):
+    samples = json.loads(pt_json.read_text())
+    (tmp_path / "half.json").write_text(json.dumps(samples[:4]))
+    assert main(words("--shard-rows", 4, data=tmp_path / "half.json")) == 0
+    before = shard_bytes(tmp_path / "store")
+    assert main(words("--shard-rows", 4)) == 0
+    assert "10 images, 6 of them new" in capsys.readouterr().out
+    after = shard_bytes(tmp_path / "store")
+    assert {name: after[name] for name in before} == before
+    store = FeatureStore(tmp_path / "store")
+    assert store["depth"].coverage().valid == 10
+    last = samples[-1]["image"]
+    row = store.rows.row_of(last)
+    np.testing.assert_array_equal(store["depth"][last], zarr.open_group(store.path)["depth/features"][row].astype("f4"))
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("change", "status", "message"),
+        [
+            ({"--teacher": "dpth"}, 2, "teacher 'dpth': unknown; use one of depth, seg, gen"),
+            ({"--teacher": "depth=no/such/folder"}, 1, "no/such/folder"),
+            ({"--teacher": "depth=someone/on-the-hub"}, 1, "someone/on-the-hub"),
+            ({"--data": "none.json"}, 1, "dataset file none.json does not exist"),
+            ({"--images": "none"}, 1, "image root none does not exist"),
+            ({"--dtype": "float8"}, 2, "invalid choice"),
+            ({"--limit": "0"}, 2, "not a positive number"),
+            ({"--recipe": "mean5"}, 2, "recipe 'mean5': unknown to depth; use one of mean4, last"),
+        ],
+    )
+    def test_one_line_and_the_right_status(self, words, tmp_path, change, status, message):
+        arguments = words()
+        for flag, value in change.items():
+            if flag in arguments:
+                arguments[arguments.index(flag) + 1] = value
+            else:
+                arguments += [flag, value]
+        done = subprocess.run(
+            [sys.executable, "-m", "olavlm.pipelines.extract", *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert len([line for line in done.stderr.splitlines() if "error:" in line]) == 1
+        assert not (tmp_path / "store").exists()
+
+    def test_another_card_dtype_or_dataset_is_refused_with_the_difference(self, words, pt_json, tmp_path, capsys):
+        assert main(words()) == 0
+        for more, text in (
+            (("--recipe", "last", "--as", "depth"), "recipe is"),
+            (("--dtype", "float32"), "dtype is float16 there and float32 here"),
+            (("--geometry", "pad"), 'geometry is "reference" there and "pad" here'),
+        ):
+            assert main(words(*more)) == 1
+            assert text in capsys.readouterr().err
+        (tmp_path / "other.json").write_text(json.dumps(json.loads(pt_json.read_text())[5:]))
+        assert main(words(data=tmp_path / "other.json")) == 1
+        assert "5 of its 10 images are not in the dataset" in capsys.readouterr().err
+        assert main(words("--dtype", "float32", "--replace")) == 0
+        assert FeatureStore(tmp_path / "store")["depth"].dtype == np.float32
+
+    def test_flags_that_need_one_teacher(self, words, capsys):
+        assert main(words("--recipe", "last", teachers=("depth", "seg"))) == 2
+        assert "--recipe goes with exactly one --teacher; 2 were given" in capsys.readouterr().err
+
+    def test_a_folder_with_other_content_is_no_store(self, words, tmp_path, capsys):
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "thesis.tex").write_text("years of work")
+        assert main(words()) == 1
+        assert "is a folder with other content (thesis.tex, ...)" in capsys.readouterr().err
