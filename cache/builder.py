@@ -88,7 +88,9 @@ class StoreBuilder:
                     raise
                 for key in FeatureStore(self.path).teachers:
                     self.drop(key)
-                shutil.rmtree(self.path / "plan")
+                dropped = self.path / f".dropped.plan.{secrets.token_hex(8)}"
+                (self.path / "plan").rename(dropped)  # at once: half a plan would be a damaged one
+                shutil.rmtree(dropped)
                 continue
             if segment is not None:
                 try:
@@ -96,19 +98,22 @@ class StoreBuilder:
                 except FileExistsError:
                     continue  # another builder was first: see what it added
                 plan = self.plan()
-            for group in self._groups(plan):
-                self._grow(group, plan)
+            self._grow(self._groups(plan))
             return plan, len(segment.images) if segment else 0
 
     def _groups(self, plan: Plan) -> list[TeacherFeatures]:
         return [TeacherFeatures(self.path, key, plan) for key in FeatureStore(self.path).teachers]
 
-    def _grow(self, group: TeacherFeatures, plan: Plan) -> None:
-        """Give the array room for the plan's rows; zarr replaces its metadata atomically."""
-        array = zarr.open_array(group.array, mode="r+")
-        rows = group.layout.padded(plan.extent)
-        if array.shape[0] < rows:
-            array.resize((rows, *array.shape[1:]))
+    def _grow(self, groups: list[TeacherFeatures]) -> None:
+        """Give the arrays room for the plan's rows; zarr replaces their metadata atomically."""
+        plan = None
+        while plan is None or plan.extent < self.plan().extent:  # another builder's resize may have been undone
+            plan = self.plan()
+            for group in groups:
+                array = zarr.open_array(group.array, mode="r+")
+                rows = group.layout.padded(plan.extent)
+                if array.shape[0] < rows:
+                    array.resize((rows, *array.shape[1:]))
 
     def ensure_teacher(
         self, key: str, card: dict, *, dtype: str, shard_rows: int | None = None, replace: bool = False
@@ -140,7 +145,11 @@ class StoreBuilder:
                     f"use a divisor of {segment.start}"
                 )
         self._create_group(key, card, layout, plan)
-        return TeacherFeatures(self.path, key, plan)
+        group = TeacherFeatures(self.path, key, plan)
+        if difference := self._difference(group, card, dtype, shard_rows):
+            raise StoreError(f"{self.path / key} was made meanwhile for other features: {difference}")
+        self._grow([group])  # the plan may have grown meanwhile
+        return group
 
     @staticmethod
     def _difference(group: TeacherFeatures, card: dict, dtype: str, shard_rows: int | None) -> str:
@@ -171,8 +180,10 @@ class StoreBuilder:
             read_metadata(self.path / key / "features")
 
     def drop(self, key: str) -> None:
-        """Remove a teacher's features; StoreError while a live writer is at work on them."""
+        """Remove a teacher's features; StoreError if there are none, or while a live writer is at work on them."""
         folder = self.path / key
+        if key not in (keys := FeatureStore(self.path).teachers):
+            raise StoreError(f"{self.path} has no features '{key}' to drop; it has {', '.join(keys) or 'none'}")
         busy = [lease for lease in (folder / "leases").glob("[0-9]*") if lease_is_live(lease)]
         if busy:
             raise StoreError(f"{folder} is being written (lease {busy[0].name}); stop that extraction first")

@@ -29,25 +29,29 @@ from pathlib import Path
 import numpy as np
 
 from .codec import Fidelity, encode
-from .errors import CorruptFeatures, LeaseHeld, LeaseLost
+from .errors import BadImage, CorruptFeatures, LeaseHeld, LeaseLost
 from .files import fsync_folder, publish
 from .records import Record, revisions_of, valid_record, withdraw
 from .shard import CRC_BYTES, Layout, crc32c, shard_file
 
 LEASE_SECONDS = 900.0  # without a sign of life for this long, a writer on another host is taken for dead
+RETURN_TRIES, RETURN_SECONDS = 5, 0.02  # for a lease taken by mistake to be given back, see `acquire_lease`
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process of this host started, in clock ticks since boot; None if it is gone."""
+    """When a process of this host started, in clock ticks since boot; None if it is gone, or dead but not reaped."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def _boot_id() -> str:
+    """Names the set of processes that a pid is looked up in: this boot, and the container's pid namespace."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
 
@@ -59,31 +63,46 @@ class Lease:
     file: Path
     nonce: str
 
+    def held(self) -> bool:
+        """Whether it is still this writer's."""
+        for _ in range(RETURN_TRIES):
+            holder = _read_lease(self.file)
+            if holder is not None:
+                return holder.get("nonce") == self.nonce
+            time.sleep(RETURN_SECONDS)
+        return False
+
     def check(self) -> None:
         """Raise `LeaseLost` if another writer has taken the shard over."""
-        if _read_lease(self.file).get("nonce") != self.nonce:
+        if not self.held():
             raise LeaseLost(f"lease {self.file} was taken over by another writer; this shard's work is dropped")
 
     def renew(self) -> None:
         """Give a sign of life; call it more often than every `LEASE_SECONDS`."""
         self.check()
-        os.utime(self.file)
+        with contextlib.suppress(FileNotFoundError):  # taken over this instant: the next check tells
+            os.utime(self.file)
 
     def release(self) -> None:
-        if _read_lease(self.file).get("nonce") == self.nonce:
+        if self.held():
             self.file.unlink(missing_ok=True)
 
 
-def _read_lease(file: Path) -> dict:
+def _read_lease(file: Path) -> dict | None:
+    """What the lease says of its holder, {} if it is damaged, None if there is none."""
     try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        holder = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
         return {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _is_dead(file: Path, holder: dict, now: float) -> bool:
-    if holder.get("host") == socket.gethostname() and holder.get("boot") == _boot_id():
-        return _process_start(holder["pid"]) != holder["started"]
+    here = holder.get("host") == socket.gethostname() and holder.get("boot") == _boot_id()
+    if here and holder.get("started") is not None:
+        return _process_start(holder.get("pid")) != holder["started"]
     return now - file.stat().st_mtime > LEASE_SECONDS
 
 
@@ -113,17 +132,20 @@ def acquire_lease(file: Path) -> Lease:
         except FileExistsError:
             pass
         holder = _read_lease(file)
+        if holder is None:
+            continue  # released in between
         probe = file.parent / f".clock.{nonce}"  # the file system's own clock, not this host's
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink()
         try:
             if holder and not _is_dead(file, holder, now):
-                raise LeaseHeld(f"shard lease {file} is held by process {holder['pid']} on {holder['host']}")
-            # Of several that judge the holder dead one wins the rename; what it took must be what it judged.
+                raise LeaseHeld(f"shard lease {file} is held by process {holder.get('pid')} on {holder.get('host')}")
+            # Of several that judge the holder dead one wins the rename; what it took must be what it judged, or goes
+            # back. `Lease.held` waits for that.
             taken = file.parent / f".dead.{nonce}"
             file.rename(taken)
-            if _read_lease(taken).get("nonce") != holder.get("nonce"):
+            if (_read_lease(taken) or {}).get("nonce") != holder.get("nonce"):
                 with contextlib.suppress(FileExistsError):
                     os.link(taken, file)
             taken.unlink()
@@ -217,15 +239,20 @@ class OpenShard:
         reason: str | None = None,
         detail: str = "",
     ) -> None:
-        """Add the next row: `(tokens, dim)` float32 features, or None with the reason it is quarantined for."""
+        """Add the next row: `(tokens, dim)` float32 features, or None with the reason it is quarantined for.
+
+        `reason` is one of `BadImage.REASONS`.
+        """
         layout, stored = self.writer.layout, None
-        if features is not None:
+        if features is None:
+            if reason not in BadImage.REASONS:
+                raise ValueError(f"a row without features has a reason of {', '.join(BadImage.REASONS)}, not {reason}")
+        else:
             if features.shape != (layout.tokens, layout.dim):
                 raise ValueError(f"features of shape {features.shape} in an array of ({layout.tokens}, {layout.dim})")
             stored, reason, fidelity = encode(features, layout.numpy_dtype)
         self._images.append(image_sha256)
         if stored is None:
-            assert reason is not None
             self._crc.append(None)
             self._reasons.append({"reason": reason, "detail": detail})
             return
@@ -255,14 +282,19 @@ class OpenShard:
             self._compare()
             step("fsync")
             os.fsync(self._file.fileno())
-        self._file.close()
+        inode = os.fstat(self._file.fileno()).st_ino if valid else None  # open until `drop`, so not used again
 
         self.lease.check()
         if revisions_of(writer.commits, self.shard) != (self._standing, self._revision):
             raise LeaseLost(f"shard {self.shard} was committed by another writer; this work is dropped")
         for file in self._standing:
             step("withdraw")
-            withdraw(file)
+            self.lease.check()
+            try:
+                withdraw(file)
+            except FileNotFoundError:
+                raise LeaseLost(f"{file} was withdrawn by another writer; this shard's work is dropped") from None
+            self.lease.check()
             shard_file(writer.array, self.shard).unlink(missing_ok=True)
         step("place")
         if valid:
@@ -297,15 +329,28 @@ class OpenShard:
             record.publish(writer.commits)
         except FileExistsError:
             raise LeaseLost(f"shard {self.shard} was committed by another writer; this work is dropped") from None
+        if not self.lease.held() and self._inode_in_place() != inode:
+            # Taken for dead between the last check and the record, which is of a file that is gone.
+            withdraw(writer.commits / record.name)
+            raise LeaseLost(f"shard {self.shard} was taken over by another writer; this work is dropped")
         step("release")
         self.drop()
         return record
 
     def drop(self) -> None:
         """Give the shard up (or, after `commit`, tidy): the staged name and the lease go."""
-        self._file.close()
-        self.staged.unlink(missing_ok=True)
-        self.lease.release()
+        try:
+            with contextlib.suppress(OSError):  # on a full disk: what could not be flushed is not wanted
+                self._file.close()
+            self.staged.unlink(missing_ok=True)
+        finally:
+            self.lease.release()
+
+    def _inode_in_place(self) -> int | None:
+        try:
+            return shard_file(self.writer.array, self.shard).stat().st_ino
+        except FileNotFoundError:
+            return None
 
     def _compare(self) -> None:
         """Read the staged file back and compare every row, and the whole, with what was meant."""

@@ -78,22 +78,30 @@ def _read(file: Path) -> pa.Table:
     if file.suffix == ".parquet":
         try:
             records = pq.read_table(file).to_pylist()
-        except (pa.ArrowInvalid, OSError) as e:
+        except (pa.ArrowException, ValueError, OSError) as e:
             raise DatasetError(f"{file}: not a readable parquet file: {str(e).splitlines()[0]}") from None
     elif file.suffix in (".json", ".jsonl"):
         try:
             text = file.read_text(encoding="utf-8")
-            if file.suffix == ".json":
-                records = json.loads(text)
-            else:
-                records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise DatasetError(f"{file}: not valid JSON: {e}") from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise DatasetError(f"{file}: not readable as UTF-8 text: {e}") from None
+        if file.suffix == ".json":
+            records = _parse(text, str(file))
+        else:  # lines end at "\n" alone: str.splitlines would cut at U+2028 and others, which JSON strings may hold
+            lines = [line for line in text.split("\n") if line.strip()]
+            records = [_parse(line, f"{file}, record {i}") for i, line in enumerate(lines)]
     else:
         raise DatasetError(f"dataset file {file}: unknown kind '{file.suffix}'; use .json, .jsonl or .parquet")
     if not isinstance(records, list):
         raise DatasetError(f"{file}: a dataset is a list of records, this is a {type(records).__name__}")
     return pa.Table.from_pylist([_check(file, i, r) for i, r in enumerate(records)], schema=SCHEMA)
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise DatasetError(f"{where}: not valid JSON: {e}") from None
 
 
 def _check(file: Path, i: int, record: object) -> dict:
@@ -102,7 +110,9 @@ def _check(file: Path, i: int, record: object) -> dict:
 
     if not isinstance(record, dict):
         raise wrong(f"a record is an object with id, image and conversations, this is a {type(record).__name__}")
-    image = record.get("image") or None
+    image = record.get("image")
+    if image == "":
+        image = None
     if image is not None and not isinstance(image, str):
         raise wrong(f"'image' is one relative path, this is a {type(image).__name__}")
     turns = record.get("conversations")
@@ -115,8 +125,14 @@ def _check(file: Path, i: int, record: object) -> dict:
             or not isinstance(turn.get("value"), str)
         ):
             raise wrong("every turn of 'conversations' has the texts 'from' and 'value'")
+    id = record.get("id")
+    id = str(i if id is None else id)
+    try:
+        "".join([id, image or "", *(t[k] for t in turns for k in ("from", "value"))]).encode()
+    except UnicodeEncodeError as e:
+        raise wrong(f"its text is not Unicode: {e}") from None
     return {
-        "id": str(record.get("id", i)),
+        "id": id,
         "image": image,
         "conversations": [{"from": t["from"], "value": t["value"]} for t in turns],
     }

@@ -7,7 +7,6 @@ therefore never sees half a file, and of two writers exactly one succeeds.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -33,6 +32,9 @@ def publish(file: Path, content: bytes | memoryview) -> None:
             os.fsync(f.fileno())
         os.link(private, file)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            private.unlink()
-    fsync_folder(file.parent)
+        private.unlink(missing_ok=True)
+    try:
+        fsync_folder(file.parent)
+    except OSError:  # what is reported as failed must not be there
+        file.unlink(missing_ok=True)
+        raise

@@ -12,6 +12,7 @@ repeated, and 16-bit samples keep their high byte, as Pillow itself does for 16-
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import struct
 import threading
@@ -24,7 +25,7 @@ from typing import Protocol
 
 import fsspec
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .errors import BadImage, DatasetError
 
@@ -43,16 +44,22 @@ def decode_rgb(data: bytes, image: str = "image") -> Image.Image:
         raise BadImage(image, "decompression-bomb", str(e)) from None
     except UnidentifiedImageError:
         raise BadImage(image, "not-an-image") from None
-    except (OSError, SyntaxError, ValueError, struct.error) as e:
+    except MemoryError:
+        raise
+    except Exception as e:  # on damaged files decoders raise nearly everything, RuntimeError and TypeError too
         raise BadImage(image, "truncated", str(e)) from None
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and picture.width * picture.height > limit:
         raise BadImage(image, "decompression-bomb", f"{picture.width} x {picture.height} pixels, limit {limit}")
     try:
         picture.load()
-        picture = ImageOps.exif_transpose(picture)
-    except (OSError, SyntaxError, ValueError, struct.error, EOFError) as e:
+    except MemoryError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:  # of a picture within, as in .ico
+        raise BadImage(image, "decompression-bomb", str(e)) from None
+    except Exception as e:
         raise BadImage(image, "truncated", str(e)) from None
+    picture = _upright(picture)
     if picture.mode == "F":
         raise BadImage(image, "unsupported-mode", "float samples have no defined white")
     if picture.mode.startswith("I"):  # 16-bit samples; convert("RGB") would clip them to white
@@ -60,7 +67,31 @@ def decode_rgb(data: bytes, image: str = "image") -> Image.Image:
         picture = Image.fromarray((samples >> 8).astype(np.uint8))
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+    try:
+        return picture.convert("RGB")
+    except ValueError as e:  # CIELAB, for one
+        raise BadImage(image, "unsupported-mode", str(e)) from None
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """As `PIL.ImageOps.exif_transpose`, which also rewrites the EXIF block and fails where that is damaged."""
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # unreadable EXIF says nothing about the pixels
+        return picture
+    turn = _TURNS.get(orientation)
+    return picture if turn is None else picture.transpose(turn)
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class _Root(Protocol):
@@ -85,11 +116,14 @@ class _Zip:
         self._archive()  # a damaged zip is an error now, not at the first image
 
     def _archive(self) -> zipfile.ZipFile:
+        opened = self._opened
+        if opened is not None and opened[0] == os.getpid():
+            return opened[1]  # without the lock, which then no fork can copy while it is taken
         with self._lock:
             if self._opened is None or self._opened[0] != os.getpid():
                 try:
                     self._opened = os.getpid(), zipfile.ZipFile(self.location)
-                except zipfile.BadZipFile as e:
+                except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as e:
                     raise DatasetError(f"image root {self.location} is not a readable zip file: {e}") from None
             return self._opened[1]
 
@@ -98,7 +132,7 @@ class _Zip:
             return self._archive().read(path)
         except KeyError:
             raise FileNotFoundError(path) from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # a damaged or locked member
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as e:  # damaged, or locked
             raise OSError(str(e)) from None
 
     def __getstate__(self):
@@ -109,14 +143,35 @@ class _Zip:
 
 
 class _Url:
+    """An fsspec file system; each process has its own, as their event loops do not survive a fork."""
+
     def __init__(self, location: str) -> None:
         self.location = location
-        self._fs, self._base = fsspec.core.url_to_fs(location)
-        if not self._fs.exists(self._base):
+        self._opened: tuple[int, fsspec.AbstractFileSystem, str] | None = None
+        try:
+            fs, base = self._connect()
+            exists = fs.exists(base)
+        except Exception as e:  # an unknown protocol, a missing package, no network, no rights
+            raise DatasetError(f"image root {location} cannot be opened: {e}") from None
+        if not exists:
             raise DatasetError(f"image root {location} does not exist; give a folder, a zip file or an fsspec URL")
 
+    def _connect(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = os.getpid(), *fsspec.core.url_to_fs(self.location)
+        return self._opened[1:]
+
     def read(self, path: str) -> bytes:
-        return self._fs.cat_file(f"{self._base.rstrip('/')}/{path}")
+        fs, base = self._connect()
+        try:
+            return fs.cat_file(f"{base.rstrip('/')}/{path}")
+        except OSError:
+            raise
+        except Exception as e:  # clients raise their own: botocore's and aiohttp's are no OSError
+            raise OSError(f"{type(e).__name__}: {e}") from None
+
+    def __getstate__(self):
+        return {"location": self.location, "_opened": None}
 
 
 def _open_root(location: str) -> _Root:
@@ -168,17 +223,17 @@ class ImageRoots:
         pure = PurePosixPath(image)
         if not image or pure.is_absolute() or ".." in pure.parts or "\0" in image or "\\" in image:
             raise BadImage(image, "outside-root", "an image path is relative, without '..' or backslashes")
-        tried = []
+        whole = str(pure)  # of "coco//etc/x" a prefix would leave "/etc/x", an absolute path
         for mount in self._mounts:
-            if mount.prefix and not image.startswith(mount.prefix + "/"):
+            if mount.prefix and not whole.startswith(mount.prefix + "/"):
                 continue
-            path = image[len(mount.prefix) + 1 :] if mount.prefix else image
+            path = whole[len(mount.prefix) + 1 :] if mount.prefix else whole
             try:
                 return mount.root.read(path)
             except (FileNotFoundError, NotADirectoryError):
-                tried.append(mount)
-            except OSError as e:
-                raise BadImage(image, "unreadable", e.strerror or str(e)) from None
+                continue
+            except (OSError, UnicodeEncodeError) as e:
+                raise BadImage(image, "unreadable", getattr(e, "strerror", None) or str(e)) from None
         raise BadImage(image, "missing", f"not under {', '.join(self.specs)}")
 
     def open(self, image: str) -> Image.Image:

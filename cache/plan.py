@@ -9,6 +9,7 @@ paths as Arrow offsets and UTF-8), not over parquet bytes, so that it outlives t
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from .errors import MissingFeatures, PlanError
 from .files import publish
 
 SEGMENT_ALIGNMENT = 4096  # the largest default shard; a shard size must divide every segment's start
+BISECT_BELOW = 1000  # `rows_of` less than a 1000th of the plan, as for a batch, hashes no whole plan
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Segment:
             rows, images = table.column("row"), table.column("image").cast(pa.large_string())
             recorded = table.schema.metadata[b"olavlm.segment_sha256"].decode()
             segment = cls(rows[0].as_py(), pa.concat_arrays(images.chunks))
-        except (pa.ArrowException, KeyError, TypeError, IndexError, OSError) as e:
-            raise PlanError(f"plan segment {file} is damaged: {str(e).splitlines()[0]}") from None
+        except (pa.ArrowException, KeyError, TypeError, IndexError, ValueError, OSError) as e:
+            raise PlanError(f"plan segment {file} is damaged: {(str(e) or repr(e)).splitlines()[0]}") from None
         if segment.hash != recorded:
             raise PlanError(f"plan segment {file} is damaged: its content does not match its recorded hash")
         return segment
@@ -137,6 +139,8 @@ class Plan:
 
     def rows_of(self, images: pa.Array | Sequence[str]) -> np.ndarray:
         """Rows of many image paths, int64, in their order; -1 for a path that is not in the plan."""
+        if len(images) * BISECT_BELOW < self.num_images:
+            return np.array([self._bisect(str(image)) for image in images], np.int64)
         if not isinstance(images, (pa.Array, pa.ChunkedArray)):
             images = pa.array(images, pa.large_string())
         at = pc.index_in(images.cast(pa.large_string()), self.images)
@@ -146,6 +150,18 @@ class Plan:
         rows = np.full(len(images), -1, np.int64)
         rows[found] = self.rows[at.drop_null().to_numpy()] if found.any() else []
         return rows
+
+    @cached_property
+    def _sorted(self) -> np.ndarray:
+        """Positions in `images` by ascending path: 8 bytes an image, where a dict of the paths takes over 100."""
+        return pc.array_sort_indices(self.images).to_numpy()
+
+    def _bisect(self, image: str) -> int:
+        # UTF-8 and Python sort strings alike, by code point.
+        at = bisect.bisect_left(self._sorted, image, key=lambda i: self.images[int(i)].as_py())
+        if at < len(self._sorted) and self.images[int(self._sorted[at])].as_py() == image:
+            return int(self.rows[self._sorted[at]])
+        return -1
 
     def growth(self, images: pa.LargeStringArray, shard_rows: Sequence[int] = ()) -> Segment | None:
         """The segment that this plan lacks to cover `images` (distinct paths), or None if it has them all.

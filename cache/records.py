@@ -84,6 +84,8 @@ class Record:
             checksum = content.pop("checksum")
             if checksum != hashlib.sha256(canonical_json(content)).hexdigest():
                 raise ValueError("its checksum is not its content's")
+            if raw != canonical_json({**content, "checksum": checksum}) + b"\n":
+                raise ValueError("it is not spelled as it was written")
             if content.pop("format") != FORMAT:
                 raise ValueError("unknown format number")
             record = cls(**{**content, "rows": tuple(content["rows"])})
@@ -134,6 +136,8 @@ def valid_record(group: Path, layout: Layout, shard: int, fingerprint: str) -> R
     for file in files:
         try:
             record = Record.read(file)
+        except FileNotFoundError:  # withdrawn since it was listed
+            continue
         except CorruptFeatures as e:
             problem = problem or e
             continue
@@ -141,11 +145,16 @@ def valid_record(group: Path, layout: Layout, shard: int, fingerprint: str) -> R
             problem = problem or CorruptFeatures(f"commit record {file} is of another card ({record.fingerprint[:12]})")
             continue
         data = shard_file(group / "features", shard)
-        size = data.stat().st_size if data.exists() else None
+        try:
+            size = data.stat().st_size
+        except FileNotFoundError:
+            size = None
         if size != (record.file or {}).get("size"):
             problem = problem or CorruptFeatures(f"shard file {data} has size {size}, its record says {record.file}")
             continue
         return record
+    if revisions_of(group / "commits", shard)[0] != files:  # a writer is replacing the shard: look again
+        return valid_record(group, layout, shard, fingerprint)
     if problem is not None:
         raise problem
     return None

@@ -99,15 +99,22 @@ class Layout:
             fits = (
                 sharding["name"] == "sharding_indexed"
                 and inner["chunk_shape"] == [1, tokens, dim]
-                and [c["name"] for c in inner["codecs"]] == ["bytes", "crc32c"]
-                and [c["name"] for c in inner["index_codecs"]] == ["bytes", "crc32c"]
+                and all(_is_plain(inner[codecs]) for codecs in ("codecs", "index_codecs"))
                 and inner.get("index_location", "end") == "end"
+                and metadata["chunk_key_encoding"]["name"] == "default"
+                and metadata["chunk_key_encoding"].get("configuration", {}).get("separator", "/") == "/"
             )
-        except (KeyError, TypeError, ValueError):
+            dtype = str(metadata["data_type"])
+        except (KeyError, TypeError, ValueError, AttributeError):
             fits = False
         if not fits:
             raise StoreError(f"{where}: not a feature array of this format (sharded, one row a chunk, crc32c)")
-        return cls(rows, tokens, dim, metadata["data_type"])
+        return cls(rows, tokens, dim, dtype)
+
+
+def _is_plain(codecs: list[dict]) -> bool:
+    """Whether a chunk is little-endian bytes and their crc32c."""
+    return [c["name"] for c in codecs] == ["bytes", "crc32c"] and codecs[0]["configuration"]["endian"] == "little"
 
 
 def shard_file(array_folder: Path, shard: int) -> Path:

@@ -18,7 +18,10 @@ damage, a swapped file or a stale one is an error and never a wrong value. zarr-
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import operator
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
@@ -93,7 +96,7 @@ class FeatureStore(Mapping[str, "TeacherFeatures"]):
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         metadata = read_metadata(self.path)
-        if "olavlm" not in metadata.get("attributes", {}):
+        if "olavlm" not in (metadata.get("attributes") or {}):
             raise StoreError(f"{self.path} is a Zarr group but not a feature store; make one with olavlm-extract")
         self._plan = Plan.load(self.path / "plan")
         self._opened: dict[str, TeacherFeatures] = {}
@@ -180,8 +183,7 @@ class TeacherFeatures:
             raise StoreError(f"{self.folder / 'zarr.json'} is damaged: it holds no teacher card") from None
         self.array = self.folder / "features"
         self.layout = Layout.of(read_metadata(self.array), self.array)
-        self._records: dict[int, Record | None] = {}
-        self._starts: dict[int, np.ndarray] = {}
+        self._records: dict[int, tuple[Record, np.ndarray]] = {}  # with the offset of each row in the shard file
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
 
     def __getstate__(self):
@@ -199,22 +201,29 @@ class TeacherFeatures:
 
     def record(self, shard: int) -> Record | None:
         """The commit record of a shard, None if it is not committed; CorruptFeatures if its records are damaged."""
-        if self._records.get(shard) is None:
+        known = self._located(shard)
+        return known and known[0]
+
+    def _located(self, shard: int) -> tuple[Record, np.ndarray] | None:
+        known = self._records.get(shard)
+        if known is None:
             record = valid_record(self.folder, self.layout, shard, self.fingerprint)
-            if record is not None and record.segment != self.plan.segment_of(record.rows[0]).hash:
+            if record is None:
+                return None
+            if record.rows[0] >= self.plan.extent:
+                return None  # the plan has grown since this store was opened
+            start, stop = record.rows
+            if record.segment not in [s.hash for s in self.plan.segments if s.start <= start and stop <= s.stop]:
                 raise CorruptFeatures(f"{self.folder}: shard {shard} was committed for another plan")
-            self._records[shard] = record
-            if record is not None:
-                # Valid rows lie without gaps: row i starts after the valid rows before it.
-                valid = np.array([c is not None for c in record.crc32c])
-                self._starts[shard] = (np.cumsum(valid) - valid) * self.layout.slot_bytes
-        return self._records[shard]
+            # Valid rows lie without gaps: row i starts after the valid rows before it.
+            valid = np.array([c is not None for c in record.crc32c])
+            known = self._records[shard] = record, (np.cumsum(valid) - valid) * self.layout.slot_bytes
+        return known
 
     def reload(self) -> None:
         """Forget what was read of records and files, to see what has been committed since."""
         self._files.clear()
         self._records.clear()
-        self._starts.clear()
 
     def coverage(self, rows: np.ndarray | None = None) -> Coverage:
         """Coverage of `rows` (those of the whole plan by default). Damaged shards count as missing."""
@@ -259,7 +268,8 @@ class TeacherFeatures:
     def failure(self, row: int | str) -> BadImage | None:
         """Why a row was quarantined (reason, detail, image), or None if it is valid; MissingFeatures if uncommitted."""
         row = self._row(row)
-        reason = self._committed(row).reasons[row - self._committed(row).rows[0]]
+        record, _ = self._committed(row)
+        reason = record.reasons[row - record.rows[0]]
         return None if reason is None else self._bad_image(row, reason)
 
     def _bad_image(self, row: int, reason: dict[str, str]) -> BadImage:
@@ -302,7 +312,7 @@ class TeacherFeatures:
     def _row(self, row: int | str) -> int:
         if isinstance(row, str):
             return self.plan.row_of(row)
-        row = int(row)
+        row = operator.index(row)
         self.plan.segment_of(row)
         return row
 
@@ -310,40 +320,45 @@ class TeacherFeatures:
         record = self.record(self.layout.shard_of(row))
         return record is not None and record.rows[0] <= row < record.rows[1]
 
-    def _committed(self, row: int) -> Record:
-        if not self._is_committed(row):
+    def _committed(self, row: int) -> tuple[Record, np.ndarray]:
+        known = self._located(self.layout.shard_of(row))
+        if known is None or not known[0].rows[0] <= row < known[0].rows[1]:
             raise MissingFeatures(
                 f"{self.folder}: row {row} ({self.plan.image_of(row)}) is not committed; run olavlm-extract again"
             )
-        return self.record(self.layout.shard_of(row))
+        return known
 
     def _read_row(self, row: int, into: np.ndarray) -> bool:
         """Fill `into` (storage dtype, contiguous) with a committed row; NaN and False if it is quarantined."""
         shard = self.layout.shard_of(row)
-        record = self._committed(row)
-        offset = row - record.rows[0]
-        expected = record.crc32c[offset]
-        if expected is None:
-            into.fill(np.nan)
-            return False
-        try:
-            file = self._file(shard)  # kept in hand: another thread may push it out of the open files
-            read = os.preadv(file.descriptor, [into.reshape(-1).view(np.uint8)], int(self._starts[shard][offset]))
-        except FileNotFoundError:
-            raise CorruptFeatures(
-                f"{self.folder}: shard {shard} has a record but no file; run olavlm-extract"
-            ) from None
-        if read != self.layout.row_bytes or crc32c(into) != expected:
-            raise CorruptFeatures(
-                f"{self.folder}: row {row} ({self.plan.image_of(row)}) in {shard_file(self.array, shard)} is damaged: "
-                "its bytes do not match its commit record"
-            )
-        return True
+        for _ in range(2):  # again with the record and file of now: the shard may have been replaced since
+            record, starts = self._committed(row)
+            offset = row - record.rows[0]
+            expected = record.crc32c[offset]
+            if expected is None:
+                into.fill(np.nan)
+                return False
+            try:
+                file = self._file(shard)  # kept in hand: another thread may push it out of the open files
+                read = os.preadv(file.descriptor, [into.reshape(-1).view(np.uint8)], int(starts[offset]))
+            except OSError as e:
+                if e.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+                read = 0
+            if read == self.layout.row_bytes and crc32c(into) == expected:
+                return True
+            self._records.pop(shard, None)
+            self._files.pop(shard, None)
+        raise CorruptFeatures(
+            f"{self.folder}: row {row} ({self.plan.image_of(row)}) in {shard_file(self.array, shard)} is damaged: "
+            "its bytes do not match its commit record"
+        )
 
     def _file(self, shard: int) -> _OpenFile:
         file = self._files.pop(shard, None) or _OpenFile(shard_file(self.array, shard))
         if len(self._files) >= _OPEN_FILES:
-            self._files.popitem(last=False)
+            with contextlib.suppress(KeyError):  # emptied by another thread
+                self._files.popitem(last=False)
         self._files[shard] = file
         return file
 

@@ -20,7 +20,8 @@ from PIL import Image
 _WIDTH, _HEIGHT = 400, 224  # of a chart; the page decides how many stand side by side
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 20, 34
 _BUCKETS = 500  # points of a drawn curve, at most
-_SMOOTHED_FROM = 12  # steps; a shorter curve is drawn as it is
+_SMOOTHED_FROM = 12  # steps; a shorter curve is drawn as it is, with a dot a step
+_CUT_FROM = 100  # steps; the frame of a longer curve leaves its extreme hundredths out
 NUM_COLOURS = 6
 
 
@@ -33,14 +34,23 @@ class Curve:
     y: Sequence[float]
 
 
-def chart(title: str, curves: Sequence[Curve], *, unit: str = "", log: bool = False, mark_zeros: bool = False) -> str:
-    """A line chart over steps: curves smoothed, over their raw values drawn faintly, and a legend with the last values.
+def chart(
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    unit: str = "",
+    log: bool = False,
+    smoothed: bool = True,
+    mark_zeros: bool = False,
+) -> str:
+    """A line chart over steps, or '' without a curve that has a value.
 
-    Values that are not finite, with `mark_zeros` also those that are zero, are crosses on the step axis. Values beyond
-    the frame are counted below it: a single first step must not flatten the rest. `log` is for a logarithmic y axis.
-    '' without a curve that has a value.
+    Curves are smoothed over their faint raw values, and the legend gives their `closing_mean`; without `smoothed` both
+    are as they are. Values that are not finite, with `mark_zeros` also those that are zero, are crosses on the step
+    axis. Values beyond the frame are counted below it, for a single spike must not flatten the rest. `log` is for a
+    logarithmic y axis.
     """
-    prepared = [_Prepared.of(c, mark_zeros) for c in curves if len(c.x)]
+    prepared = [_Prepared.of(c, smoothed, mark_zeros) for c in curves if len(c.x)]
     if not prepared:
         return ""
     low, high = _y_range(prepared, log)
@@ -60,7 +70,7 @@ def chart(title: str, curves: Sequence[Curve], *, unit: str = "", log: bool = Fa
 
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     parts = []
-    ticks = _log_ticks(low, high) if log else _ticks(low, high, 4)
+    ticks = _log_ticks(low, high) if log else _ticks(low, high, 5)
     for value, text in zip(ticks, _tick_texts(ticks), strict=True):
         y = to_y(value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -70,31 +80,35 @@ def chart(title: str, curves: Sequence[Curve], *, unit: str = "", log: bool = Fa
         parts.append(f'<text x="{to_x(value):.1f}" y="{bottom + 15}" text-anchor="middle">{text}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     parts.append(f'<text x="{right}" y="{_HEIGHT - 4}" text-anchor="end">step</text>')
-    parts.append(f'<text x="{_LEFT - 7}" y="10">{escape(unit + (", log scale" if log else ""))}</text>')
+    parts.append(f'<text x="{_LEFT}" y="10">{escape(unit + (", log scale" if log else ""))}</text>')
     faint, bold, marks = [], [], []
     for i, p in enumerate(prepared):
         colour = f"c{i % NUM_COLOURS}"
         if p.smoothed is not None:
-            faint.append(f'<path class="raw {colour}" d="{_path(p.raw_x, p.raw_y, to_x, to_y)}"/>')
+            kind, ends = ("band", "Z") if p.is_band else ("raw", "")
+            faint.append(f'<path class="{kind} {colour}" d="{_path(p.raw_x, p.raw_y, to_x, to_y)}{ends}"/>')
         line = p.bucket_y if p.smoothed is None else p.smoothed
         bold.append(f'<path class="line {colour}" d="{_path(p.bucket_x, line, to_x, to_y)}"/>')
-        if p.smoothed is None:
+        if len(p.values) < _SMOOTHED_FROM:
             points = zip(p.bucket_x, p.bucket_y, strict=True)
             bold += [
                 f'<circle class="dot {colour}" cx="{to_x(x):.1f}" cy="{to_y(y):.1f}" r="2.2"/>'
                 for x, y in points
                 if math.isfinite(y)
             ]
-        marks += [f'<text class="mark" x="{to_x(x):.1f}" y="{bottom + 4}" text-anchor="middle">×</text>' for x in p.bad]  # noqa: RUF001
-    parts += [f'<svg x="{_LEFT}" y="{_TOP - 4}" width="{right - _LEFT}" height="{bottom - _TOP + 8}" '
-              f'viewBox="{_LEFT} {_TOP - 4} {right - _LEFT} {bottom - _TOP + 8}">', *faint, *bold, "</svg>", *marks]  # fmt: skip
+        marks += [f'<path class="mark" d="M{to_x(x) - 4:.1f} {bottom - 4}l8 8m0 -8l-8 8"/>' for x in p.bad]
+    frame = f'x="{_LEFT}" y="{_TOP - 4}" width="{right - _LEFT}" height="{bottom - _TOP + 8}"'
+    box = f'viewBox="{_LEFT} {_TOP - 4} {right - _LEFT} {bottom - _TOP + 8}"'
+    parts += [f"<svg {frame} {box}>", *faint, *bold, "</svg>", *marks]  # a nested svg clips what is beyond the frame
     legend = "".join(
-        f'<span><i class="key c{i % NUM_COLOURS}"></i>{escape(p.name)} <b>{number(p.last)}</b></span>'
+        f'<span><i class="key c{i % NUM_COLOURS}"></i>{escape(p.name)} <b>{number(p.end)}</b></span>'
         for i, p in enumerate(prepared)
     )
     beyond = sum(p.outside(low, high) for p in prepared)
-    below = f'<div class="beyond">{beyond} values beyond the frame</div>' if beyond else ""
-    spoken = "; ".join(f"{p.name} ends at {number(p.last)}" for p in prepared)
+    below = (
+        f'<div class="beyond">{beyond} {"value" if beyond == 1 else "values"} beyond the frame</div>' if beyond else ""
+    )
+    spoken = "; ".join(f"{p.name} ends at {number(p.end)}" for p in prepared)
     return (
         f'<figure class="chart"><figcaption>{escape(title)}<div class="legend">{legend}</div></figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(f"{title}: {spoken}")}">'
@@ -112,18 +126,19 @@ class _Prepared:
     """every value, as given"""
     raw_x: np.ndarray
     raw_y: np.ndarray
-    """the raw curve; of a long one, the least and the greatest value of each bucket"""
+    """the raw curve; of a long one the outline of a band, the least value of each bucket and back the greatest"""
+    is_band: bool
     bucket_x: np.ndarray
     bucket_y: np.ndarray
     """means over buckets, NaN where a bucket has no finite value"""
     smoothed: np.ndarray | None
-    """None for a curve that is too short"""
+    """None for a curve that is drawn as it is"""
     bad: list[float]
     """x of values to mark, at most 60 of them"""
-    last: float
+    end: float
 
     @classmethod
-    def of(cls, curve: Curve, mark_zeros: bool) -> _Prepared:
+    def of(cls, curve: Curve, smoothed: bool, mark_zeros: bool) -> _Prepared:
         x, y = np.asarray(curve.x, np.float64), np.asarray(curve.y, np.float64)
         fine = np.where(np.isfinite(y), y, np.nan)
         bad = x[~np.isfinite(y) | (mark_zeros & (y == 0))]
@@ -132,21 +147,20 @@ class _Prepared:
             parts = [p for p in np.array_split(np.arange(len(x)), _BUCKETS) if np.isfinite(fine[p]).any()]
             bucket_x = np.array([x[p].mean() for p in parts])
             bucket_y = np.array([np.nanmean(fine[p]) for p in parts])
-            raw_x = np.repeat(bucket_x, 2)
-            raw_y = np.array([pick(fine[p]) for p in parts for pick in (np.nanmin, np.nanmax)])
-        smoothed = smooth(bucket_y) if len(x) >= _SMOOTHED_FROM else None
-        line = bucket_y if smoothed is None else smoothed
+            raw_x = np.concatenate([bucket_x, bucket_x[::-1]])
+            raw_y = np.array([np.nanmin(fine[p]) for p in parts] + [np.nanmax(fine[p]) for p in parts[::-1]])
         return cls(
             name=curve.name,
             x_range=(float(x[0]), float(x[-1])),
             values=y,
             raw_x=raw_x,
             raw_y=raw_y,
+            is_band=len(x) > _BUCKETS,
             bucket_x=bucket_x,
             bucket_y=bucket_y,
-            smoothed=smoothed,
+            smoothed=smooth(bucket_y) if smoothed and len(x) >= _SMOOTHED_FROM else None,
             bad=bad[np.linspace(0, len(bad) - 1, min(60, len(bad))).astype(int)].tolist(),
-            last=float(line[-1]) if len(line) and np.isfinite(y[-1]) else float(y[-1]),
+            end=closing_mean(y)[0] if smoothed else float(y[-1]),
         )
 
     def outside(self, low: float, high: float) -> int:
@@ -154,9 +168,15 @@ class _Prepared:
         return int(((finite < low) | (finite > high)).sum())
 
 
+def closing_mean(values: Sequence[float]) -> tuple[float, int]:
+    """The mean of the last twentieth of a curve, and of how many values it is; NaN if one of them is."""
+    count = max(1, len(values) // 20)
+    return float(np.mean(np.asarray(values[-count:], np.float64))), count
+
+
 def smooth(values: np.ndarray, width: float | None = None) -> np.ndarray:
-    """Gaussian mean over neighbours, NaN left out; `width` is the standard deviation in points, by default a 40th."""
-    width = max(1.0, len(values) / 40) if width is None else width
+    """Gaussian mean over neighbours, NaN left out; `width` is the standard deviation in points, by default a 60th."""
+    width = max(1.0, len(values) / 60) if width is None else width
     reach = min(math.ceil(3 * width), (len(values) - 1) // 2)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
     finite = np.isfinite(values)
@@ -170,7 +190,7 @@ def _y_range(curves: Iterable[_Prepared], log: bool) -> tuple[float, float]:
     lows, highs = [], []
     for c in curves:
         line = c.bucket_y if c.smoothed is None else c.smoothed
-        for values, cut in ((line, 0), (c.values, 1 if len(c.values) >= 2 * _SMOOTHED_FROM else 0)):
+        for values, cut in ((line, 0), (c.values, 1 if len(c.values) >= _CUT_FROM else 0)):
             values = values[np.isfinite(values) & ((values > 0) | (not log))]
             if len(values):
                 lows.append(float(np.percentile(values, cut)))
@@ -255,9 +275,15 @@ def empty(text: str) -> str:
     return f'<div class="empty">{escape(text)}</div>'
 
 
-def note(text: str, kind: str = "note") -> str:
-    """A paragraph apart: `note`, or `fault` for what needs a look."""
-    return f'<p class="{kind}" role="{"alert" if kind == "fault" else "note"}">{escape(text)}</p>'
+def note(text: str) -> str:
+    """A paragraph apart."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def warning(lines: Sequence[str]) -> str:
+    """Sentences that must not be missed; '' without one."""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<ul class="fault" role="alert">{items}</ul>' if items else ""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[int] = ()) -> str:
@@ -291,9 +317,11 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 
 def tiles(triples: Iterable[tuple[str, str, str]]) -> str:
     """The few numbers to see first: name, value, and a word about it."""
-    return '<div class="tiles">' + "".join(
-        f"<div><span>{escape(k)}</span><strong>{escape(v)}</strong><small>{escape(s)}</small></div>" for k, v, s in triples
-    ) + "</div>"  # fmt: skip
+    cells = "".join(
+        f"<div><span>{escape(name)}</span><strong>{escape(value)}</strong><small>{escape(word)}</small></div>"
+        for name, value, word in triples
+    )
+    return f'<div class="tiles">{cells}</div>'
 
 
 def fold(title: str, content: str) -> str:
@@ -319,8 +347,8 @@ def page(title: str, body: str) -> str:
     )
 
 
-_DARK = """--paper:#15171b;--raised:#1d2026;--ink:#e4e6ea;--soft:#9ba2ad;--rule:#343943;--fault:#ff8f73;--fault-back:#3a211c;
---c0:#5fb0f5;--c1:#f2a154;--c2:#46c9a2;--c3:#dd93cf;--c4:#e6cf57;--c5:#a9b4c6"""
+_DARK = """--paper:#15171b;--raised:#1d2026;--ink:#e4e6ea;--soft:#9ba2ad;--rule:#343943;
+--fault:#ff8f73;--fault-back:#3a211c;--c0:#5fb0f5;--c1:#f2a154;--c2:#46c9a2;--c3:#dd93cf;--c4:#e6cf57;--c5:#a9b4c6"""
 _STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--raised:#f5f6f8;--ink:#1d2126;--soft:#626b77;--rule:#dde1e6;
 --fault:#a5320f;--fault-back:#fdeee9;--c0:#0b6cb5;--c1:#cf5a00;--c2:#00795c;--c3:#ab4a93;--c4:#8a7000;--c5:#566173}
@@ -344,17 +372,21 @@ nav{display:flex;flex-wrap:wrap;gap:6px 18px;margin-top:14px}a{color:var(--c0)}
 .tiles strong{display:block;font-size:22px;font-weight:600;line-height:1.35;font-variant-numeric:tabular-nums}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr));gap:0 32px;margin:14px 0 0}
 .facts>div{display:flex;gap:12px;padding:5px 0;border-bottom:1px solid var(--rule);font-size:14px}
-dt{flex:0 0 112px;color:var(--soft)}dd{margin:0;overflow-wrap:anywhere;min-width:0}
+dt{flex:0 0 124px;color:var(--soft)}dd{margin:0;overflow-wrap:anywhere;min-width:0}
 .fault,.note{margin:8px 0;padding:8px 13px;border-left:3px solid var(--fault);background:var(--fault-back);
-border-radius:0 6px 6px 0;font-size:14px;overflow-wrap:anywhere}.fault::before{content:"\\26A0\\FE0E  ";color:var(--fault)}
+border-radius:0 6px 6px 0;font-size:14px;overflow-wrap:anywhere}
+.fault{list-style:none}.fault li{padding:2px 0 2px 24px;text-indent:-24px}
+.fault li::before{content:"\\26A0\\FE0E";display:inline-block;width:24px;text-indent:0;color:var(--fault)}
 .note{border-color:var(--rule);background:var(--raised)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr));gap:26px 28px}
+.charts+.charts{margin-top:26px}
 figure{margin:0;min-width:0}figcaption{font-size:13.5px;font-weight:600}
-.chart svg{display:block;width:100%;height:auto;overflow:visible}
+.chart>svg{display:block;width:100%;height:auto;overflow:visible}
 .chart text{fill:var(--soft);font-size:11px;font-variant-numeric:tabular-nums}
-.chart text.mark{fill:var(--fault);font-size:15px;font-weight:700}
+path.mark{stroke:var(--fault);stroke-width:2.2}
 .grid{stroke:var(--rule);stroke-width:1}.axis{stroke:var(--soft);stroke-width:1}
-path{fill:none;stroke:var(--s);stroke-linejoin:round}.raw{stroke-width:1;opacity:.3}.line{stroke-width:1.9}
+path{fill:none;stroke:var(--s);stroke-linejoin:round}.raw{stroke-width:1;opacity:.3}
+.band{stroke:none;fill:var(--s);opacity:.2}.line{stroke-width:1.9}
 .dot{fill:var(--s)}
 .legend{display:flex;flex-wrap:wrap;gap:0 16px;font-weight:400;color:var(--soft);font-size:12.5px;min-height:20px}
 .legend b{color:var(--ink);font-weight:500;font-variant-numeric:tabular-nums}
@@ -365,7 +397,8 @@ path{fill:none;stroke:var(--s);stroke-linejoin:round}.raw{stroke-width:1;opacity
 th,td{text-align:left;padding:6px 22px 6px 0;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{font-weight:500;color:var(--soft);font-size:13px}
 .num{text-align:right;font-variant-numeric:tabular-nums}
-.bar{display:inline-block;height:8px;width:110px;background:var(--rule);border-radius:3px;overflow:hidden;vertical-align:1px}
+.bar{display:inline-block;height:8px;width:110px;background:var(--rule);border-radius:3px;overflow:hidden;
+vertical-align:1px}
 .bar i{display:block;height:100%;background:var(--c0)}
 details{margin-top:10px}summary{cursor:pointer;font-weight:500}
 pre{margin:10px 0 0;padding:14px 16px;background:var(--raised);border-radius:8px;overflow-x:auto;
@@ -376,21 +409,23 @@ img.bars{width:100%;border-radius:0}
 .empty{display:flex;align-items:center;justify-content:center;text-align:center;aspect-ratio:1;padding:10px;border-radius:4px;
 font-size:12px;line-height:1.35;color:var(--soft);border:1px dashed var(--rule);overflow-wrap:anywhere;
 background:repeating-linear-gradient(45deg,transparent 0 9px,var(--raised) 9px 12px)}
-.sample{display:grid;grid-template-columns:minmax(150px,210px) 1fr;gap:20px 28px;padding:20px 0;border-top:1px solid var(--rule)}
+.sample{display:grid;grid-template-columns:minmax(150px,210px) 1fr;gap:20px 28px;padding:20px 0;
+border-top:1px solid var(--rule)}
 .sample:first-of-type{border-top:0}
 .sample>figure figcaption{font-weight:400;margin-top:6px;overflow-wrap:anywhere}
 .sample>figure img{width:100%;max-height:260px;object-fit:contain;object-position:left top}
 figcaption small{display:block;font-size:12.5px;line-height:1.4;font-weight:400}
 .tasks{display:flex;flex-wrap:wrap;gap:20px 28px;align-items:flex-start}
-.maps{display:grid;grid-template-columns:repeat(var(--n),minmax(64px,124px));gap:8px}
+.maps{display:grid;grid-template-columns:repeat(var(--n),minmax(64px,108px));gap:8px}
 .maps figcaption,.strips figcaption{font-weight:400;font-size:12.5px;line-height:1.35;margin-top:4px}
 .maps figcaption b,.strips figcaption b{font-weight:600;font-variant-numeric:tabular-nums}
-.strips{display:grid;gap:8px;width:230px;max-width:100%}.strips .empty{aspect-ratio:auto;min-height:48px}
+.maps figcaption span{display:block}
+.strips{display:grid;gap:8px;width:168px;max-width:100%}.strips .empty{aspect-ratio:auto;min-height:48px}
 .answers{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:24px 32px}
 .answer{display:grid;grid-template-columns:minmax(96px,150px) 1fr;gap:16px;align-items:start}
 .answer p{margin:0 0 8px;overflow-wrap:anywhere}.answer .asked{color:var(--soft)}
 footer{margin-top:56px;padding-top:16px;border-top:1px solid var(--rule);font-size:13px}
 @media (max-width:640px){.sample{grid-template-columns:1fr}.sample>figure{max-width:260px}.block{margin-top:28px}
-.maps{grid-template-columns:repeat(auto-fill,minmax(92px,1fr));width:100%}.task{width:100%}.strips{width:100%}h1{font-size:24px}}
+.maps{grid-template-columns:repeat(var(--m),minmax(0,1fr));width:100%}.task{width:100%}.strips{width:100%}h1{font-size:24px}}
 @media print{section{break-inside:auto}figure,.sample,.answer{break-inside:avoid}}
 """.replace("DARK", _DARK).strip()

@@ -6,9 +6,9 @@ On a laptop, after `olavlm-train pt --config tiny`:
 
     olavlm-report runs/tiny/pt
 
-The page is one file and asks for nothing from outside. It is made of blocks, each a function of a run that gives HTML,
-or '' when there is nothing to show; `BLOCKS` is their order. What cannot be had any more (a store, a base model) is said
-in its place.
+The page is one file and asks for nothing from outside. It is made of blocks, each a function of a run that gives
+HTML, or '' when there is nothing to show; `BLOCKS` is their order. What cannot be had any more (a store, a base model)
+is said in its place.
 """
 
 from __future__ import annotations
@@ -22,19 +22,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from html import escape as _escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import torch
-import yaml
 from PIL import Image
 
-from olavlm.cache import BadImage, CacheError, Dataset, DatasetError, ImageRoots, decode_rgb
+from olavlm.cache import BadImage, CacheError, ImageRoots, decode_rgb
 from olavlm.cache.display import (
     TIMES,
     PcaColours,
@@ -45,12 +40,7 @@ from olavlm.cache.display import (
     token_map,
     vector_bars,
 )
-from olavlm.student.checkpoint import ADAPTER_CONFIG, read_adapter
-from olavlm.student.config import Recipe, load_recipe
-from olavlm.student.data import Collator
 from olavlm.student.errors import StudentError
-from olavlm.student.targets import open_targets
-from olavlm.student.trainer import DTYPES, open_data
 from olavlm.teachers import TeacherError
 
 from .cli import JobFailed, command, versions
@@ -59,6 +49,7 @@ from .page import (
     Markup,
     block,
     chart,
+    closing_mean,
     empty,
     facts,
     fold,
@@ -68,11 +59,15 @@ from .page import (
     picture,
     table,
     tiles,
+    warning,
 )
+from .predictions import SampleView, TaskView, predict
+from .runs import Run, read_run
 
 STAGE_NAMES = {"pt": "Pre-training (PT)", "vpt": "Visual pre-training (VPT)", "ift": "Instruction finetuning (IFT)"}
 PHOTOGRAPH_SIDE = 480  # pixels, at most
 BARS = (230, 64)  # pixels, of a one-token target
+COMPARED = (("loss/total", "Total loss", "weighted sum"), ("loss/text", "Text loss", "nats per token"))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -101,13 +96,15 @@ def _count(text: str) -> int:
 
 @command("olavlm-report")
 def main(argv: list[str] | None = None) -> int:
+    """Write the page; what about the runs needs a look is on it, and on standard error."""
     args = arguments().parse_args(argv)
     folders = list(dict.fromkeys(folder.absolute() for folder in args.runs))
     shared = Path(os.path.commonpath([f.parent for f in folders] if len(folders) > 1 else folders))
     runs = [read_run(f, str(f.relative_to(shared)) if len(folders) > 1 else f.name) for f in folders]
     output: Path = args.output or shared / "report.html"
-    settings = Settings(args.store, args.images, args.samples)
-    html = render(runs, settings)
+    if output.is_dir():
+        raise JobFailed(f"--output {output} is a folder; name a file in it")
+    html = render(runs, Settings(args.store, args.images, args.samples))
     output.parent.mkdir(parents=True, exist_ok=True)
     private = output.with_name(f".{output.name}.{os.getpid()}")
     private.write_text(html, encoding="utf-8")
@@ -128,162 +125,6 @@ class Settings:
     samples: int = 4
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run folder, read. Files that are not there are None or empty."""
-
-    folder: Path
-    name: str
-    metrics: list[dict[str, float]]
-    """the steps of `metrics.jsonl`, in order"""
-    damaged_lines: int
-    stage: str | None
-    processes: int | None
-    parts: list[dict[str, Any]]
-    recipe: dict[str, Any]
-    recipe_text: str
-    versions: dict[str, str]
-
-    def curve(self, key: str, name: str = "") -> Curve:
-        """A metric over steps; steps that lack it are left out."""
-        points = [(m["step"], m[key]) for m in self.metrics if key in m]
-        return Curve(name or key, [p[0] for p in points], [p[1] for p in points])
-
-    def curves(self, keys: Sequence[str], names: Sequence[str] = ()) -> list[Curve]:
-        return [self.curve(key, name) for key, name in zip(keys, names or keys, strict=True)]
-
-    @cached_property
-    def keys(self) -> list[str]:
-        """Names of all metrics, in order of appearance."""
-        return list(dict.fromkeys(key for m in self.metrics for key in m))
-
-    @cached_property
-    def terms(self) -> dict[str, list[int]]:
-        """For each task with embedding losses its layers, as the metrics hold them."""
-        found: dict[str, set[int]] = {}
-        for key in self.keys:
-            match key.split("/"):
-                case ["loss", task, layer, "smooth_l1" | "contrastive"] if layer.isdigit():
-                    found.setdefault(task, set()).add(int(layer))
-        order = self.get("model", "order") or []
-        ranked = sorted(found, key=lambda task: (order.index(task) if task in order else len(order), task))
-        return {task: sorted(found[task]) for task in ranked}
-
-    def get(self, *path: str) -> Any:
-        """A value of the recipe, None where it has none."""
-        value: Any = self.recipe
-        for part in path:
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
-
-    @property
-    def finished(self) -> bool:
-        return any((self.folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json"))
-
-    @property
-    def global_batch(self) -> int | None:
-        sizes = (self.get("train", "batch_size"), self.get("train", "accumulation"), self.processes)
-        return math.prod(sizes) if all(sizes) else None
-
-    @cached_property
-    def faults(self) -> list[str]:
-        """What needs a look, a sentence each."""
-        return find_faults(self)
-
-
-def read_run(folder: Path, name: str) -> Run:
-    """Read a run folder; JobFailed if it is none. Damaged or missing files beside the metrics are left out."""
-    if not folder.is_dir():
-        raise JobFailed(f"run {folder} does not exist; give a run folder of olavlm-train")
-    file = folder / "metrics.jsonl"
-    if not file.is_file():
-        raise JobFailed(f"{folder} is not a run folder: it holds no metrics.jsonl; give a run folder of olavlm-train")
-    metrics, damaged = [], 0
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            content = json.loads(line)
-            content["step"] = int(content["step"])
-        except (ValueError, KeyError, TypeError):
-            damaged += 1  # such as the line that a kill cut short
-            continue
-        values = {k: math.nan if v is None else v for k, v in content.items()}  # some writers spell NaN as null
-        metrics.append(
-            {k: float(v) for k, v in values.items() if isinstance(v, int | float)} | {"step": content["step"]}
-        )
-    recipe_text = _text(folder / "recipe.yaml")
-    try:
-        recipe = yaml.safe_load(recipe_text)
-    except yaml.YAMLError:
-        recipe = None
-    stage = _json(folder / "stage.json")
-    return Run(
-        folder=folder,
-        name=name,
-        metrics=sorted(metrics, key=lambda m: m["step"]),
-        damaged_lines=damaged,
-        stage=stage.get("stage"),
-        processes=stage.get("processes"),
-        parts=stage.get("parts") or [],
-        recipe=recipe if isinstance(recipe, dict) else {},
-        recipe_text=recipe_text,
-        versions=_json(folder / "versions.json"),
-    )
-
-
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_text(file) or "{}")
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def find_faults(run: Run) -> list[str]:
-    """Losses that are zero, not finite or absent, an unfinished run, and the like: a sentence each."""
-    faults = []
-    if not run.metrics:
-        faults.append("No step was logged.")
-    elif not run.finished:
-        faults.append(f"The run is not finished: its last logged step is {run.metrics[-1]['step']}.")
-    if run.damaged_lines:
-        faults.append(f"metrics.jsonl has {run.damaged_lines} damaged or unfinished line(s), which are left out.")
-    for key in run.keys:
-        if not key.startswith("loss/"):
-            continue
-        curve = run.curve(key)
-        for what, hit in (("is not finite", lambda v: not math.isfinite(v)), ("is exactly zero", lambda v: v == 0)):
-            steps = [step for step, value in zip(curve.x, curve.y, strict=True) if hit(value)]
-            if steps:
-                where = f"in {len(steps)} of {len(curve.x)} steps, first in step {steps[0]}"
-                faults.append(f"{key} {what} {where}.{_why_zero(run, key, steps) if 'zero' in what else ''}")
-    if run.metrics and run.stage in (run.get("losses", "stages") or []):
-        for task, settings in (run.get("tasks") or {}).items():
-            lacking = [str(x) for x in settings.get("layers") or [] if x not in run.terms.get(task, [])]
-            if lacking:
-                faults.append(f"The recipe distils {task} at layer {', '.join(lacking)}, but no such loss was logged.")
-    bad = int(sum(m.get("bad_images", 0) for m in run.metrics))
-    if bad:
-        faults.append(f"{bad:,} samples had an image that could not be read; they trained nothing.")
-    return faults
-
-
-def _why_zero(run: Run, key: str, steps: Sequence[float]) -> str:
-    wanted = set(steps)
-    task = key.split("/")[1]
-    valid = [m.get(f"valid/{task}") for m in run.metrics if m["step"] in wanted]
-    if None in valid or not valid:
-        return ""
-    if max(valid) == 0:
-        return " Those batches had no valid target."
-    if max(valid) <= 1 and key.endswith("/contrastive"):
-        return " Those batches had one valid target, and so no negatives."
-    return " Those batches had valid targets: this term trains nothing."
-
-
 # Blocks: (run, settings) -> HTML.
 
 
@@ -291,18 +132,19 @@ def show_summary(run: Run, settings: Settings) -> str:
     if not run.metrics:
         return ""
     steps, last = run.metrics, run.metrics[-1]
-    spread = max(1, len(steps) // 20)
 
     def ending(key: str) -> tuple[str, str]:
-        values = [m[key] for m in steps if key in m]
+        values = run.curve(key).y
         if not values:
-            return number(None), ""
-        over = f"mean of the last {spread} steps" if spread > 1 else "last step"
-        return number(statistics.fmean(values[-spread:])), f"{over}; {number(values[0])} at first"
+            return number(None), "not logged"
+        mean, count = closing_mean(values)
+        over = f"mean of the last {count} steps" if count > 1 else "last step"
+        return number(mean), f"{over}; {number(values[0])} at first"
 
     times = [m["step_ms"] for m in steps if "step_ms" in m]
     waits = [m["data_wait_ms"] for m in steps if "data_wait_ms" in m]
-    triples = [("Total loss", *ending("loss/total")), ("Text loss", *ending("loss/text"))]
+    triples = [("Total loss", *ending("loss/total"))] if run.terms else []
+    triples.append(("Text loss", *ending("loss/text")))
     epoch = f"{number(last['epoch'], 3)} of {number(run.get('train', 'epochs'), 3)} epochs" if "epoch" in last else ""
     triples.append(("Steps", number(last["step"]), epoch))
     if times:
@@ -310,7 +152,7 @@ def show_summary(run: Run, settings: Settings) -> str:
         triples.append(("Step time", _duration(median), f"median; {_duration(sum(times))} in all"))
         if run.global_batch:
             rate = number(1000 * run.global_batch / median, 3)
-            triples.append(("Throughput", f"{rate} samples/s", f"global batch {run.global_batch}"))
+            triples.append(("Samples a second", rate, f"global batch {run.global_batch}"))
     if times and len(waits) == len(times):
         triples.append(("Waiting for data", f"{100 * sum(waits) / sum(times):.1f} %", "of the time of all steps"))
     return tiles(triples)
@@ -326,25 +168,22 @@ def _duration(milliseconds: float) -> str:
 
 
 def show_faults(run: Run, settings: Settings) -> str:
-    return "".join(note(fault, "fault") for fault in run.faults)
+    return warning(run.faults)
 
 
 def show_facts(run: Run, settings: Settings) -> str:
     tasks = run.get("tasks") or {}
     distils = run.stage in (run.get("losses", "stages") or []) and tasks
     batch = (run.get("train", "batch_size"), run.get("train", "accumulation"), run.processes)
-    source = run.get("targets", "source")
+    targets = "teachers in the loop" if run.get("targets", "source") == "online" else run.get("targets", "store")
     pairs = [
         ("Language model", run.get("model", "llm")),
         ("Vision encoder", run.get("model", "encoder")),
         ("Started from", run.get("init", "from") or ("base models" if run.recipe else None)),
         ("Data", _joined(run.get("data", "file"))),
         ("Images", _joined(run.get("data", "images"))),
-        (
-            "Targets",
-            (run.get("targets", "store") if source == "cache" else "teachers in the loop") if distils else None,
-        ),
-        *((f"Task {name}", _task(settings)) for name, settings in (tasks.items() if distils else ())),
+        ("Targets", targets if distils else None),
+        *((f"Task {name}", _task(task or {})) for name, task in (tasks.items() if distils else ())),
         ("Processes", run.processes),
         ("Global batch", f"{run.global_batch} = {f' {TIMES} '.join(map(str, batch))}" if run.global_batch else None),
         ("Learning rate", f"{number(run.get('train', 'lr'))} at its peak" if run.get("train", "lr") else None),
@@ -359,20 +198,21 @@ def _joined(value: Any) -> str | None:
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _task(settings: dict[str, Any]) -> str:
-    layers = ", ".join(map(str, settings.get("layers") or [])) or "none"
-    return f"layers {layers}; weight {settings.get('weight')}"
+def _task(task: dict[str, Any]) -> str:
+    layers = ", ".join(map(str, task.get("layers") or [])) or "none"
+    return f"layers {layers}; weight {task.get('weight')}"
 
 
 def show_losses(run: Run, settings: Settings) -> str:
+    total = chart("Total loss", [run.curve("loss/total", "total")], unit="weighted sum", mark_zeros=True)
     charts = [
-        chart("Total loss", [run.curve("loss/total", "total")], mark_zeros=True),
+        total if run.terms else "",  # without embedding losses it is the text loss
         chart("Text loss", [run.curve("loss/text", "text")], unit="nats per token", mark_zeros=True),
-        chart("Learning rate", [run.curve("lr", "learning rate")]),
+        chart("Learning rate", [run.curve("lr", "learning rate")], smoothed=False),
     ]
     if "grad_norm" in run.keys:
         charts.append(chart("Gradient norm, before clipping", [run.curve("grad_norm", "norm")]))
-    return block("Losses", _charts(charts), "Smoothed lines over the raw values of every step.")
+    return block("Losses", _charts(charts), "Smoothed, over the faint raw values of every step.")
 
 
 def show_embedding_losses(run: Run, settings: Settings) -> str:
@@ -385,7 +225,7 @@ def show_embedding_losses(run: Run, settings: Settings) -> str:
         content += _charts(charts)
     scales = [key for key in run.keys if key.startswith("scale/")]
     names = [key.partition("/")[2] for key in scales]
-    content += _charts([chart("Factor on similarities, exp(s)", run.curves(scales, names))])
+    content += _charts([chart("Factor on similarities, exp(s)", run.curves(scales, names), smoothed=False)])
     weight, use = run.get("losses", "contrastive_weight"), run.get("losses", "contrastive")
     about = "Predicted against teacher features, by task and decoder layer, ahead of their weights. "
     if weight is not None:
@@ -413,9 +253,9 @@ def show_predictions(run: Run, settings: Settings) -> str:
     if not settings.samples or not distils or run.stage != "pt":
         return ""
     try:
-        samples = predict(run, settings)
+        samples = predict(run.folder, num_samples=settings.samples, store=settings.store, images=settings.images)
         content = "".join(_sample(sample) for sample in samples)
-    except (StudentError, CacheError, TeacherError, OSError, ValueError, RuntimeError) as e:
+    except (StudentError, CacheError, TeacherError, ImportError, OSError, RuntimeError, ValueError) as e:
         reason = " ".join(str(e).split())
         content = note(f"No pictures: {reason}")
     return block(
@@ -428,136 +268,6 @@ def show_predictions(run: Run, settings: Settings) -> str:
     )
 
 
-@dataclass
-class TaskView:
-    """A task's target and predictions for one sample."""
-
-    name: str
-    grid: tuple[int, ...]
-    target: np.ndarray | None
-    """(tokens, dim) float32, None if the teacher gave none"""
-    predictions: dict[int, np.ndarray]
-    """for each layer (tokens, dim) float32; empty if the sample's image did not reach the model"""
-    cosines: dict[int, tuple[float, float | None]]
-    """for each layer: with its own target, and the mean with those of the other samples"""
-
-
-@dataclass
-class SampleView:
-    image: str
-    text: str
-    photograph: Image.Image | None
-    tasks: list[TaskView]
-
-
-def predict(run: Run, settings: Settings) -> list[SampleView]:
-    """The targets of some samples, spread over the data, and what the run's predictors make of them.
-
-    The samples take the trainer's own way: its collator, its target source, and a forward with labels.
-
-    Raises:
-        StudentError, CacheError, TeacherError, OSError: the recipe, data, store or models cannot be had any more.
-    """
-    recipe = reachable_recipe(run, settings)
-    adapter = read_adapter(run.folder)
-    dataset, roots = open_data(recipe)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = open_targets(recipe, device)
-    indices = spread(dataset, settings.samples)
-    options = {"dtype": DTYPES[recipe.model.dtype], "attn_implementation": recipe.model.attention}
-    model, tokenizer = adapter.build(with_predictors=True, **options)
-    collator = Collator(
-        dataset=dataset,
-        roots=roots,
-        tokenizer=tokenizer,
-        transform=model.config.image_transform,
-        template=recipe.model.template,
-        image_token_id=model.config.image_token_id,
-        num_inserted_tokens=model.num_inserted_tokens,
-        max_length=recipe.model.max_length,
-        source=source,
-    )
-    model = model.to(device).eval()
-    batch = collator(indices)
-    names = ("input_ids", "attention_mask", "labels", "pixel_values")
-    with torch.inference_mode():
-        output = model(**{name: getattr(batch, name).to(device) for name in names})
-        targets, valid = source.finish(batch.targets, device)
-    predictions = {key: p.float().cpu().numpy() for key, p in output.predictions.items()}
-    known = {name: t.float().cpu().numpy() for name, t in targets.items()}
-    usable = {name: v.cpu().numpy() for name, v in valid.items()}
-    return [
-        _view(
-            dataset[index], row, roots, model.tasks, _grids(source), known, usable, batch.complete.tolist(), predictions
-        )
-        for row, index in enumerate(indices)
-    ]
-
-
-def reachable_recipe(run: Run, settings: Settings) -> Recipe:
-    """The run's recipe, its relative paths as they can be reached from here, and what the command line replaces."""
-    recipe = load_recipe(str(run.folder / "recipe.yaml"), [], run.stage)
-    base = started_in(run.folder, recipe.train.output_dir)
-
-    def reach(path: str) -> str:
-        return str(base / path) if base is not None and not Path(path).exists() and (base / path).exists() else path
-
-    recipe.data.file = [reach(file) for file in recipe.files]
-    recipe.data.images = settings.images or [reachable_root(root, base) or root for root in recipe.image_roots]
-    if settings.store:
-        recipe.targets.store, recipe.targets.source = settings.store, "cache"
-    elif recipe.targets.store:
-        recipe.targets.store = reach(recipe.targets.store)
-    for task in recipe.tasks.values():
-        task.model = task.model and reach(task.model)
-    return recipe
-
-
-def spread(dataset: Dataset, count: int) -> list[int]:
-    """Indices of `count` samples with different images, evenly spread over the data."""
-    images = dataset.images()
-    chosen = [images[int(i)] for i in np.linspace(0, len(images) - 1, min(count, len(images)))] if len(images) else []
-    if not chosen:
-        raise DatasetError("no sample of the data has an image")
-    column = dataset.table.column("image")
-    return [pc.index(column, pa.scalar(image.as_py(), pa.large_string())).as_py() for image in chosen]
-
-
-def _grids(source: Any) -> dict[str, tuple[int, ...]]:
-    if hasattr(source, "groups"):
-        return {name: tuple(group.card.get("grid") or ()) for name, group in source.groups.items()}
-    return {name: tuple(teacher.card.grid) for name, teacher in source.teachers.items()}
-
-
-def _view(sample, row, roots, tasks, grids, targets, valid, complete, predictions) -> SampleView:
-    try:
-        photograph = roots.open(sample.image)
-    except BadImage:
-        photograph = None
-    views = []
-    for task in tasks:
-        rows = np.flatnonzero(valid[task.name])
-        own, others = row in rows, [int(r) for r in rows if r != row]
-        view = TaskView(task.name, grids[task.name], targets[task.name][row] if own else None, {}, {})
-        for layer in task.layers if complete[row] else ():
-            p = predictions[f"{task.name}/{layer}"][row]
-            view.predictions[layer] = p
-            if own:
-                apart = [cosine(p, targets[task.name][r]) for r in others]
-                mean = cosine(p, view.target), statistics.fmean(apart) if apart else None
-                view.cosines[layer] = mean
-        views.append(view)
-    turns = [turn["value"].replace("<image>", "").strip() for turn in sample.conversations]
-    return SampleView(sample.image, next((t for t in turns[1:] if t), ""), photograph, views)
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two arrays as flat vectors, in float64; NaN if one of them is zero or not finite."""
-    a, b = (np.asarray(x, np.float64).reshape(-1) for x in (a, b))
-    size = np.linalg.norm(a) * np.linalg.norm(b)
-    return float(a @ b / size) if size > 0 else math.nan
-
-
 def _sample(sample: SampleView) -> str:
     caption = f"<small>{_escape(sample.text)}</small>" if sample.text else ""
     return (
@@ -568,54 +278,42 @@ def _sample(sample: SampleView) -> str:
 
 
 def _task_view(view: TaskView) -> str:
-    pooled = (
-        view.target if view.target is not None else next(iter(view.predictions.values()), np.empty((0, 0)))
-    ).shape[0] == 1
-    shown = [("target", view.target, None)]
-    shown += [(f"layer {layer}", p, view.cosines.get(layer)) for layer, p in view.predictions.items()]
-    draw = _bars(view) if pooled else _map(view)
-    figures = "".join(
-        f"<figure>{draw(values, name)}<figcaption>{name}{_cosine(c)}</figcaption></figure>" for name, values, c in shown
+    draw = _bars if view.tokens == 1 else _map
+    figures = []
+    if view.target is None:
+        figures.append(f"<figure>{empty(view.why)}<figcaption>target</figcaption></figure>")
+    else:
+        figures.append(f"<figure>{draw(view, view.target, 'target')}<figcaption>target</figcaption></figure>")
+        for layer, prediction in view.predictions.items():
+            name = f"layer {layer}"
+            drawn = draw(view, prediction, name) if np.isfinite(prediction).all() else empty("not finite")
+            caption = f"<figcaption>{name}{_cosine(view.cosines[layer])}</figcaption>"
+            figures.append(f"<figure>{drawn}{caption}</figure>")
+        if not view.predictions:
+            figures.append(f"<figure>{empty('the image did not reach the model')}</figure>")
+    layout = "strips" if view.tokens == 1 else "maps"
+    columns = max(2, len(figures))
+    return (
+        f'<div class="task"><h4>{_escape(view.name)}</h4>'
+        f'<div class="{layout}" style="--n:{columns};--m:{min(columns, 4)}">{"".join(figures)}</div></div>'
     )
-    if not view.predictions:
-        figures += f"<figure>{empty('the image did not reach the model')}</figure>"
-    layout = '<div class="strips">' if pooled else f'<div class="maps" style="--n:{len(shown)}">'
-    return f'<div class="task"><h4>{_escape(view.name)}</h4>{layout}{figures}</div></div>'
 
 
-def _cosine(pair: tuple[float, float | None] | None) -> str:
-    if pair is None:
-        return ""
+def _cosine(pair: tuple[float, float | None]) -> str:
     own, others = pair
-    return f" <b>{own:.2f}</b>" + (f" ({others:.2f})" if others is not None else "")
+    return f" <span><b>{own:.2f}</b>" + (f" ({others:.2f})" if others is not None else "") + "</span>"
 
 
-def _map(view: TaskView) -> Callable[[np.ndarray | None, str], str]:
-    basis = None if view.target is None else PcaColours.fit(view.target)
-
-    def draw(values: np.ndarray | None, name: str) -> str:
-        if values is None:
-            return empty("no target: quarantined or unreadable")
-        if not np.isfinite(values).all():
-            return empty("not finite")
-        shown = token_map(values, view.grid, basis)
-        if not fills_grid(len(values), view.grid):
-            shown = shown.resize((shown.width, max(1, shown.width // 4)), Image.Resampling.NEAREST)
-        return picture(shown, f"{view.name}, {name}: tokens as colours", pixels=True)
-
-    return draw
+def _map(view: TaskView, values: np.ndarray, name: str) -> str:
+    shown = token_map(values, view.grid, PcaColours.fit(view.target))
+    if not fills_grid(len(values), view.grid):
+        shown = shown.resize((shown.width, max(1, shown.width // 4)), Image.Resampling.NEAREST)
+    return picture(shown, f"{view.name}, {name}: tokens as colours", pixels=True)
 
 
-def _bars(view: TaskView) -> Callable[[np.ndarray | None, str], str]:
-    def draw(values: np.ndarray | None, name: str) -> str:
-        if values is None:
-            return empty("no target: quarantined or unreadable")
-        if not np.isfinite(values).all():
-            return empty("not finite")
-        limit = bar_limit(values if view.target is None else view.target)
-        return picture(vector_bars(values[0], BARS, limit), f"{view.name}, {name}: values as bars", css="bars")
-
-    return draw
+def _bars(view: TaskView, values: np.ndarray, name: str) -> str:
+    bars = vector_bars(values[0], BARS, bar_limit(view.target))
+    return picture(bars, f"{view.name}, {name}: values as bars", css="bars")
 
 
 def _photograph(image: Image.Image | None, name: str, why: str = "the photograph cannot be read") -> str:
@@ -704,7 +402,7 @@ BLOCKS: tuple[Block, ...] = (
 
 def render(runs: Sequence[Run], settings: Settings) -> str:
     """The page of some runs."""
-    models = list(dict.fromkeys(f"{Path(m).name}" for r in runs if (m := r.get("model", "llm"))))
+    models = list(dict.fromkeys(f"{m} with {r.get('model', 'encoder')}" for r in runs if (m := r.get("model", "llm"))))
     title = STAGE_NAMES.get(runs[0].stage or "", "Training run") if len(runs) == 1 else f"{len(runs)} training runs"
     head = f"<h1>{_escape(title)}</h1><p class=lead>{_escape(', '.join(models))}</p>"
     sections = []
@@ -717,30 +415,35 @@ def render(runs: Sequence[Run], settings: Settings) -> str:
     if len(runs) > 1:
         head += compare(runs)
     made = f"olavlm-report, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, olavlm {versions()['olavlm']}"
-    return page(title, head + "".join(sections) + f"<footer>{_escape(made)}</footer>")
+    return page(
+        f"{title}: {', '.join(run.name for run in runs)}",
+        head + "".join(sections) + f"<footer>{_escape(made)}</footer>",
+    )
 
 
 def compare(runs: Sequence[Run]) -> str:
     """All runs in a table, and the losses of those of one stage in one chart."""
     rows = []
     for i, run in enumerate(runs):
-        last = run.metrics[-1] if run.metrics else {}
-        times = [m["step_ms"] for m in run.metrics if "step_ms" in m]
-        flags = f"{len(run.faults)} to look at" if run.faults else "none"
+        losses = [number(closing_mean(y)[0]) if (y := run.curve(key).y) else number(None) for key, *_ in COMPARED]
+        times = run.curve("step_ms").y
         rows.append([
-            Markup(f'<a href="#run-{i}">{_escape(run.name)}</a>'), run.stage or "?", number(last.get("step")),
-            number(last.get("loss/total")), number(last.get("loss/text")),
-            _duration(statistics.median(times)) if times else number(None), flags,
+            Markup(f'<a href="#run-{i}">{_escape(run.name)}</a>'),
+            run.stage or "?",
+            number(run.metrics[-1]["step"] if run.metrics else 0),
+            *losses,
+            _duration(statistics.median(times)) if times else number(None),
+            f"{len(run.faults)} to look at" if run.faults else "none",
         ])  # fmt: skip
-    head = ("run", "stage", "steps", "last total loss", "last text loss", "step time", "faults")
+    head = ("run", "stage", "steps", *(name.lower() for _, name, _ in COMPARED), "step time", "faults")
     content = table(head, rows, numbers=(2, 3, 4, 5))
     charts = []
     for stage in dict.fromkeys(run.stage for run in runs):
         alike = [run for run in runs if run.stage == stage]
         if len(alike) > 1:
-            for key, name, unit in (("loss/total", "Total", ""), ("loss/text", "Text", "nats per token")):
+            for key, name, unit in COMPARED:
                 curves = [run.curve(key, run.name) for run in alike]
-                charts.append(chart(f"{name} loss, {stage}", curves, unit=unit, mark_zeros=True))
+                charts.append(chart(f"{name}, {stage}", curves, unit=unit, mark_zeros=True))
     return content + (f'<div class="block">{_charts(charts)}</div>' if charts else "")
 
 

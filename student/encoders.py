@@ -169,7 +169,9 @@ def load_image_transform(path: str | Path, geometry: Geometry = "square") -> Ima
     Raises:
         ModelError: no checkpoint there, or a preprocessor that does not crop a square of the model's size.
     """
-    size = _vision_config(path).image_size
+    config = _vision_config(path)
+    _family(config.model_type, path)
+    size = config.image_size
     try:
         file = cached_file(str(path), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     except OSError:

@@ -102,3 +102,9 @@ def recipe(tiny, pt_json, store32, tmp_path):
         return load_recipe("tiny", [f"--{k}={v}" for k, v in values.items()], stage)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sample_images() -> Path:
+    """The folder of the bundled photographs."""
+    return SAMPLE / "images"

@@ -23,17 +23,10 @@ SAMPLE_ROWS = 10
 
 
 @pytest.fixture
-def images():
-    from importlib.resources import files
-
-    return Path(str(files("olavlm.pipelines") / "sample" / "images"))
-
-
-@pytest.fixture
-def words(tiny, pt_json, images, tmp_path):
+def words(tiny, pt_json, sample_images, tmp_path):
     """Arguments of an extraction of one teacher into tmp_path/store."""
 
-    def make(*more, teachers=("depth",), data=pt_json, roots=images, store=tmp_path / "store"):
+    def make(*more, teachers=("depth",), data=pt_json, roots=sample_images, store=tmp_path / "store"):
         named = [w for t in teachers for w in ("--teacher", f"{t}={tiny[t]}")]
         fixed = ["--data", data, "--images", roots, "--store", store, "--batch-size", 4, "--device", "cpu"]
         return [str(w) for w in (*named, *fixed, *more)]
@@ -53,7 +46,7 @@ def shard_bytes(store: Path) -> dict[str, bytes]:
 
 
 def test_all_teachers_at_once_equal_encode_and_a_second_run_does_nothing(
-    words, tiny, pt_json, images, tmp_path, capsys
+    words, tiny, pt_json, sample_images, tmp_path, capsys
 ):
     arguments = words("--shard-rows", 4, "--dtype", "float32", teachers=("depth", "seg", "gen"))
     assert main(arguments) == 0
@@ -64,7 +57,7 @@ def test_all_teachers_at_once_equal_encode_and_a_second_run_does_nothing(
     image = store.plan["image"][7].as_py()
     for name in store.teachers:
         teacher = load_teacher(name, model=tiny[name], device="cpu")
-        expected = teacher.encode([ImageRoots([str(images)]).open(image)])[0].numpy()
+        expected = teacher.encode([ImageRoots([str(sample_images)]).open(image)])[0].numpy()
         np.testing.assert_allclose(store[name][image], expected, atol=1e-5, rtol=1e-5)
         np.testing.assert_array_equal(zarr.open_group(store.path, mode="r")[f"{name}/features"][7], store[name][7])
 
@@ -131,18 +124,18 @@ def test_stopped_by_a_signal_it_drops_what_is_in_flight_and_exits_1(words, tmp_p
     assert not list((tmp_path / "store" / "seg" / "staging").iterdir())
 
 
-def test_zip_gives_the_same_bytes_as_the_folder(words, images, tmp_path):
+def test_zip_gives_the_same_bytes_as_the_folder(words, sample_images, tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        for file in images.iterdir():
+        for file in sample_images.iterdir():
             archive.write(file, file.name)
     assert main(words("--shard-rows", 4)) == 0
     assert main(words("--shard-rows", 4, roots=tmp_path / "images.zip", store=tmp_path / "zipped")) == 0
     assert shard_bytes(tmp_path / "zipped") == shard_bytes(tmp_path / "store")
 
 
-def test_bad_images_are_quarantined_named_and_tried_again(words, images, pt_json, tmp_path, capsys):
+def test_bad_images_are_quarantined_named_and_tried_again(words, sample_images, pt_json, tmp_path, capsys):
     broken = tmp_path / "images"
-    shutil.copytree(images, broken)
+    shutil.copytree(sample_images, broken)
     names = [s["image"] for s in json.loads(pt_json.read_text())]
     (broken / names[1]).unlink()
     (broken / names[2]).write_bytes(b"")
@@ -163,7 +156,7 @@ def test_bad_images_are_quarantined_named_and_tried_again(words, images, pt_json
     assert np.isfinite(values[valid]).all()
     assert main([*arguments, "--limit", "1"]) == 0  # no wanted row is quarantined
 
-    shutil.copytree(images, broken, dirs_exist_ok=True)
+    shutil.copytree(sample_images, broken, dirs_exist_ok=True)
     assert main([*arguments, "--retry-failed"]) == 0
     assert main(words("--shard-rows", 4, store=tmp_path / "good")) == 0
     repaired = FeatureStore(tmp_path / "store")["depth"]

@@ -177,7 +177,7 @@ def test_two_processes_equal_one(recipe, tmp_path):
 
 
 def test_losses_fall(recipe):
-    """In pt the LLM is frozen, and random here, so that the text loss has little room; the embedding losses have more."""
+    """In pt the LLM is frozen, and random here: the text loss has little room, the embedding losses have more."""
     _, metrics = run(recipe(**{"train.epochs": 8, "train.lr": 3e-3}))
     first, last = (
         {n: sum(line[n] for line in part) / 4 for n in losses(metrics)[0]} for part in (metrics[:4], metrics[-4:])
