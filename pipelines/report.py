@@ -43,7 +43,7 @@ from olavlm.cache.display import (
 from olavlm.student.errors import StudentError
 from olavlm.teachers import TeacherError
 
-from .cli import JobFailed, command, versions
+from .cli import JobFailed, command, quiet_models, versions
 from .page import (
     Curve,
     Markup,
@@ -98,6 +98,7 @@ def _count(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Write the page; what about the runs needs a look is on it, and on standard error."""
     args = arguments().parse_args(argv)
+    quiet_models()
     folders = list(dict.fromkeys(folder.absolute() for folder in args.runs))
     shared = Path(os.path.commonpath([f.parent for f in folders] if len(folders) > 1 else folders))
     runs = [read_run(f, str(f.relative_to(shared)) if len(folders) > 1 else f.name) for f in folders]
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     private = output.with_name(f".{output.name}.{os.getpid()}")
     private.write_text(html, encoding="utf-8")
     private.replace(output)
-    print(f"report: {output} ({len(html) / 1e6:.1f} MB)")
+    print(f"report: {output} ({len(html) / 1000:,.0f} kB)")
     for run in runs:
         for fault in run.faults:
             print(f"{run.name}: {fault}", file=sys.stderr)
@@ -339,7 +340,7 @@ def show_answers(run: Run, settings: Settings) -> str:
         f'<div><p class="asked">{_escape(prompt)}</p><p>{_escape(answer) or "<i>(no words)</i>"}</p></div></div>'
         for image, prompt, answer in answers
     )
-    return block("Answers", f'<div class="answers">{figures}</div>' if figures else "", "Greedy, by the trained model.")
+    return block("Answers", f'<div class="answers">{figures}</div>' if figures else "", "By the trained model.")
 
 
 def _answer_picture(run: Run, settings: Settings, image: str | None) -> str:

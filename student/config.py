@@ -76,7 +76,8 @@ class TaskConfig:
     recipe: str | None = None
     """Of the teacher's features, such as depth's mean4 or last; the teacher's default by default."""
     model: str | None = None
-    """Teacher checkpoint, hub id or folder; used with online targets, and named in the command that makes a store."""
+    """Teacher checkpoint, hub id or folder, for online targets; by default the one that filled the store, else the
+    teacher's own."""
     key: str | None = None
     """Where the store keeps the features; by default the task's name."""
 

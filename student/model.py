@@ -199,11 +199,19 @@ class OlaVLM(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "OlaVLM":
         """The model of a checkpoint that `save_pretrained` wrote; arguments are the library's.
 
+        The run folder of pt, which holds an adapter, gives that adapter on the base models it was trained on; no
+        further arguments apply then.
+
         Raises:
             ModelError: no checkpoint there, another kind of model, or weights missing from it.
         """
+        from olavlm.student.checkpoint import ADAPTER_CONFIG, read_adapter
+
         with_info = kwargs.pop("output_loading_info", False)
         path = pretrained_model_name_or_path
+        if (Path(path) / ADAPTER_CONFIG).is_file():
+            model, _ = read_adapter(Path(path)).build()
+            return (model, {"missing_keys": set()}) if with_info else model
         with load_errors(path):
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         refuse_missing(path, info)

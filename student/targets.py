@@ -72,22 +72,15 @@ class CachedTargets:
 
 
 class OnlineTargets:
-    """Teachers in the loop: each image is prepared by the loader and run through every teacher in the step."""
+    """Teachers in the loop: each image is prepared by the loader and run through every teacher in the step.
+
+    A task's teacher is its `model`; without one, what the store's card names, if there is a store; else the teacher's
+    default. Where there is a store, the teacher must be the one that filled it.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        from olavlm.teachers import load_teacher
-
         self.roots = ImageRoots(recipe.image_roots)
-        self.teachers = {
-            name: load_teacher(
-                recipe.tasks[name].teacher or name,
-                model=recipe.tasks[name].model,
-                recipe=recipe.tasks[name].recipe,
-                geometry=recipe.targets.geometry,
-                device=device,
-            )
-            for name in recipe.task_order
-        }
+        self.teachers = {name: _load_teacher(recipe, name, device) for name in recipe.task_order}
         self.specs = [
             task_spec(name, recipe.tasks[name], teacher.card.tokens, teacher.card.dim)
             for name, teacher in self.teachers.items()
@@ -115,6 +108,34 @@ class OnlineTargets:
             targets[name] = self.teachers[name].forward(torch.from_numpy(pixels).to(device))
             valid[name] = torch.from_numpy(rows).to(device) & targets[name].isfinite().all(dim=(1, 2))
         return targets, valid
+
+
+def _load_teacher(recipe: Recipe, name: str, device: torch.device):
+    from olavlm.teachers import TeacherError, load_teacher
+
+    task, stored = recipe.tasks[name], {}
+    if recipe.targets.store is not None:
+        store = FeatureStore(recipe.targets.store)
+        if (key := task.key or name) in store.teachers:
+            stored = store[key].card
+            _check_card(recipe, name, stored)
+    try:
+        teacher = load_teacher(
+            task.teacher or name,
+            model=task.model or stored.get("model"),
+            revision=None if task.model else stored.get("revision"),
+            recipe=task.recipe,
+            geometry=recipe.targets.geometry,
+            device=device,
+        )
+    except TeacherError as e:
+        raise TargetsError(f"tasks.{name}: {e}") from None
+    if stored and teacher.card.fingerprint() != stored["fingerprint"]:
+        raise TargetsError(
+            f"tasks.{name}: the teacher {teacher.card.model} is not the one that filled {recipe.targets.store} "
+            f"({stored['model']}); name that one, or no store"
+        )
+    return teacher
 
 
 def task_spec(name: str, task: TaskConfig, tokens: int, dim: int) -> TaskSpec:

@@ -279,15 +279,16 @@ def decoded(html):
     return [Image.open(io.BytesIO(base64.b64decode(d))) for d in re.findall(r"base64,([^\"]*)", html)]
 
 
-def test_a_perfect_prediction_has_the_colours_of_its_target_and_a_bad_one_does_not():
+def test_predictions_have_the_colours_of_the_targets_basis():
     target = np.random.default_rng(0).standard_normal((12, 6)).astype(np.float32)
-    layers = {2: target.copy(), 4: -target}
+    layers = {2: target.copy(), 4: 0.2 * target, 6: -target}  # in bases of their own the first two look the same
     view = TaskView("depth", 12, (3, 4), target, "", layers, {x: (cosine(p, target), 0.1) for x, p in layers.items()})
     html = _task_view(view)
-    first, same, other = (np.asarray(p.convert("RGB")) for p in decoded(html))
+    first, same, pale, other = (np.asarray(p.convert("RGB")).astype(int) for p in decoded(html))
     assert first.shape == (3, 4, 3)
     np.testing.assert_array_equal(first, same)
     assert (first != other).any()
+    assert np.ptp(pale[..., 0]) < 0.4 * np.ptp(first[..., 0])
     assert "<b>1.00</b> (0.10)" in html
     assert "<b>-1.00</b>" in html
 

@@ -15,7 +15,8 @@ from olavlm.student import trainer as trainer_module
 from olavlm.student.checkpoint import read_adapter
 from olavlm.student.metrics import read_metrics
 from olavlm.student.stages import ADAPTER
-from olavlm.student.trainer import Loop, Schedule, train
+from olavlm.student.step import OptimizerStep
+from olavlm.student.trainer import Schedule, train
 
 LAYERS = {"gen": (4, 6), "depth": (2, 6), "seg": (3, 5)}
 TERMS = [
@@ -58,7 +59,7 @@ def test_every_term_is_logged_finite_and_not_zero_and_the_total_is_their_sum(rec
 def grown(recipe, stage, monkeypatch):
     """Names of the parameters that changed in one step, by part, and of those with a gradient."""
     seen = {}
-    original = Loop._check
+    original = OptimizerStep._check
 
     def spy(self, step, values, totals, micro_batches):
         model = self.accelerator.unwrap_model(self.model)
@@ -66,7 +67,7 @@ def grown(recipe, stage, monkeypatch):
         seen["trainable"] = {n for n, p in model.named_parameters() if p.requires_grad}
         return original(self, step, values, totals, micro_batches)
 
-    monkeypatch.setattr(Loop, "_check", spy)
+    monkeypatch.setattr(OptimizerStep, "_check", spy)
     folder, _ = run(recipe, stage)
     return folder, seen
 
@@ -104,6 +105,23 @@ def test_cached_and_online_targets_give_the_same_losses(recipe, make_store, stor
     online = {"targets.source": "online", "targets.store": "null", "train.output_dir": tmp_path / "online"}
     _, live = run(recipe(**{**common, **online}))
     assert_close(losses(cached), losses(live), tolerance)
+
+
+def test_online_teachers_are_those_that_filled_the_store(recipe, tiny, tmp_path):
+    """Without a model in the recipe the store's card names it; another one is refused."""
+    unnamed = {f"tasks.{name}.model": "null" for name in LAYERS}
+    common = {"train.max_steps": 1, "targets.source": "online"}
+    _, named = run(recipe(**common, **{"train.output_dir": tmp_path / "named"}))
+    _, found = run(recipe(**common, **unnamed, **{"train.output_dir": tmp_path / "found"}))
+    assert losses(found) == losses(named)
+
+    from olavlm.teachers.tiny import make_tiny
+
+    other = make_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(TargetsError, match="is not the one that filled"):
+        run(recipe(**common, **{"tasks.depth.model": other["depth"], "train.output_dir": tmp_path / "other_run"}))
+    with pytest.raises(TargetsError, match=r"tasks\.gen: .*hub"):
+        run(recipe(**common, **unnamed, **{"targets.store": "null", "train.output_dir": tmp_path / "none"}))
 
 
 @pytest.mark.parametrize("stage", ["pt", "ift"])
@@ -236,6 +254,9 @@ def test_adapter_builds_the_trained_model_again(recipe):
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in weights.items())
     assert not any(name.startswith(("llm.", "vision.")) for name in weights)
+    again = OlaVLM.from_pretrained(folder).state_dict()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(again[name], value) for name, value in state.items())
     generator, tokenizer = load_checkpoint(folder)
     assert isinstance(generator.answer(tokenizer, None, "Hello?", max_new_tokens=3), str)
 

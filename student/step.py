@@ -1,0 +1,128 @@
+"""One optimizer step: totals and targets of the whole global batch first, then its micro-batches, then the update.
+
+What the losses are divided by, and the targets that serve as negatives, are those of the whole global batch and known
+before the first backward, so that any split of it over processes and micro-batches gives the same gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+
+from .config import Recipe
+from .data import MicroBatch
+from .errors import TrainingError
+from .targets import TargetSource
+from .task import Batch, BatchTotals, DistillTask
+
+NAMED_SAMPLES = 32  # in the message of a run that stops on a non-finite loss
+
+
+class OptimizerStep:
+    """A function of the step's micro-batches on this process; gives the whole batch's metrics."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        source: TargetSource | None,
+        task: DistillTask,
+    ) -> None:
+        self.recipe, self.accelerator, self.model, self.optimizer = recipe, accelerator, model, optimizer
+        self.source, self.task = source, task
+
+    def __call__(self, step: int, micro_batches: list[MicroBatch]) -> dict[str, float]:
+        """One optimizer step on this process's micro-batches; returns the whole batch's metrics.
+
+        Raises:
+            TrainingError: a loss that is not finite, or an embedding loss that is zero; nothing is updated then.
+        """
+        accelerator = self.accelerator
+        torch.manual_seed(self.recipe.train.seed + step)  # the same noise, if a model has any, after a resume
+        prepared = [self._to_device(m) for m in micro_batches]
+        totals = self._totals(micro_batches, prepared)
+        sums: dict[str, torch.Tensor] = {}
+        scales: dict[str, torch.Tensor] = {}
+        for number, batch in enumerate(prepared):
+            # With several processes, gradients are exchanged in the last backward alone.
+            last = number == len(prepared) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
+                losses, report = self.task.compute(self.model, batch, totals)
+                # DDP averages over processes; the losses are already divided by the whole batch's counts.
+                accelerator.backward(losses["loss/total"] * accelerator.num_processes)
+            totals.offset += len(batch["input_ids"])
+            for name, value in report.items():
+                if name in losses:
+                    sums[name] = sums.get(name, 0.0) + value.double()
+                else:
+                    scales[name] = value
+        names = sorted(sums)
+        reduced = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
+        values = dict(zip(names, reduced, strict=True))
+        self._check(step, values, totals, micro_batches)
+        if self.recipe.train.max_grad_norm is not None:
+            norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.train.max_grad_norm)
+            values["grad_norm"] = float(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            **values,
+            **{name: float(value) for name, value in scales.items()},
+            "supervised_tokens": totals.supervised_tokens,
+            **{f"valid/{name}": count for name, count in totals.valid_rows.items()},
+            "bad_images": self._bad_images,
+        }
+
+    def _to_device(self, micro: MicroBatch) -> Batch:
+        device = self.accelerator.device
+        batch = Batch(
+            **{
+                name: getattr(micro, name).to(device, non_blocking=True)
+                for name in ("input_ids", "labels", "attention_mask", "pixel_values")
+            }
+        )
+        if self.source is not None:
+            targets, valid = self.source.finish(micro.targets, device)
+            complete = micro.complete.to(device)
+            batch["targets"] = targets
+            batch["valid"] = {name: rows & complete for name, rows in valid.items()}
+        return batch
+
+    def _totals(self, micro_batches: list[MicroBatch], prepared: list[Batch]) -> BatchTotals:
+        """Counts and targets of the whole batch, over micro-batches and processes."""
+        accelerator = self.accelerator
+        names = [task.name for task in self.task.tasks]
+        counts = [sum(m.supervised_tokens for m in micro_batches), sum(len(m.bad_images) for m in micro_batches)]
+        counts += [sum(int(b["valid"][name].sum()) for b in prepared) for name in names]
+        device = accelerator.device
+        reduced = accelerator.reduce(torch.tensor(counts, dtype=torch.long, device=device), reduction="sum").tolist()
+        tokens, self._bad_images, *valid = map(int, reduced)
+        totals = BatchTotals(supervised_tokens=tokens, valid_rows=dict(zip(names, valid, strict=True)))
+        for name in names:
+            # No gradient flows to targets, so gathering those of the whole batch is exact.
+            totals.targets[name] = accelerator.gather(torch.cat([b["targets"][name] for b in prepared]))
+            totals.targets_valid[name] = accelerator.gather(torch.cat([b["valid"][name] for b in prepared]))
+        totals.offset = accelerator.process_index * sum(len(b["input_ids"]) for b in prepared)
+        return totals
+
+    def _check(self, step: int, values: dict[str, float], totals: BatchTotals, micro_batches: list[MicroBatch]) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            ids = [i for m in micro_batches for i in m.ids]
+            more = f" and {len(ids) - NAMED_SAMPLES} more" if len(ids) > NAMED_SAMPLES else ""
+            raise TrainingError(
+                f"step {step + 1}: {bad[0]} is {values[bad[0]]}; samples of process {self.accelerator.process_index}: "
+                f"{', '.join(ids[:NAMED_SAMPLES])}{more}"
+            )
+        for name, value in values.items():
+            _, _, rest = name.partition("loss/")
+            if rest.endswith("/smooth_l1") and value == 0.0 and totals.valid_rows[rest.partition("/")[0]]:
+                raise TrainingError(
+                    f"step {step + 1}: {name} is exactly zero though the batch has valid targets; an embedding loss "
+                    "that trains nothing is a fault, not a success"
+                )
