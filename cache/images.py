@@ -67,10 +67,7 @@ def decode_rgb(data: bytes, image: str = "image") -> Image.Image:
         picture = Image.fromarray((samples >> 8).astype(np.uint8))
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")
-    try:
-        return picture.convert("RGB")
-    except ValueError as e:  # CIELAB, for one
-        raise BadImage(image, "unsupported-mode", str(e)) from None
+    return picture.convert("RGB")
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -91,7 +91,7 @@ class Record:
             record = cls(**{**content, "rows": tuple(content["rows"])})
             if record.name != file.name:
                 raise ValueError(f"it is the record {record.name}")
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as e:
             raise CorruptFeatures(f"commit record {file} is damaged: {e}") from None
         return record
 

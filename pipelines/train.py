@@ -15,6 +15,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import time
+
+from tqdm import tqdm
 
 from olavlm.student.config import STAGES, Recipe, describe, load_recipe, shipped_recipes
 from olavlm.student.targets import check_targets
@@ -48,8 +51,38 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return dry_run(recipe, args.stage)
     quiet_models()
-    train(recipe, args.stage, versions())
+    train(recipe, args.stage, versions(), StepDisplay())
     return 0
+
+
+class StepDisplay:
+    """A bar with rate and ETA on a terminal, otherwise one dense line a step."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._first: tuple[int, float] | None = None
+
+    def __call__(self, step: int, total: int, values: dict[str, float]) -> None:
+        shown = {
+            "loss": f"{values['loss/total']:.4f}",
+            "text": f"{values['loss/text']:.4f}",
+            "lr": f"{values['lr']:.2e}",
+            "data": f"{values['data_wait_ms']:.0f} ms",
+        }
+        if sys.stdout.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=total, initial=step - 1, unit="step")
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(1)
+            if step == total:
+                self._bar.close()
+            return
+        if self._first is None:  # the first step carries the start-up and is no measure
+            self._first = step, time.perf_counter()
+        done = step - self._first[0]
+        rate = (time.perf_counter() - self._first[1]) / done if done else values["step_ms"] / 1000
+        parts = [f"step {step}/{total}", *(f"{k} {v}" for k, v in shown.items()), f"{values['step_ms']:.0f} ms"]
+        print(" | ".join([*parts, f"ETA {rate * (total - step):.0f} s"]), flush=True)
 
 
 def dry_run(recipe: Recipe, stage: str) -> int:

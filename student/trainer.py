@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -52,7 +52,11 @@ from .tokens import TaskSpec
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def train(recipe: Recipe, stage: Stage, versions: dict[str, str]) -> Path:
+OnStep = Callable[[int, int, dict[str, float]], None]
+"""Called on the main process after each step with its number, the number of steps and the metrics."""
+
+
+def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnStep = lambda *_: None) -> Path:
     """Run one stage; returns the run folder. Resumes what an earlier call with the same recipe left unfinished.
 
     Raises:
@@ -107,7 +111,6 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str]) -> Path:
         pin_memory=accelerator.device.type == "cuda",
     )
     with stop_requests() as stop:
-        began = time.perf_counter()
         for step in steps:
             waited = time.perf_counter()
             micro_batches = next(loading)
@@ -124,7 +127,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str]) -> Path:
             for tracker in trackers:
                 tracker.log(step + 1, values)
             if accelerator.is_main_process:
-                print(_line(step + 1, schedule.total_steps, first_step, began, values), flush=True)
+                on_step(step + 1, schedule.total_steps, values)
             last = step + 1 == schedule.total_steps
             stopping = bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device)) > 0)
             if last or stopping or (step + 1) % recipe.train.save_every == 0:
@@ -295,12 +298,3 @@ def stop_requests() -> Iterator[list[str]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _line(step: int, total: int, first: int, began: float, values: dict[str, float]) -> str:
-    seconds = (time.perf_counter() - began) / (step - first)
-    return (
-        f"step {step}/{total} | loss {values['loss/total']:.4f} | text {values['loss/text']:.4f} | "
-        f"lr {values['lr']:.2e} | {values['step_ms']:.0f} ms | data {values['data_wait_ms']:.0f} ms | "
-        f"ETA {seconds * (total - step):.0f} s"
-    )

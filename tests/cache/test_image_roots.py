@@ -1,13 +1,13 @@
 """Image paths to bytes: folders, zips and URLs, several at once, and no way out of them."""
 
 import multiprocessing
-import os
 import pickle
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
 from olavlm.cache import BadImage, DatasetError, ImageRoots
@@ -111,7 +111,7 @@ def test_a_folder_or_a_refused_file_is_unreadable(public_path, unprivileged):
     assert reason(roots, "n" * 300) == "unreadable"  # longer than a name can be
 
     def work():
-        with pytest.raises(BadImage, match="unreadable .Permission denied"):
+        with pytest.raises(BadImage, match=r"unreadable \(Permission denied\)"):
             roots.read("locked.jpg")
 
     unprivileged(work)
@@ -163,14 +163,19 @@ def test_a_file_that_is_no_zip_and_a_damaged_zip_are_dataset_errors(tmp_path):
         ImageRoots([str(tmp_path / "x.tar")])
     file = archive(tmp_path / "x.zip", {f"{i}.jpg": b"x" * 50 for i in range(20)})
     data = file.read_bytes()
-    directory = data.index(b"PK\1\2")
-    for at in (directory, directory + 6, directory + 28):  # signature, version needed, length of a name
-        file.write_bytes(data[:at] + b"\xff\xff" + data[at + 2 :])
-        with pytest.raises(DatasetError, match="not a readable zip"):
+    refused = 0
+    for at in range(data.index(b"PK\1\2"), len(data)):  # the central directory
+        file.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+        try:
             ImageRoots([str(file)])
+        except DatasetError as e:
+            refused += 1
+            assert "zip" in str(e)  # noqa: PT017
+    assert refused > 100
 
 
-MEMBERS = {f"{i // 50:03d}/{i:05d}.jpg": os.urandom(200) * (1 + i % 7) for i in range(200)}
+BYTES = np.random.default_rng(0).bytes
+MEMBERS = {f"{i // 50:03d}/{i:05d}.jpg": BYTES(200) * (1 + i % 7) for i in range(200)}
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
@@ -197,18 +202,6 @@ def test_a_root_survives_a_fork(tmp_path, start, kind):
     assert [child.wait() for child in children] == [0, 0, 0]
 
 
-def test_a_fork_while_another_thread_opens_the_zip_does_not_hang(tmp_path, start):
-    roots = ImageRoots([str(archive(tmp_path / "x.zip", {"a.jpg": b"a"}))])
-    root = roots._mounts[0].root
-    root._opened[1].read("a.jpg")
-    with root._lock:  # the lock is for opening alone: once open, no reader takes it
-        assert roots.read("a.jpg") == b"a"
-
-
-def read_in_another_process(roots: ImageRoots, name: str) -> bytes:
-    return roots.read(name)
-
-
 def test_a_zip_root_is_sent_to_a_spawned_process(tmp_path):
     roots = ImageRoots([f"p={archive(tmp_path / 'x.zip', MEMBERS)}"])
     name = next(iter(MEMBERS))
@@ -218,7 +211,7 @@ def test_a_zip_root_is_sent_to_a_spawned_process(tmp_path):
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
 def test_a_damaged_member_is_unreadable_and_the_others_are_read(tmp_path, compression):
-    file = archive(tmp_path / "x.zip", {"bad.jpg": os.urandom(500), "good.jpg": b"good" * 50}, compression)
+    file = archive(tmp_path / "x.zip", {"bad.jpg": BYTES(500), "good.jpg": b"good" * 50}, compression)
     with zipfile.ZipFile(file) as z:
         start = z.getinfo("bad.jpg").header_offset + 30 + len("bad.jpg")
     data = bytearray(file.read_bytes())
@@ -229,7 +222,7 @@ def test_a_damaged_member_is_unreadable_and_the_others_are_read(tmp_path, compre
     assert roots.read("good.jpg") == b"good" * 50
 
 
-def test_a_client_error_that_is_no_os_error_is_one_image_s(folder, any_root, monkeypatch):
+def test_a_client_error_that_is_no_os_error_is_one_image_s(folder, monkeypatch):
     roots = ImageRoots([f"file://{folder}"])
 
     def throttled(self, path, **_):

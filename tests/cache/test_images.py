@@ -60,7 +60,7 @@ def test_grey_is_repeated():
 
 
 def test_one_bit_is_black_and_white():
-    assert pixels(png(3, 1, 1, 0, [b"\b"[:0] + bytes([0b10100000])])) == [[[255] * 3, [0] * 3, [255] * 3]]
+    assert pixels(png(3, 1, 1, 0, [bytes([0b10100000])])) == [[[255] * 3, [0] * 3, [255] * 3]]
 
 
 PALETTE = (b"PLTE", bytes([10, 20, 30, 200, 100, 50]))
@@ -95,12 +95,13 @@ def test_cmyk_is_light_less_ink():
 
 
 def test_a_cmyk_jpeg_with_adobe_marker_is_stored_inverted_and_read_upright():
-    data = saved(cmyk((0, 255, 255, 0)).resize((16, 16)), "JPEG", quality=100)
+    picture = cmyk((0, 255, 255, 0)).resize((16, 16))
+    data = saved(picture, "JPEG", quality=100)
     assert b"Adobe" in data
+    stored = Image.open(io.BytesIO(data))
+    stored.tile = [tile._replace(args=("CMYK", "")) for tile in stored.tile]  # as they lie in the file
+    np.testing.assert_allclose(np.asarray(stored), 255 - np.asarray(picture), atol=3)
     np.testing.assert_allclose(np.asarray(decode_rgb(data)), np.full((16, 16, 3), [255, 0, 0]), atol=3)
-    marker = data.index(b"Adobe")  # control: without the marker the same samples mean the opposite inks
-    plain = data.replace(data[marker - 4 : marker + 12], b"")
-    np.testing.assert_allclose(np.asarray(decode_rgb(plain)), np.zeros((16, 16, 3)), atol=3)
 
 
 def test_sixteen_bit_samples_keep_their_high_byte():
@@ -133,6 +134,7 @@ def test_exif_orientation_is_applied(orientation):
     assert np.asarray(decode_rgb(deep))[:, :, 0].tolist() == UPRIGHT[orientation]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_exif_costs_neither_the_picture_nor_its_orientation(rng):
     """ImageOps.exif_transpose rewrites the block, and raises where another tag in it is damaged."""
     block = exif(6)
@@ -164,6 +166,7 @@ def test_empty_and_foreign_files_are_refused():
     assert refused(b"\0" * 5000).reason == "not-an-image"
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
 def test_a_truncated_picture_is_refused(kind, rng):
     noise = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
@@ -176,7 +179,6 @@ def test_a_truncated_picture_is_refused(kind, rng):
 
 def test_samples_without_a_defined_white_are_refused():
     assert refused(saved(Image.new("F", (2, 2)), "TIFF")).reason == "unsupported-mode"
-    assert refused(saved(Image.new("LAB", (2, 2)), "TIFF")).reason == "unsupported-mode"
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -1,7 +1,9 @@
 """Training: what gets gradients, equal splits, exact resume, cached against online targets, and refusals."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -164,6 +166,41 @@ def test_resume_is_bit_for_bit(recipe, ift_json, stage, tmp_path):
     name = "adapter.safetensors" if stage == "pt" else "model.safetensors"
     assert (half / name).read_bytes() == (whole / name).read_bytes()
     assert losses(metrics) == losses(expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_the_same_command_finishes(recipe, tmp_path, number):
+    stopped = recipe(**{"train.max_steps": 60, "train.output_dir": tmp_path / "stopped"})
+    (tmp_path / "recipe.json").write_text(json.dumps(stopped.to_dict()))
+    command = [sys.executable, "-m", "olavlm.pipelines.train", "pt", "--config", str(tmp_path / "recipe.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on it, and this process has one thread
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            process.send_signal(number)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"stopped by {number.name} after step" in errors
+    assert "Traceback" not in errors
+    done = len(read_metrics(tmp_path / "stopped" / "metrics.jsonl"))
+    assert 2 <= done < 60
+    shorter = {"train.max_steps": done + 1}  # the schedule's length is that of the epochs and of the longer of the two
+    resumed, metrics = run(recipe(**{**shorter, "train.epochs": 20, "train.output_dir": tmp_path / "stopped"}))
+    whole, expected = run(recipe(**{**shorter, "train.epochs": 20, "train.output_dir": tmp_path / "whole"}))
+    assert losses(metrics) == losses(expected)
+    assert (resumed / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+
+
+def test_tensorboard_gets_the_same_numbers(recipe):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, metrics = run(recipe(**{"train.max_steps": 2, "train.tensorboard": True}))
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    for name in (*TERMS, "loss/total"):
+        logged = [(e.step, pytest.approx(e.value)) for e in events.Scalars(name)]
+        assert logged == [(line["step"], line[name]) for line in metrics]
 
 
 def test_a_finished_run_is_not_trained_again(recipe):

@@ -1,0 +1,380 @@
+"""The commit protocol: killed at any step, or taken for dead at any step, a shard is whole or does not exist."""
+
+import os
+
+import numpy as np
+import pytest
+
+from olavlm.cache import BadImage, CorruptFeatures, LeaseHeld, LeaseLost, MissingFeatures, pending
+
+FRESH = ["lease", "recover", "stage", "compare", "fsync", "place", "record", "release"]
+REPLACE = [*FRESH[:5], "withdraw", *FRESH[5:]]
+SHARD = 1  # of 4 rows, 4 to 7
+BAD = {5: "missing"}
+
+
+def snapshot(store) -> dict:
+    """Every file under the teacher's folder, by name, inode and bytes."""
+    root = store.path / "depth"
+    return {str(f.relative_to(root)): (f.stat().st_ino, f.read_bytes()) for f in root.rglob("*") if f.is_file()}
+
+
+def steps_of(store, task, **options) -> list[str]:
+    seen = []
+    store.commit(task, on_step=seen.append, **options)
+    return seen
+
+
+def test_the_steps_and_what_they_leave(small):
+    store = small()
+    assert steps_of(store, store.task(SHARD), bad=BAD) == FRESH
+    assert steps_of(store, store.task(SHARD, retry_failed=True)) == REPLACE
+    assert store.staged() == []
+    assert not store.lease_file(SHARD).exists()
+    assert sorted(f.name for f in (store.path / "depth" / "commits").iterdir()) == [
+        "000001.0.withdrawn",
+        "000001.1.json",
+    ]
+    assert [f.name for f in store.shard_file(SHARD).parent.iterdir()] == ["0"]
+
+
+def kill_at(store, start, step: str, task, bad=None) -> None:
+    """Commit `task` in a child that dies before `step`, as by SIGKILL or a power cut."""
+
+    def work(child):
+        store.commit(task, bad, on_step=lambda s: os._exit(9) if s == step else None)
+
+    assert start(work).wait() == 9
+
+
+@pytest.mark.parametrize("step", FRESH)
+def test_killed_at_any_step_the_same_command_gives_the_same_store(small, start, step):
+    uninterrupted, store = small("a").fill(BAD), small("b")
+    kill_at(store, start, step, store.task(SHARD), BAD)
+    # The control: the fault is real. All but the first step leave a lease, and the shard exists from "release" on.
+    assert store.lease_file(SHARD).exists() == (step != "lease")
+    assert len(store.staged()) == (step in FRESH[3:])
+    assert store.shard_file(SHARD).exists() == (step in ("record", "release"))
+    assert store.record_file(SHARD).exists() == (step == "release")
+    group = store.group
+    if step == "release":
+        np.testing.assert_array_equal(group[4], store.features[4])
+        assert SHARD not in [t.shard for t in pending(group)]
+    else:
+        with pytest.raises(MissingFeatures):
+            group[4]
+        assert group.coverage().covered == 0
+        assert SHARD in [t.shard for t in pending(group)]
+    store.fill(BAD)
+    assert store.shards() == uninterrupted.shards()
+    assert store.records() == uninterrupted.records()
+    if step != "release":
+        assert store.staged() == []
+        assert not store.lease_file(SHARD).exists()
+    store.builder.writer(store.group).sweep(SHARD)
+    assert store.staged() == []
+    assert not store.lease_file(SHARD).exists()
+    assert store.shards() == uninterrupted.shards()
+
+
+@pytest.mark.parametrize("step", REPLACE)
+def test_killed_at_any_step_of_a_replacement(small, start, step):
+    uninterrupted, store = (small(name).fill(BAD).fill(limit=8) for name in "ab")
+    uninterrupted.fill(retry_failed=True)
+    assert uninterrupted.records()[SHARD]["revision"] == 1
+    kill_at(store, start, step, store.task(SHARD, retry_failed=True))
+    group = store.group
+    if step in REPLACE[: REPLACE.index("withdraw") + 1]:  # what stood still stands
+        assert group.record(SHARD).revision == 0
+        np.testing.assert_array_equal(group[4], store.features[4])
+        assert group.failure(5).reason == "missing"
+    elif step != "release":  # withdrawn, and the new one not yet published
+        assert store.shard_file(SHARD).exists() == (step == "record")
+        assert group.record(SHARD) is None
+        with pytest.raises(MissingFeatures):
+            group[4]
+    else:
+        np.testing.assert_array_equal(group[5], store.features[5])
+    store.fill(retry_failed=True)
+    assert store.shards() == uninterrupted.shards()
+    assert store.records() == uninterrupted.records()
+
+
+def test_killed_again_and_again(small, start):
+    uninterrupted, store = small("a").fill(BAD), small("b")
+    for step in [*FRESH[:-1], *FRESH[-2:0:-1]]:
+        kill_at(store, start, step, store.task(SHARD), BAD)
+        assert SHARD in [t.shard for t in pending(store.group)]
+    store.fill(BAD)
+    assert store.shards() == uninterrupted.shards()
+    assert store.records() == uninterrupted.records()
+    assert store.staged() == []
+
+
+def test_a_file_without_a_record_does_not_exist_and_is_swept_up(small):
+    store = small().fill()
+    good = store.shards()
+    store.record_file(0).unlink()
+    group = store.group
+    with pytest.raises(MissingFeatures, match="row 0"):
+        group[0]
+    with group.plan and store.writer().begin(0, (0, 4), store.task(0).segment) as shard:
+        assert not store.shard_file(0).exists()
+        store.append(shard, store.task(0))
+        shard.commit()
+    assert store.shards() == good
+
+
+@pytest.mark.parametrize("damage", ["gone", "truncated", "longer", "record damaged"])
+def test_a_record_that_is_not_the_files_does_not_count_and_is_redone(small, damage):
+    uninterrupted, store = small("a").fill(), small("b").fill()
+    file = store.shard_file(SHARD)
+    if damage == "gone":
+        file.unlink()
+    elif damage == "truncated":
+        os.truncate(file, file.stat().st_size - 1)
+    elif damage == "longer":
+        file.write_bytes(file.read_bytes() + b"\0")
+    else:
+        store.record_file(SHARD).write_bytes(b"{")
+    with pytest.raises(CorruptFeatures):
+        store.group[4]
+    assert store.group.coverage().missing == 4
+    assert [t.shard for t in pending(store.group)] == [SHARD]
+    store.fill()
+    assert store.shards() == uninterrupted.shards()
+    assert store.records()[SHARD]["revision"] == 1
+    assert {**store.records()[SHARD], "revision": 0} == uninterrupted.records()[SHARD]
+
+
+def test_a_shard_is_placed_with_the_row_count_asked_for_or_not_at_all(small):
+    store = small()
+    task = store.task(SHARD)
+    with store.writer().begin(SHARD, (task.start, task.stop), task.segment) as shard:
+        shard.append(store.features[4], image_sha256=None)
+        with pytest.raises(ValueError, match="has 4 rows, 1 were appended"):
+            shard.commit()
+    assert (store.shards(), store.records(), store.staged()) == ({}, {}, [])
+    assert not store.lease_file(SHARD).exists()
+
+
+def test_rows_that_cannot_be_stored(small):
+    store = small(rows=4, dtype="float16")
+    values = store.features.copy()
+    values[0, 1, 2], values[1, 0, 0], values[2, 2, 3] = np.nan, -np.inf, 70000
+    store.commit(store.task(0), features=values)
+    assert [(r, str(e)) for r, e in store.group.failures()] == [
+        (0, "photos/00000.jpg: non-finite"),
+        (1, "photos/00001.jpg: non-finite"),
+        (2, "photos/00002.jpg: overflow"),
+    ]
+    np.testing.assert_array_equal(store.group[3], store.features[3])
+
+
+def test_what_append_refuses(small):
+    store = small()
+    with store.writer().begin(0, (0, 4), store.task(0).segment) as shard:
+        with pytest.raises(ValueError, match=r"features of shape \(4, 3\) in an array of \(3, 4\)"):
+            shard.append(np.zeros((4, 3), np.float32), image_sha256=None)
+        for reason in (None, "because"):
+            with pytest.raises(ValueError, match="a row without features has a reason of missing, empty"):
+                shard.append(None, image_sha256=None, reason=reason)
+        for reason in BadImage.REASONS[:4]:
+            shard.append(None, image_sha256=None, reason=reason)
+        shard.commit()
+    assert [e.reason for _, e in store.group.failures()] == list(BadImage.REASONS[:4])
+
+
+def test_a_disk_that_reads_back_other_bytes_is_found(small):
+    store = small()
+    task = store.task(0)
+
+    def flip(step):
+        if step == "compare":
+            (staged,) = store.staged()
+            file = store.path / "depth" / "staging" / staged
+            data = bytearray(file.read_bytes())
+            data[at] ^= 1
+            file.write_bytes(data)
+
+    size = store.group.layout.file_bytes(4)
+    for at in (0, 47, 48, 51, 52, size - 68, size - 5, size - 1):  # rows, their checksums, index, its checksum
+        with pytest.raises(CorruptFeatures, match="reads back differently"):
+            store.commit(task, on_step=flip)
+    assert (store.shards(), store.records(), store.staged()) == ({}, {}, [])
+
+
+def take_over(store) -> None:
+    """Make the lease of SHARD that of a writer taken for dead: of another host, silent for too long."""
+    file = store.lease_file(SHARD)
+    file.write_text(file.read_text().replace('"host": "', '"host": "not-'))
+    os.utime(file, (0, 0))
+
+
+@pytest.mark.parametrize("step", FRESH[3:-1])
+def test_a_stuck_writer_that_wakes_when_another_is_done_changes_nothing(small, step):
+    store = small()
+    task, after = store.task(SHARD), []
+
+    def stuck(at):
+        if at == step:
+            take_over(store)
+            store.commit(task)  # the other writer, from lease to release
+            after.append(snapshot(store))
+
+    with pytest.raises(LeaseLost):
+        store.commit(task, on_step=stuck, features=store.features + 1)
+    assert snapshot(store) == after[0]
+    np.testing.assert_array_equal(store.group[4], store.features[4])
+    assert store.staged() == []
+
+
+@pytest.mark.parametrize("step", REPLACE[3:-1])
+def test_nor_does_a_stuck_replacement(small, step):
+    store = small().fill(BAD)
+    task, after = store.task(SHARD, retry_failed=True), []
+
+    def stuck(at):
+        if at == step:
+            take_over(store)
+            store.commit(task)
+            after.append(snapshot(store))
+
+    with pytest.raises(LeaseLost):
+        store.commit(task, on_step=stuck, features=store.features + 1)
+    assert snapshot(store) == after[0]
+    np.testing.assert_array_equal(store.group[5], store.features[5])
+
+
+@pytest.mark.parametrize("step", FRESH[3:-1])
+def test_a_stuck_writer_that_wakes_while_another_is_at_work_changes_nothing(small, step):
+    store = small()
+    task, others = store.task(SHARD), []
+
+    def stuck(at):
+        if at == step:
+            take_over(store)
+            others.append(store.writer().begin(SHARD, (task.start, task.stop), task.segment))
+
+    with pytest.raises(LeaseLost):
+        store.commit(task, on_step=stuck, features=store.features + 1)
+    with others[0] as shard:
+        store.append(shard, task)
+        shard.commit()
+    assert store.shards() == small("b", rows=10).fill(limit=0).shards() | store.shards()
+    np.testing.assert_array_equal(store.group[4], store.features[4])
+    assert store.staged() == []
+
+
+def test_a_record_published_too_late_is_taken_back(small, monkeypatch):
+    """A writer stalls after its last look at the lease; the other has placed its file and not yet its record."""
+    store = small()
+    task = store.task(SHARD)
+
+    def other(at):
+        if at == "record":
+            raise KeyboardInterrupt  # its file is placed, its record is not
+
+    def stuck(at):
+        if at == "record":
+            take_over(store)
+            with pytest.raises(KeyboardInterrupt):
+                store.commit(task, on_step=other)
+            monkeypatch.setattr(shard.lease, "check", lambda: None)  # the look that came just before
+
+    with store.writer(stuck).begin(SHARD, (task.start, task.stop), task.segment) as shard:
+        store.append(shard, task, features=store.features + 1)
+        with pytest.raises(LeaseLost):
+            shard.commit()
+    assert store.shard_file(SHARD).exists()
+    assert store.group.record(SHARD) is None
+    store.fill()
+    np.testing.assert_array_equal(store.group[4], store.features[4])
+
+
+def test_a_writer_taken_for_dead_after_its_record_has_done_its_work(small, monkeypatch):
+    """The control of the test before: the record stands when it is of the file in place."""
+    store = small()
+    task = store.task(SHARD)
+    with store.writer().begin(SHARD, (task.start, task.stop), task.segment) as shard:
+        store.append(shard, task)
+        publish = shard._fidelity_summary
+
+        def late():
+            monkeypatch.setattr(shard.lease, "nonce", "of nobody")
+            return publish()
+
+        monkeypatch.setattr(shard, "_fidelity_summary", late)  # after the last check, before the record
+        assert shard.commit().revision == 0
+    np.testing.assert_array_equal(store.group[4], store.features[4])
+
+
+def test_two_live_writers(small):
+    store = small()
+    task = store.task(SHARD)
+    with store.writer().begin(SHARD, (task.start, task.stop), task.segment) as shard:
+        with pytest.raises(LeaseHeld):
+            store.writer().begin(SHARD, (task.start, task.stop), task.segment)
+        with pytest.raises(LeaseHeld):
+            store.writer().sweep(SHARD)
+        store.commit(store.task(0))  # another shard is free
+        store.append(shard, task)
+        shard.commit()
+    assert sorted(store.records()) == [0, 1]
+
+
+def test_many_processes_at_once_commit_every_shard_once(small, start):
+    uninterrupted, store = small("a", rows=40).fill(BAD), small("b", rows=40)
+
+    def work(child):
+        child.hear()
+        for task in pending(store.group):
+            try:
+                store.commit(task, BAD)
+            except (LeaseHeld, LeaseLost):
+                child.tell(f"not {task.shard}")
+        child.tell("done")
+
+    children = [start(work) for _ in range(4)]
+    for child in children:
+        child.tell("go")
+    refused = 0
+    for child in children:
+        while child.hear() != "done":
+            refused += 1
+        assert child.wait() == 0
+    print(f"{refused} refused")
+    assert store.shards() == uninterrupted.shards()
+    records = store.records()
+    assert {k: {**r, "revision": 0} for k, r in records.items()} == uninterrupted.records()
+    assert store.staged() == []
+
+
+def test_a_shard_begun_anew_by_another_after_it_was_dropped(small):
+    store = small()
+    task = store.task(SHARD)
+    with store.writer().begin(SHARD, (task.start, task.stop), task.segment) as shard:
+        store.append(shard, task)
+    assert (store.shards(), store.records(), store.staged()) == ({}, {}, [])
+    store.fill()
+    assert sorted(store.records()) == [0, 1, 2]
+
+
+def test_no_descriptor_is_left_open(small):
+    store = small(rows=40)
+
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+    before = open_files()
+    for task in pending(store.group)[:5]:
+        store.commit(task)
+    for fault in FRESH[1:]:
+
+        def stop(step, fault=fault):
+            if step == fault:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            store.commit(store.task(6), on_step=stop)
+    assert open_files() == before
