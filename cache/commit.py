@@ -62,6 +62,7 @@ class Lease:
 
     file: Path
     nonce: str
+    released: bool = False
 
     def held(self) -> bool:
         """Whether it is still this writer's."""
@@ -84,8 +85,10 @@ class Lease:
             os.utime(self.file)
 
     def release(self) -> None:
-        if self.held():
+        """Give it back; again does nothing."""
+        if not self.released and self.held():
             self.file.unlink(missing_ok=True)
+        self.released = True
 
 
 def _read_lease(file: Path) -> dict | None:
@@ -305,7 +308,7 @@ class OpenShard:
             except FileExistsError:
                 raise LeaseLost(f"{target} was placed by another writer; this shard's work is dropped") from None
             except FileNotFoundError:
-                raise LeaseLost(f"{self.staged} was swept up by another writer; this shard's work is dropped") from None
+                raise self._swept_up() from None
             for folder in (target.parent, target.parent.parent, writer.array / "c"):
                 fsync_folder(folder)
         step("record")
@@ -346,6 +349,9 @@ class OpenShard:
         finally:
             self.lease.release()
 
+    def _swept_up(self) -> LeaseLost:
+        return LeaseLost(f"{self.staged} was swept up by another writer; this shard's work is dropped")
+
     def _inode_in_place(self) -> int | None:
         try:
             return shard_file(self.writer.array, self.shard).stat().st_ino
@@ -355,7 +361,11 @@ class OpenShard:
     def _compare(self) -> None:
         """Read the staged file back and compare every row, and the whole, with what was meant."""
         size, total = self.writer.layout.slot_bytes, 0
-        with self.staged.open("rb") as f:
+        try:
+            staged = self.staged.open("rb")
+        except FileNotFoundError:
+            raise self._swept_up() from None
+        with staged as f:
             for offset, expected in enumerate(self._crc):
                 if expected is None:
                     continue

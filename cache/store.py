@@ -80,9 +80,10 @@ def read_metadata(folder: Path) -> dict:
         raise StoreError(
             f"{folder} is not a feature store: it has no zarr.json; make one with olavlm-extract"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise StoreError(f"{file} is damaged: not JSON") from None
-    if not isinstance(metadata, dict) or metadata.get("zarr_format") != 3:
+    sound = isinstance(metadata, dict) and isinstance(metadata.get("attributes", {}), dict)
+    if not sound or metadata.get("zarr_format") != 3:
         raise StoreError(f"{file} is not Zarr v3 metadata")
     return metadata
 
@@ -96,7 +97,7 @@ class FeatureStore(Mapping[str, "TeacherFeatures"]):
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         metadata = read_metadata(self.path)
-        if "olavlm" not in (metadata.get("attributes") or {}):
+        if "olavlm" not in metadata.get("attributes", {}):
             raise StoreError(f"{self.path} is a Zarr group but not a feature store; make one with olavlm-extract")
         self._plan = Plan.load(self.path / "plan")
         self._opened: dict[str, TeacherFeatures] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -103,9 +104,18 @@ class SmallStore:
 
 
 @pytest.fixture
-def small(tmp_path: Path):
-    """small(name="store", **options) -> SmallStore in a folder of this test."""
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """small(name="store", **options) -> SmallStore in a folder of this test.
+
+    The disk is not waited for: what fsync is good for takes a power cut to test.
+    """
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
     return lambda name="store", **options: SmallStore(tmp_path / name, **options)
+
+
+@pytest.fixture(scope="session")
+def small_store() -> type[SmallStore]:
+    return SmallStore
 
 
 @pytest.fixture
@@ -145,10 +155,13 @@ class Child:
         return self._read.readline().strip()
 
     def wait(self) -> int:
-        """Reap it; its exit status."""
-        self._write.close()
+        """Reap it; its exit status. A child that hears gets the word "end"."""
+        with contextlib.suppress(BrokenPipeError):
+            self.tell("end")
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         self._read.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._write.close()
         return status
 
 

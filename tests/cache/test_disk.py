@@ -111,8 +111,8 @@ def test_a_plan_segment_that_cannot_be_written_is_not_there(small, monkeypatch):
     assert store.builder.extend_plan(images)[1] == 10
 
 
-def test_a_read_only_store_is_read_and_refuses_a_writer(small, public_path, unprivileged):
-    store = type(small())(public_path / "store").fill(limit=8)
+def test_a_read_only_store_is_read_and_refuses_a_writer(small_store, public_path, unprivileged):
+    store = small_store(public_path / "store").fill(limit=8)
     expected = store.features
 
     def work():

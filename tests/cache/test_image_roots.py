@@ -164,14 +164,14 @@ def test_a_file_that_is_no_zip_and_a_damaged_zip_are_dataset_errors(tmp_path):
     file = archive(tmp_path / "x.zip", {f"{i}.jpg": b"x" * 50 for i in range(20)})
     data = file.read_bytes()
     refused = 0
-    for at in range(data.index(b"PK\1\2"), len(data)):  # the central directory
+    for at in range(data.index(b"PK\1\2"), len(data), 3):  # the central directory
         file.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
         try:
             ImageRoots([str(file)])
         except DatasetError as e:
             refused += 1
             assert "zip" in str(e)  # noqa: PT017
-    assert refused > 100
+    assert refused > 30
 
 
 BYTES = np.random.default_rng(0).bytes

@@ -163,7 +163,7 @@ def test_damage_anywhere_is_found_or_does_no_harm(tmp_path):
     file = tmp_path / "00000.parquet"
     Segment(0, strings(*images)).write(file)
     data, found = file.read_bytes(), 0
-    for at in range(len(data)):
+    for at in range(0, len(data), 2):
         file.write_bytes(data[:at] + bytes([data[at] ^ 0x80]) + data[at + 1 :])
         try:
             segment = Segment.read(file)
@@ -172,7 +172,7 @@ def test_damage_anywhere_is_found_or_does_no_harm(tmp_path):
             assert str(file) in str(e)  # noqa: PT017
         else:
             assert (segment.start, segment.images.to_pylist()) == (0, images)
-    assert found > len(data) // 2
+    assert found > len(data) // 4
     for length in range(0, len(data), 7):
         file.write_bytes(data[:length])
         with pytest.raises(PlanError, match="damaged"):
