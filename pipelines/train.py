@@ -69,6 +69,8 @@ class StepDisplay:
             "lr": f"{values['lr']:.2e}",
             "data": f"{values['data_wait_ms']:.0f} ms",
         }
+        if values["bad_images"]:
+            shown["unreadable images"] = str(int(values["bad_images"]))
         if sys.stdout.isatty():
             if self._bar is None:
                 self._bar = tqdm(total=total, initial=step - 1, unit="step")

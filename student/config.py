@@ -186,6 +186,9 @@ class Recipe:
         rule(t.accumulation >= 1, "train.accumulation", t.accumulation, "at least 1")
         rule(t.max_steps is None or t.max_steps >= 1, "train.max_steps", t.max_steps, "at least 1")
         rule(t.epochs > 0, "train.epochs", t.epochs, "above 0")
+        rule(t.seed >= 0, "train.seed", t.seed, "at least 0")
+        rule(self.model.max_length >= 1, "model.max_length", self.model.max_length, "at least 1")
+        rule(self.model.num_task_tokens >= 0, "model.num_task_tokens", self.model.num_task_tokens, "at least 0")
         rule(t.lr > 0, "train.lr", t.lr, "above 0")
         rule(0 <= t.warmup < 1, "train.warmup", t.warmup, "a part of the run, from 0 to below 1")
         rule(t.save_every >= 1, "train.save_every", t.save_every, "at least 1")
@@ -218,9 +221,10 @@ class Recipe:
         return resolved
 
     def hash(self) -> str:
-        """sha256 of the resolved recipe, without where it writes, when it stops and how it loads."""
+        """sha256 of the resolved recipe, without where it writes, when it stops, how it loads, and how the global batch
+        is cut: a run is resumed on any number of processes as long as its global batch stays."""
         content = self.to_dict()
-        for key in ("output_dir", "max_steps", "save_every", "keep", "tensorboard"):
+        for key in ("output_dir", "max_steps", "save_every", "keep", "tensorboard", "batch_size", "accumulation"):
             del content["train"][key]
         del content["data"]["workers"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -140,7 +140,9 @@ def encode(
     text, spans = "", []
     for segment in _render(parsed, get_template(template), sample_id):
         if segment.supervised:
-            spans.append((len(text), len(text) + len(segment.text)))
+            # From where the open prompt ends: a space ahead of an answer is the model's to write, and SentencePiece
+            # gives it a token of its own before a digit.
+            spans.append((len(text.rstrip(" ")), len(text) + len(segment.text)))
         text += segment.text
     ids, extents = _tokenise(tokenizer, text)
     labels = [IGNORE_INDEX] * len(ids)

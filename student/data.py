@@ -14,12 +14,12 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from olavlm.cache import BadImage, Dataset, ImageRoots, Sample
+from olavlm.cache import BadImage, CacheError, Dataset, DatasetError, ImageRoots, Sample
 
 from .assembly import count_supervised
-from .conversation import IGNORE_INDEX, IMAGE_TOKEN, encode
+from .conversation import IGNORE_INDEX, IMAGE_TOKEN, encode, render
 from .encoders import ImageTransform
-from .errors import SampleError
+from .errors import SampleError, StudentError
 from .sampler import GlobalBatchSampler
 from .targets import Loaded, TargetSource
 
@@ -53,20 +53,27 @@ class Collator:
     max_length: int
     source: TargetSource | None
 
-    def __call__(self, indices: list[int]) -> MicroBatch:
+    def __call__(self, indices: list[int]) -> MicroBatch | StudentError | CacheError:
+        """The micro-batch; or the error, to be raised by the training process: the loader would bury it in its own."""
+        try:
+            return self._collate(indices)
+        except (StudentError, CacheError) as e:
+            return e
+
+    def _collate(self, indices: list[int]) -> MicroBatch:
         samples = [self.dataset[int(i)] for i in indices]
         size = self.transform.size
         pixels = torch.zeros(len(samples), 3, size, size)
-        texts, bad = [], []
+        texts, bad = [], {}
         for row, sample in enumerate(samples):
-            text = self._encode(sample)
+            text = encode(self.tokenizer, prompt_turns(sample), self.template, self.max_length, sample.id)
             if sample.image is not None:
                 try:
                     pixels[row] = torch.from_numpy(self.transform(self.roots.open(sample.image)))
                 except BadImage as e:
                     # Learning to describe an image that is not there would teach to invent one.
                     text["labels"] = [IGNORE_INDEX] * len(text["labels"])
-                    bad.append(str(e))
+                    bad[row] = str(e)
             texts.append(text)
         width = max(len(t["input_ids"]) for t in texts)
         ids = torch.full((len(texts), width), self.tokenizer.pad_token_id)
@@ -77,7 +84,6 @@ class Collator:
             labels[row, :n] = torch.tensor(text["labels"])
             mask[row, :n] = 1
         images = [s.image for s in samples]
-        broken = {b.partition(":")[0] for b in bad}
         return MicroBatch(
             input_ids=ids,
             labels=labels,
@@ -91,29 +97,55 @@ class Collator:
             ),
             complete=torch.tensor(
                 [
-                    image is not None and image not in broken and self._fits(t["input_ids"])
-                    for image, t in zip(images, texts, strict=True)
+                    image is not None and row not in bad and self._fits(text["input_ids"])
+                    for row, (image, text) in enumerate(zip(images, texts, strict=True))
                 ]
             ),
             ids=[s.id for s in samples],
-            bad_images=bad,
+            bad_images=list(bad.values()),
             targets=self.source.load(images) if self.source is not None else {},
         )
-
-    def _encode(self, sample: Sample) -> dict[str, list[int]]:
-        has_placeholder = any(IMAGE_TOKEN in turn["value"] for turn in sample.conversations if turn["from"] == "human")
-        if has_placeholder != (sample.image is not None):
-            raise SampleError(
-                f"sample {sample.id}: a sample has {IMAGE_TOKEN} in its text if and only if it has an image; "
-                f"this one has {'the first' if has_placeholder else 'the second'} alone"
-            )
-        return encode(self.tokenizer, sample.conversations, self.template, self.max_length, sample.id)
 
     def _fits(self, input_ids: list[int]) -> bool:
         """Whether image and task tokens lie within the longest sequence."""
         if self.image_token_id not in input_ids:
             return False
         return input_ids.index(self.image_token_id) + 1 + self.num_inserted_tokens <= self.max_length
+
+
+def prompt_turns(sample: Sample) -> list[dict[str, str]]:
+    """A sample's turns, of which one has `<image>` if and only if there is an image.
+
+    In a sample without one, `<image>` is text about HTML or the like, and loses its meaning. SampleError for an image
+    whose place the text does not name.
+    """
+    if sample.image is None:
+        return [{**turn, "value": turn["value"].replace(IMAGE_TOKEN, "< image>")} for turn in sample.conversations]
+    if not any(IMAGE_TOKEN in turn["value"] for turn in sample.conversations if turn["from"] == "human"):
+        raise SampleError(f"sample {sample.id}: it has an image, {sample.image}, and no {IMAGE_TOKEN} in a human turn")
+    return sample.conversations
+
+
+def check_samples(dataset: Dataset, template: str) -> None:
+    """SampleError for the first sample whose turns do not make a prompt: at the start of a run, not hours into it."""
+    for sample in dataset:
+        render(prompt_turns(sample), template, sample.id)
+
+
+def check_images(dataset: Dataset, roots: ImageRoots, tries: int = 16) -> None:
+    """DatasetError if none of some images, spread over the dataset, can be read: a wrong root, not bad images."""
+    images = dataset.images()
+    failures = []
+    for i in np.linspace(0, len(images) - 1, min(tries, len(images))).round().astype(int):
+        try:
+            roots.open(images[int(i)].as_py())
+            return
+        except BadImage as e:
+            failures.append(e)
+    if failures:
+        raise DatasetError(
+            f"none of {len(failures)} images tried can be read, the first: {failures[0]}; check data.images"
+        )
 
 
 class _Indices(torch.utils.data.Dataset):
@@ -148,7 +180,11 @@ def batches(
         )
     )
     for _ in steps:
-        yield [next(loader) for _ in range(accumulation)]
+        loaded = [next(loader) for _ in range(accumulation)]
+        for part in loaded:
+            if isinstance(part, Exception):
+                raise part
+        yield loaded
 
 
 def choose_samples(num_samples: int, fraction: float, seed: int) -> np.ndarray:

@@ -32,6 +32,10 @@ from olavlm.student.errors import ModelError, RecipeError
 Geometry = Literal["square", "pad"]
 
 
+LONGEST_SIDE = 8192
+"""Pixels; a longer picture is made smaller before it is padded to a square, which would be over 200 MB."""
+
+
 @dataclass(frozen=True)
 class EncoderFamily:
     """How a kind of encoder is built, and what stands ahead of its patch tokens."""
@@ -67,6 +71,7 @@ class ImageTransform:
         image = image.convert("RGB")
         if self.geometry == "pad":
             image = self._pad_to_square(image)
+        image = _without_extremes(image)
         width, height = image.size
         short = min(width, height)
         width, height = (int(self.size * side / short) for side in (width, height))
@@ -78,6 +83,9 @@ class ImageTransform:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _pad_to_square(self, image: Image.Image) -> Image.Image:
+        if max(image.size) > LONGEST_SIDE:
+            image = image.copy()
+            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.BICUBIC)
         width, height = image.size
         side = max(width, height)
         square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in self.mean))
@@ -161,6 +169,19 @@ class VisionEncoder(nn.Module):
             handle.remove()
         states = captured[0] if isinstance(captured[0], torch.Tensor) else captured[0][0]
         return states[:, self._num_prefix_tokens :]
+
+
+def _without_extremes(image: Image.Image) -> Image.Image:
+    """The middle of a picture over 16 times as long as it is wide: the rest is cropped, and would only cost memory."""
+    width, height = image.size
+    longest = 16 * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    if width > height:
+        left = (width - longest) // 2
+        return image.crop((left, 0, left + longest, height))
+    top = (height - longest) // 2
+    return image.crop((0, top, width, top + longest))
 
 
 def load_image_transform(path: str | Path, geometry: Geometry = "square") -> ImageTransform:

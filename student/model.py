@@ -191,7 +191,7 @@ class OlaVLM(PreTrainedModel):
             llm=language_model,
             vision=vision,
         )
-        grow_vocabulary(model.llm, len(tokenizer))
+        grow_vocabulary(model.llm, 1 + max(tokenizer.get_vocab().values()))
         model._head_is_plain = head_is_plain(model.llm)
         return model
 

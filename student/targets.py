@@ -7,6 +7,7 @@ runs in the training process. Both give the same targets, up to the storage dtyp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,7 +43,7 @@ class CachedTargets:
 
     def __init__(self, recipe: Recipe) -> None:
         self.store = FeatureStore(recipe.targets.store)
-        self.groups = {name: self.store[recipe.tasks[name].key or name] for name in recipe.task_order}
+        self.groups = {name: self.store[store_key_of(recipe, name)] for name in recipe.task_order}
         self.specs = [
             task_spec(name, recipe.tasks[name], group.layout.tokens, group.layout.dim)
             for name, group in self.groups.items()
@@ -116,7 +117,7 @@ def _load_teacher(recipe: Recipe, name: str, device: torch.device):
     task, stored = recipe.tasks[name], {}
     if recipe.targets.store is not None:
         store = FeatureStore(recipe.targets.store)
-        if (key := task.key or name) in store.teachers:
+        if (key := store_key_of(recipe, name)) in store.teachers:
             stored = store[key].card
             _check_card(recipe, name, stored)
     try:
@@ -159,7 +160,7 @@ def check_targets(recipe: Recipe, dataset: Dataset) -> None:
         store.teachers  # noqa: B018 - is it readable?
     except CacheError as e:
         raise TargetsError(f"{e}: {extract_command(recipe, recipe.task_order)}") from None
-    keys = {name: recipe.tasks[name].key or name for name in recipe.task_order}
+    keys = {name: store_key_of(recipe, name) for name in recipe.task_order}
     lacking = [name for name, key in keys.items() if key not in store.teachers]
     if lacking:
         raise TargetsError(
@@ -168,6 +169,8 @@ def check_targets(recipe: Recipe, dataset: Dataset) -> None:
         )
     for name, key in keys.items():
         _check_card(recipe, name, store[key].card)
+    if not len(dataset.images()):
+        raise TargetsError(f"{', '.join(recipe.files)}: no sample has an image, so there is nothing to distil")
     rows = store.rows.rows_of(dataset.images())
     if (outside := int((rows < 0).sum())) > 0:
         first = dataset.images()[int(np.argmin(rows))].as_py()
@@ -201,9 +204,22 @@ def _check_card(recipe: Recipe, name: str, card: dict[str, Any]) -> None:
     for what, (there, here) in wanted.items():
         if there != here:
             raise TargetsError(
-                f"store {recipe.targets.store}, '{task.key or name}': {what} is {there!r} and the recipe wants "
+                f"store {recipe.targets.store}, '{store_key_of(recipe, name)}': {what} is {there!r}, the recipe wants "
                 f"{here!r}; make another store with: {extract_command(recipe, [name])}"
             )
+
+
+def store_key_of(recipe: Recipe, name: str) -> str:
+    """Where the store keeps a task's features: its `key`, or what `olavlm-extract` calls them by default."""
+    from olavlm.teachers import TeacherError, store_key
+
+    task = recipe.tasks[name]
+    if task.key or not task.recipe:
+        return task.key or name
+    try:
+        return store_key(task.teacher or name, task.recipe)
+    except TeacherError as e:
+        raise RecipeError(f"tasks.{name}: {e}") from None
 
 
 def extract_command(recipe: Recipe, names: Sequence[str]) -> str:
@@ -221,6 +237,16 @@ def extract_command(recipe: Recipe, names: Sequence[str]) -> str:
         words.append(f"--geometry {recipe.targets.geometry}")
     words += [f"--data {' '.join(recipe.files)}", f"--images {' '.join(recipe.image_roots)}"]
     return " ".join(["olavlm-extract", *words, f"--store {recipe.targets.store or 'STORE'}"])
+
+
+def tokens_without_losses(recipe: Recipe) -> list[TaskSpec]:
+    """The tasks, with the shapes of the store's features and no layer: their tokens are inserted and nothing more.
+
+    RecipeError without a store to take the shapes from.
+    """
+    if recipe.targets.store is None:
+        raise RecipeError("targets.store is not set; it gives the task tokens their shapes (or set every task to null)")
+    return [replace(spec, layers=()) for spec in CachedTargets(recipe).specs]
 
 
 def open_targets(recipe: Recipe, device: torch.device) -> TargetSource:

@@ -8,6 +8,7 @@ A step (`step.py`) takes the global batch of the sampler, cut into `accumulation
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import signal
@@ -38,14 +39,14 @@ from .checkpoint import (
 )
 from .config import Recipe, Stage
 from .conversation import load_tokenizer
-from .data import Collator, batches, choose_samples
+from .data import Collator, batches, check_images, check_samples, choose_samples
 from .errors import RecipeError, TrainingError
 from .metrics import JsonLines, TensorBoard, Tracker
 from .model import OlaVLM
 from .sampler import GlobalBatchSampler
 from .stages import PartRow, apply_stage
 from .step import OptimizerStep
-from .targets import TargetSource, check_targets, open_targets
+from .targets import TargetSource, check_targets, open_targets, tokens_without_losses
 from .task import DistillTask
 from .tokens import TaskSpec
 
@@ -66,6 +67,8 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     """
     distil = stage in recipe.losses.stages and bool(recipe.tasks)
     dataset, roots = open_data(recipe)
+    check_samples(dataset, recipe.model.template)
+    check_images(dataset, roots)
     if distil:
         check_targets(recipe, dataset)
 
@@ -74,7 +77,13 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "processes do not see each other"
     source = open_targets(recipe, accelerator.device) if distil else None
     set_seed(recipe.train.seed)
-    model, tokenizer = start_model(recipe, stage, source.specs if source else [], distil)
+    specs = source.specs if source else tokens_without_losses(recipe) if stage == "pt" and recipe.tasks else []
+    model, tokenizer = start_model(recipe, stage, specs, distil)
+    if recipe.model.max_length <= model.num_inserted_tokens + 1:
+        raise RecipeError(
+            f"model.max_length is {recipe.model.max_length}: an image alone takes "
+            f"{model.num_inserted_tokens + 1} tokens here, and nothing would be learnt; make it longer"
+        )
     table = apply_stage(model, stage, freeze_tokens=recipe.train.freeze_tokens, distil=distil)
     if recipe.train.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -84,7 +93,8 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         weight_decay=recipe.train.weight_decay,
     )
     run = Path(recipe.train.output_dir)
-    identity = f"{stage}-{recipe.hash()}"
+    global_batch = recipe.train.batch_size * recipe.train.accumulation * accelerator.num_processes
+    identity = f"{stage}-{recipe.hash()}-{global_batch}-{start_digest(recipe.init.from_)}"
     resumed_from, first_step = latest_step(run, identity)
     if resumed_from is not None:
         load_step(resumed_from, model, optimizer)
@@ -119,7 +129,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
                 group["lr"] = schedule.lr(step)
             values = optimizer_step(step, micro_batches)
             values |= {
-                "lr": schedule.lr(step),
+                "lr": optimizer.param_groups[0]["lr"],
                 "epoch": (step + 1) / len(sampler),
                 "data_wait_ms": 1000 * data_wait,
                 "step_ms": 1000 * (time.perf_counter() - waited),
@@ -186,14 +196,45 @@ def start_model(
         return OlaVLM.build(m.llm, m.encoder, tokenizer, specs, **settings), tokenizer
     if is_adapter(recipe.init.from_):
         adapter = read_adapter(Path(recipe.init.from_))
+        check_start(recipe, {**adapter.config, "llm": adapter.llm, "encoder": adapter.encoder}, adapter.tasks)
         if distil:
             adapter.tasks = specs
         return adapter.build(with_predictors=distil, llm=m.llm, encoder=m.encoder, **settings)
     if distil:
         raise RecipeError(f"losses.stages has {stage}, and {recipe.init.from_} holds no predictors to go on with")
-    model = OlaVLM.from_pretrained(recipe.init.from_, dtype=DTYPES[m.dtype])
+    model = OlaVLM.from_pretrained(recipe.init.from_, dtype=DTYPES[m.dtype], attn_implementation=m.attention)
+    check_start(recipe, {name: getattr(model.config, name) for name in _INHERITED}, list(model.tasks))
     model.config.geometry, model.config.max_sequence_length = settings["geometry"], m.max_length
     return model, load_tokenizer(recipe.init.from_)
+
+
+_INHERITED = ("template", "num_task_tokens", "select_layer")  # what a later stage cannot change
+
+
+def check_start(recipe: Recipe, start: dict[str, Any], tasks: list[TaskSpec]) -> None:
+    """RecipeError if the recipe says otherwise than `init.from` what the model is: it would be trained as another."""
+    said = {f"model.{name}": (getattr(recipe.model, name), start[name]) for name in _INHERITED}
+    said["tasks, in model.order"] = recipe.task_order, [task.name for task in tasks]
+    for name in ("llm", "encoder"):
+        there = start.get(name)
+        if there is not None and (Path(there).is_dir() or not Path(there).is_absolute()):  # it has not been moved
+            said[f"model.{name}"] = _absolute(getattr(recipe.model, name)), there
+    for key, (here, there) in said.items():
+        if here != there:
+            raise RecipeError(f"{key} is {here}, and {recipe.init.from_} was trained with {there}; use the same")
+
+
+def start_digest(path: str | None) -> str:
+    """Names the weights that a run starts from, by the ends of their files: no resume on top of other ones."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.safetensors")) if path else ():
+        with file.open("rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            for offset in (0, max(0, size - 2**20)):
+                f.seek(offset)
+                digest.update(f.read(2**20))
+            digest.update(f"{file.name} {size}".encode())
+    return digest.hexdigest()[:16]
 
 
 def build_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:

@@ -340,13 +340,13 @@ class TestRefusalBeforeAnyModelIsLoaded:
         assert f"olavlm-extract --teacher gen={tiny['gen']} --teacher seg={tiny['seg']} --data" in str(error.value)
 
     def test_card_of_another_recipe_and_geometry(self, recipe):
-        with pytest.raises(
-            TargetsError, match=r"'depth': recipe is 'mean4' and the recipe wants 'last'.*--recipe last"
-        ):
+        with pytest.raises(TargetsError, match=r"'depth': recipe is 'mean4', the recipe wants 'last'.*--recipe last"):
+            run(recipe(**{"tasks.depth.recipe": "last", "tasks.depth.key": "depth"}))
+        with pytest.raises(TargetsError, match=r"lacks depth-last .*--recipe last --data"):
             run(recipe(**{"tasks.depth.recipe": "last"}))
-        with pytest.raises(TargetsError, match=r"geometry is 'reference' and the recipe wants 'pad'.*--geometry pad"):
+        with pytest.raises(TargetsError, match=r"geometry is 'reference', the recipe wants 'pad'.*--geometry pad"):
             run(recipe(**{"targets.geometry": "pad"}))
-        with pytest.raises(TargetsError, match="'depth': name is 'depth' and the recipe wants 'seg'"):
+        with pytest.raises(TargetsError, match="'depth': name is 'depth', the recipe wants 'seg'"):
             run(recipe(**{"tasks.seg.key": "depth", "tasks.depth": "null", "tasks.gen": "null"}))
 
     def test_store_that_does_not_cover_the_dataset(self, recipe, pt_json, tmp_path, store32):
