@@ -230,3 +230,27 @@ def test_no_tokenizer_there(tiny):
 def test_terminator(tokenizer):
     assert terminator_id(tokenizer, "llama_3") == tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert terminator_id(tokenizer, "vicuna_v1") is None, "not a token of this vocabulary"
+
+
+@pytest.mark.parametrize("answer", ["3", "It is", "日本", "A", " "])
+def test_all_that_follows_the_open_prompt_is_supervised(answer):
+    """Llama-2's vocabulary gives the space ahead of a digit a token of its own: the model has to write it."""
+    alphabet = ["▁", *map(chr, range(33, 127))]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.train_from_iterator(["USER: What is it? ASSISTANT: It is a cat and A dog"] * 4, trainer)
+    backend.add_tokens(byte_tokens)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = prepare_tokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    )
+    turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": answer}]
+    encoded = encode(tokenizer, turns, "vicuna_v1")
+    start = len(encode_prompt(tokenizer, turns[:1], "vicuna_v1"))
+    assert encoded["labels"][:start] == [IGNORE_INDEX] * start
+    assert encoded["labels"][start:] == encoded["input_ids"][start:]
+    assert tokenizer.eos_token_id in encoded["labels"]
