@@ -11,9 +11,9 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 
 from tqdm import tqdm
@@ -43,6 +43,8 @@ def command(name: str) -> Callable[[Callable[[list[str] | None], int]], Callable
     def wrap(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, _stop)  # what a long job notes for itself, `stop_requests` takes over
             try:
                 return main(argv)
             except (UsageError, RecipeError) as e:
@@ -54,8 +56,8 @@ def command(name: str) -> Callable[[Callable[[list[str] | None], int]], Callable
                     os._exit(0)  # the reader of our output left; there is nobody to tell
                 what = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e
                 return _fail(name, what, 1)
-            except (KeyboardInterrupt, Stopped):
-                return _fail(name, "stopped", 1)
+            except (KeyboardInterrupt, Stopped) as e:
+                return _fail(name, f"stopped by {str(e) or 'SIGINT'}", 1)
 
         return run
 
@@ -67,19 +69,8 @@ def _fail(name: str, error: object, status: int) -> int:
     return status
 
 
-@contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise `Stopped` in the main thread."""
-
-    def stop(number: int, frame: object) -> None:
-        raise Stopped(signal.Signals(number).name)
-
-    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _stop(number: int, frame: object) -> None:
+    raise Stopped(signal.Signals(number).name)
 
 
 class Progress:

@@ -22,14 +22,16 @@ from pathlib import Path
 
 from olavlm.cache import Dataset, FeatureStore, ImageRoots, LeaseHeld, ShardTask, StoreBuilder, pending
 from olavlm.cache.codec import DTYPES
+from olavlm.student.signals import stop_requests
 from olavlm.teachers import GEOMETRIES, TeacherError, store_key
 from olavlm.teachers.base import resolve_device
 
-from .cli import JobFailed, Progress, Stopped, UsageError, command, stop_on_signals
+from .cli import JobFailed, Progress, Stopped, UsageError, command
 from .extraction_summary import Tally, dry_run, record_run, summarise
 from .extractor import ShardExtractor, ShardResult, TeacherSpec
 
 ATTEMPTS = 3  # of one shard, before it is given up
+WAIT_SECONDS = 0.5  # between two looks at whether to stop
 HELD_SECONDS = 2.0  # before a shard that another writer holds is tried again
 
 
@@ -145,7 +147,7 @@ def run_tasks(args: argparse.Namespace, specs: list[TeacherSpec], device: str, t
     ray.init(address=args.address or "local", include_dashboard=None if args.address else False, log_to_driver=False,
              logging_level="ERROR")  # fmt: skip
     try:
-        with stop_on_signals():  # after ray.init, which sets handlers of its own
+        with stop_requests() as stop:  # after ray.init, which sets handlers of its own
             slots = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1))
             num_workers = min(args.workers or slots, len(tasks))
             needs = {"num_gpus": 1} if device == "cuda" else {"num_cpus": min(1, slots / num_workers)}
@@ -162,6 +164,8 @@ def run_tasks(args: argparse.Namespace, specs: list[TeacherSpec], device: str, t
             running: dict[object, tuple[object, ShardTask]] = {}
             progress = Progress(sum(t.num_rows for t in tasks), "rows", "extracting")
             while queue or running or held:
+                if stop:  # noted, not raised: an exception in the middle of Ray's own code would be Ray's
+                    raise Stopped(stop[0])
                 queue.extend(t for t, due in held.items() if due <= time.monotonic())
                 held = {t: due for t, due in held.items() if due > time.monotonic()}
                 while queue and idle:
@@ -170,7 +174,7 @@ def run_tasks(args: argparse.Namespace, specs: list[TeacherSpec], device: str, t
                 if not running:
                     time.sleep(min(HELD_SECONDS, 0.1))
                     continue
-                done, _ = ray.wait(list(running), timeout=HELD_SECONDS)
+                done, _ = ray.wait(list(running), timeout=WAIT_SECONDS)
                 for reference in done:
                     worker, task = running.pop(reference)
                     try:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,6 +42,7 @@ from .errors import RecipeError, TrainingError
 from .metrics import JsonLines, TensorBoard, Tracker
 from .model import OlaVLM
 from .sampler import GlobalBatchSampler
+from .signals import stop_requests
 from .stages import PartRow, apply_stage
 from .step import OptimizerStep
 from .targets import TargetSource, check_targets, open_targets, tokens_without_losses
@@ -324,18 +323,3 @@ def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenize
 def _absolute(model: str) -> str:
     """A local folder by its full path, so that the adapter finds it from anywhere; a hub id as it is."""
     return str(Path(model).absolute()) if Path(model).is_dir() else model
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[str]]:
-    """Inside, SIGINT and SIGTERM are noted in the list, to be looked at between steps."""
-    noted: list[str] = []
-    previous = {
-        number: signal.signal(number, lambda n, frame: noted.append(signal.Signals(n).name))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield noted
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
