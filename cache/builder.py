@@ -6,6 +6,7 @@ rename of a finished folder), so that two builders at once end with one store.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -19,6 +20,7 @@ import zarr
 
 from .commit import ShardWriter, lease_is_live
 from .errors import CorruptFeatures, PlanError, StoreError
+from .files import publish
 from .plan import Plan
 from .records import canonical_json
 from .shard import Layout
@@ -58,7 +60,7 @@ class StoreBuilder:
         if not (self.path / "zarr.json").exists():
             # The plan folder and private names are what a builder killed right here leaves behind.
             foreign = (
-                [f.name for f in self.path.iterdir() if f.name != "plan" and f.name[0] != "."]
+                [f.name for f in self.path.iterdir() if f.name not in ("plan", "zarr.json") and f.name[0] != "."]
                 if self.path.is_dir()
                 else []
             )
@@ -67,7 +69,11 @@ class StoreBuilder:
                     f"store {path} is a folder with other content ({foreign[0]}, ...); give an empty or new one"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
-            zarr.open_group(self.path, mode="a", zarr_format=3, attributes={"olavlm": {"format": 1}})
+            private = self.path / f".group.{secrets.token_hex(8)}"
+            zarr.open_group(private, mode="w", zarr_format=3, attributes={"olavlm": {"format": 1}})
+            with contextlib.suppress(FileExistsError):  # another builder was first
+                publish(self.path / "zarr.json", (private / "zarr.json").read_bytes())
+            shutil.rmtree(private)
         else:
             FeatureStore(self.path)  # is it one?
 
