@@ -64,7 +64,7 @@ class StoreBuilder:
                 if self.path.is_dir()
                 else []
             )
-            if foreign:
+            if foreign and not (self.path / "zarr.json").exists():  # else another builder has made it by now
                 raise StoreError(
                     f"store {path} is a folder with other content ({foreign[0]}, ...); give an empty or new one"
                 )

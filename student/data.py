@@ -5,6 +5,7 @@ The loader is not handed to accelerate: which samples a rank sees is the sampler
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from olavlm.cache import BadImage, CacheError, Dataset, DatasetError, ImageRoots
 from .assembly import count_supervised
 from .conversation import IGNORE_INDEX, IMAGE_TOKEN, encode, render
 from .encoders import ImageTransform
-from .errors import SampleError, StudentError
+from .errors import SampleError, StudentError, TrainingError
 from .sampler import GlobalBatchSampler
 from .targets import Loaded, TargetSource
 
@@ -176,15 +177,30 @@ def batches(
             collate_fn=collator,
             num_workers=workers,
             pin_memory=pin_memory,
+            worker_init_fn=_leave_signals_to_the_trainer,
             **options,
         )
     )
     for _ in steps:
-        loaded = [next(loader) for _ in range(accumulation)]
+        try:
+            loaded = [next(loader) for _ in range(accumulation)]
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
+                raise
+            raise TrainingError(
+                f"a loader process died, perhaps for lack of memory ({str(e).splitlines()[0]}); run the same command "
+                "again, or with fewer data.workers"
+            ) from None
         for part in loaded:
             if isinstance(part, Exception):
                 raise part
         yield loaded
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C, or a scheduler, signals the whole process group: loaders go on until the trainer has saved and leaves."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def choose_samples(num_samples: int, fraction: float, seed: int) -> np.ndarray:

@@ -170,14 +170,15 @@ def test_resume_is_bit_for_bit(recipe, ift_json, stage, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_and_the_same_command_finishes(recipe, tmp_path, number):
-    stopped = recipe(**{"train.max_steps": 60, "train.output_dir": tmp_path / "stopped"})
+    stopped = recipe(**{"train.max_steps": 60, "data.workers": 2, "train.output_dir": tmp_path / "stopped"})
     (tmp_path / "recipe.json").write_text(json.dumps(stopped.to_dict()))
     command = [sys.executable, "-m", "olavlm.pipelines.train", "pt", "--config", str(tmp_path / "recipe.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on it, and this process has one thread
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     for line in process.stdout:
         if line.startswith("step 2/"):
-            process.send_signal(number)
+            os.killpg(process.pid, number)  # as Ctrl-C and schedulers do: the loaders get it too
             break
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
