@@ -76,19 +76,9 @@ def predict(
     indices = spread(dataset, num_samples)
     options = {"dtype": DTYPES[recipe.model.dtype], "attn_implementation": recipe.model.attention}
     model, tokenizer = adapter.build(with_predictors=True, **options)
-    collator = Collator(
-        dataset=dataset,
-        roots=roots,
-        tokenizer=tokenizer,
-        transform=model.config.image_transform,
-        template=recipe.model.template,
-        image_token_id=model.config.image_token_id,
-        num_inserted_tokens=model.num_inserted_tokens,
-        max_length=recipe.model.max_length,
-        source=source,
-    )
+    collator = Collator.of(recipe, model, tokenizer, dataset, roots, source)
     model = model.to(device).eval()
-    batch = collator(indices)
+    batch = collator.collate(indices)
     inputs = ("input_ids", "attention_mask", "labels", "pixel_values")
     with torch.inference_mode():
         output = model(**{name: getattr(batch, name).to(device) for name in inputs})

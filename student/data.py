@@ -18,9 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from olavlm.cache import BadImage, CacheError, Dataset, DatasetError, ImageRoots, Sample
 
 from .assembly import count_supervised
+from .config import Recipe
 from .conversation import IGNORE_INDEX, IMAGE_TOKEN, encode, render
 from .encoders import ImageTransform
 from .errors import SampleError, StudentError, TrainingError
+from .model import OlaVLM
 from .sampler import GlobalBatchSampler
 from .targets import Loaded, TargetSource
 
@@ -57,11 +59,35 @@ class Collator:
     def __call__(self, indices: list[int]) -> MicroBatch | StudentError | CacheError:
         """The micro-batch; or the error, to be raised by the training process: the loader would bury it in its own."""
         try:
-            return self._collate(indices)
+            return self.collate(indices)
         except (StudentError, CacheError) as e:
             return e
 
-    def _collate(self, indices: list[int]) -> MicroBatch:
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        model: OlaVLM,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: Dataset,
+        roots: ImageRoots,
+        source: TargetSource | None,
+    ) -> Collator:
+        """For a recipe's samples and the model that is to see them."""
+        return cls(
+            dataset=dataset,
+            roots=roots,
+            tokenizer=tokenizer,
+            transform=model.config.image_transform,
+            template=recipe.model.template,
+            image_token_id=model.config.image_token_id,
+            num_inserted_tokens=model.num_inserted_tokens,
+            max_length=recipe.model.max_length,
+            source=source,
+        )
+
+    def collate(self, indices: list[int]) -> MicroBatch:
+        """The micro-batch of these samples; raises StudentError and CacheError."""
         samples = [self.dataset[int(i)] for i in indices]
         size = self.transform.size
         pixels = torch.zeros(len(samples), 3, size, size)

@@ -45,7 +45,7 @@ from .sampler import GlobalBatchSampler
 from .signals import stop_requests
 from .stages import PartRow, apply_stage
 from .step import OptimizerStep
-from .targets import TargetSource, check_targets, open_targets, tokens_without_losses
+from .targets import check_targets, open_targets, tokens_without_losses
 from .task import DistillTask
 from .tokens import TaskSpec
 
@@ -99,7 +99,10 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         load_step(resumed_from, model, optimizer)
     if accelerator.is_main_process:
         describe_run(run, recipe, stage, table, versions, accelerator.num_processes)
-    sampler, collator = make_loader_parts(recipe, accelerator, dataset, roots, tokenizer, model, source)
+    sampler = GlobalBatchSampler(
+        np.asarray(dataset.has_image()), global_batch, recipe.train.seed, recipe.data.group_by_modality
+    )
+    collator = Collator.of(recipe, model, tokenizer, dataset, roots, source)
     schedule = Schedule(recipe, len(sampler))
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     trackers = open_trackers(recipe, run, first_step) if accelerator.is_main_process else []
@@ -251,35 +254,6 @@ def build_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
         "key_blocks": m.key_blocks,
         "include_answer": m.include_answer,
     }
-
-
-def make_loader_parts(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    dataset: Dataset,
-    roots: ImageRoots,
-    tokenizer: PreTrainedTokenizerBase,
-    model: OlaVLM,
-    source: TargetSource | None,
-) -> tuple[GlobalBatchSampler, Collator]:
-    sampler = GlobalBatchSampler(
-        has_image=np.asarray(dataset.has_image()),
-        global_batch_size=recipe.train.batch_size * recipe.train.accumulation * accelerator.num_processes,
-        seed=recipe.train.seed,
-        group_by_modality=recipe.data.group_by_modality,
-    )
-    collator = Collator(
-        dataset=dataset,
-        roots=roots,
-        tokenizer=tokenizer,
-        transform=model.config.image_transform,
-        template=recipe.model.template,
-        image_token_id=model.config.image_token_id,
-        num_inserted_tokens=model.num_inserted_tokens,
-        max_length=recipe.model.max_length,
-        source=source,
-    )
-    return sampler, collator
 
 
 def describe_run(
