@@ -137,7 +137,7 @@ class TrainConfig:
     epochs: float = 1.0
     """Passes over the data: the length of the run and of the learning-rate schedule."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps; the schedule keeps its length unless this is longer."""
+    """Stop after this many optimizer steps. The schedule keeps its length; beyond it, it starts anew."""
     seed: int = 0
     """Of new parameters and of the order of samples."""
     batch_size: int = 16

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -49,7 +50,7 @@ from olavlm.student.encoders import (
     load_image_transform,
     refuse_missing,
 )
-from olavlm.student.errors import RecipeError, SampleError
+from olavlm.student.errors import ModelError, RecipeError, SampleError
 from olavlm.student.losses import text_loss_sum
 from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.predictor import EmbeddingPredictor
@@ -212,6 +213,10 @@ class OlaVLM(PreTrainedModel):
         if (Path(path) / ADAPTER_CONFIG).is_file():
             model, _ = read_adapter(Path(path)).build()
             return (model, {"missing_keys": set()}) if with_info else model
+        with load_errors(path):
+            model_type = AutoConfig.from_pretrained(str(path)).model_type
+        if model_type != cls.config_class.model_type:  # or a model of the default sizes would be made, at random
+            raise ModelError(f"{path} holds a {model_type!r} model, not one of ours; give a run folder of olavlm-train")
         with load_errors(path):
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         refuse_missing(path, info)

@@ -166,12 +166,13 @@ class Schedule:
     def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
         by_epochs = math.ceil(recipe.train.epochs * steps_per_epoch)
         self.total_steps = recipe.train.max_steps or by_epochs
-        self.horizon = max(by_epochs, self.total_steps)
+        self.horizon = by_epochs  # not of max_steps: a run resumed has the rates of one that never stopped
         self.warmup_steps = math.ceil(recipe.train.warmup * self.horizon)
         self.peak = recipe.train.lr
 
     def lr(self, step: int) -> float:
-        """Of a step, from 0. The first is not wasted at 0, and the last is above it."""
+        """Of a step, from 0. The first is not wasted at 0, the last is above it. Beyond the epochs it starts anew."""
+        step %= self.horizon
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.horizon - self.warmup_steps)

@@ -108,6 +108,12 @@ def test_wrong_models_give_one_line(config, tiny, tmp_path, capsys):
         assert capsys.readouterr().err.count("olavlm-train: error: ") == 1
 
 
+@pytest.mark.parametrize("name", ["llm", "encoder", "gen", "depth"])
+def test_a_model_of_another_kind_is_no_checkpoint(tiny, name, capsys):
+    assert generate.main([str(tiny[name]), "--prompt", "?"]) == 1
+    assert "model, not one of ours" in capsys.readouterr().err
+
+
 def test_missing_recipe_lists_the_shipped_ones(capsys):
     assert train.main(["pt", "--config", "llama9"]) == 2
     assert "recipe llama9 does not exist; give a file or one of llama3-8b-clip-l" in capsys.readouterr().err

@@ -152,8 +152,9 @@ def test_accumulation_equals_one_big_batch(recipe, ift_json, stage, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["pt", "ift"])
-def test_resume_is_bit_for_bit(recipe, ift_json, stage, tmp_path):
-    common = {"train.epochs": 4}
+@pytest.mark.parametrize("epochs", [1, 4])  # resumed within the schedule, and beyond it
+def test_resume_is_bit_for_bit(recipe, ift_json, stage, epochs, tmp_path):
+    common = {"train.epochs": epochs}
     if stage == "ift":
         pt, _ = run(recipe(**{"train.max_steps": 1, "train.output_dir": tmp_path / "start"}))
         common |= {"init.from": pt, "data.file": ift_json}
