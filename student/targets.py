@@ -6,6 +6,7 @@ runs in the training process. Both give the same targets, up to the storage dtyp
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from olavlm.cache import BadImage, CacheError, Dataset, FeatureStore, ImageRoots, MissingFeatures
+from olavlm.cache import BadImage, CacheError, Dataset, FeatureStore, ImageRoots, MissingFeatures, TeacherFeatures
 
 from .config import Recipe, TaskConfig
 from .errors import RecipeError, TargetsError
@@ -176,7 +177,7 @@ def check_targets(recipe: Recipe, dataset: Dataset) -> None:
         first = dataset.images()[int(np.argmin(rows))].as_py()
         raise TargetsError(
             f"store {recipe.targets.store} does not cover the dataset: {outside} of its {len(rows)} images (first: "
-            f"{first!r}) are not in the plan; add them with: {extract_command(recipe, recipe.task_order)}"
+            f"{first!r}) are not in the plan; add to --data the files that the plan was made from, and run: {extract_command(recipe, recipe.task_order)}"
         )
     for name, key in keys.items():
         if len(missing := store[key].missing_rows(rows)):
@@ -205,7 +206,7 @@ def _check_card(recipe: Recipe, name: str, card: dict[str, Any]) -> None:
         if there != here:
             raise TargetsError(
                 f"store {recipe.targets.store}, '{store_key_of(recipe, name)}': {what} is {there!r}, the recipe wants "
-                f"{here!r}; make another store with: {extract_command(recipe, [name])}"
+                f"{here!r}; make another store with: {extract_command(recipe, [name], 'ANOTHER_STORE')}"
             )
 
 
@@ -222,21 +223,34 @@ def store_key_of(recipe: Recipe, name: str) -> str:
         raise RecipeError(f"tasks.{name}: {e}") from None
 
 
-def extract_command(recipe: Recipe, names: Sequence[str]) -> str:
-    """The command that makes, or finishes, the features of these tasks."""
-    words = []
+def extract_command(recipe: Recipe, names: Sequence[str], store: str | None = None) -> str:
+    """The command that makes, or finishes, the features of these tasks, by the recipe's store unless another is named.
+
+    Where the recipe's store has them in part, model and dtype are those it was begun with.
+    """
+    words, dtypes = [], set()
     for name in names:
-        task = recipe.tasks[name]
-        model = f"={task.model}" if task.model else ""
-        words.append(f"--teacher {task.teacher or name}{model}")
+        task, model = recipe.tasks[name], recipe.tasks[name].model
+        if store is None and (group := _stored(recipe, name)) is not None:
+            model = model or group.card.get("model")
+            dtypes.add(group.layout.dtype)
+        words += ["--teacher", f"{task.teacher or name}={model}" if model else task.teacher or name]
     if len(names) == 1:
         task = recipe.tasks[names[0]]
-        words += [f"--recipe {task.recipe}"] if task.recipe else []
-        words += [f"--as {task.key}"] if task.key else []
+        words += ["--recipe", task.recipe] if task.recipe else []
+        words += ["--as", task.key] if task.key else []
     if recipe.targets.geometry != "reference":
-        words.append(f"--geometry {recipe.targets.geometry}")
-    words += [f"--data {' '.join(recipe.files)}", f"--images {' '.join(recipe.image_roots)}"]
-    return " ".join(["olavlm-extract", *words, f"--store {recipe.targets.store or 'STORE'}"])
+        words += ["--geometry", recipe.targets.geometry]
+    words += ["--dtype", *dtypes] if len(dtypes) == 1 and dtypes != {"float16"} else []
+    words += ["--data", *recipe.files, "--images", *recipe.image_roots]
+    return shlex.join(["olavlm-extract", *words, "--store", store or recipe.targets.store or "STORE"])
+
+
+def _stored(recipe: Recipe, name: str) -> TeacherFeatures | None:
+    try:
+        return FeatureStore(recipe.targets.store)[store_key_of(recipe, name)]
+    except CacheError:
+        return None
 
 
 def tokens_without_losses(recipe: Recipe) -> list[TaskSpec]:

@@ -1,5 +1,6 @@
 """Making a store: what is refused with the difference, what --replace drops, and which shards are still to do."""
 
+import os
 import subprocess
 import sys
 
@@ -24,6 +25,19 @@ def test_a_new_store_is_a_zarr_group_that_reads_as_a_store(tmp_path):
     StoreBuilder(path)  # opens it
     (tmp_path / "empty").mkdir()
     StoreBuilder(tmp_path / "empty")
+
+
+def test_a_builder_killed_before_the_store_is_one_leaves_a_folder_that_can_become_one(tmp_path, start):
+    path = tmp_path / "store"
+
+    def work(child):
+        os.link = lambda *names: os._exit(9)  # the instant before zarr.json gets its name
+        StoreBuilder(path)
+
+    assert start(work).wait() == 9
+    assert len(list(path.iterdir())) > 0  # the control: it left something
+    StoreBuilder(path)
+    assert FeatureStore(path).teachers == []
 
 
 def test_where_a_store_cannot_be(tmp_path):
