@@ -177,7 +177,8 @@ def check_targets(recipe: Recipe, dataset: Dataset) -> None:
         first = dataset.images()[int(np.argmin(rows))].as_py()
         raise TargetsError(
             f"store {recipe.targets.store} does not cover the dataset: {outside} of its {len(rows)} images (first: "
-            f"{first!r}) are not in the plan; add to --data the files that the plan was made from, and run: {extract_command(recipe, recipe.task_order)}"
+            f"{first!r}) are not in the plan; add to --data the files that "
+            f"the plan was made from, and run: {extract_command(recipe, recipe.task_order)}"
         )
     for name, key in keys.items():
         if len(missing := store[key].missing_rows(rows)):
