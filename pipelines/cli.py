@@ -33,8 +33,8 @@ class JobFailed(Exception):
     """A job that ended incomplete for the reason given: exit status 1."""
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived."""
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived. Not an Exception, of which libraries swallow some."""
 
 
 def command(name: str) -> Callable[[Callable[[list[str] | None], int]], Callable[[list[str] | None], int]]:
@@ -43,8 +43,10 @@ def command(name: str) -> Callable[[Callable[[list[str] | None], int]], Callable
     def wrap(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, _stop)  # what a long job notes for itself, `stop_requests` takes over
+            before = {}
+            if threading.current_thread() is threading.main_thread():  # a long job takes over with `stop_requests`
+                handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _stop}
+                before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
             try:
                 return main(argv)
             except (UsageError, RecipeError) as e:
@@ -56,8 +58,11 @@ def command(name: str) -> Callable[[Callable[[list[str] | None], int]], Callable
                     os._exit(0)  # the reader of our output left; there is nobody to tell
                 what = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e
                 return _fail(name, what, 1)
-            except (KeyboardInterrupt, Stopped) as e:
+            except KeyboardInterrupt as e:
                 return _fail(name, f"stopped by {str(e) or 'SIGINT'}", 1)
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
         return run
 

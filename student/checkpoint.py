@@ -110,6 +110,8 @@ def read_adapter(folder: Path) -> Adapter:
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder holds PT's result; ModelError if the folder does not exist."""
     folder = Path(path)
+    if folder.is_file():
+        raise ModelError(f"checkpoint {path} is a file; give the run folder that it lies in")
     if not folder.is_dir():
         raise ModelError(f"checkpoint {path} does not exist; give a run folder of olavlm-train")
     if (folder / ADAPTER_CONFIG).is_file():
@@ -125,7 +127,8 @@ def load_checkpoint(path: str | Path) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
     """A trained model and its tokenizer, from the run folder of any stage. ModelError if it cannot be had."""
     if is_adapter(path):
         return read_adapter(Path(path)).build(with_predictors=False)
-    return OlaVLM.from_pretrained(path), load_tokenizer(str(path))
+    model = OlaVLM.from_pretrained(path)
+    return model, model.tokenizer or load_tokenizer(str(path))  # which says why there is none
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import jsonargparse
 import yaml
+from transformers import AttentionInterface
 
 from .assembly import KeyBlocks
 from .encoders import Geometry
@@ -186,7 +187,10 @@ class Recipe:
         rule(t.accumulation >= 1, "train.accumulation", t.accumulation, "at least 1")
         rule(t.max_steps is None or t.max_steps >= 1, "train.max_steps", t.max_steps, "at least 1")
         rule(t.epochs > 0, "train.epochs", t.epochs, "above 0")
-        rule(t.seed >= 0, "train.seed", t.seed, "at least 0")
+        rule(0 <= t.seed < 2**32, "train.seed", t.seed, "from 0 to 2**32 - 1, as NumPy's generators take")
+        attention = (None, "eager", *AttentionInterface().valid_keys())
+        known = self.model.attention in attention or "/" in str(self.model.attention)  # a kernel of the hub
+        rule(known, "model.attention", self.model.attention, "use sdpa, flash_attention_2 or eager")
         rule(self.model.max_length >= 1, "model.max_length", self.model.max_length, "at least 1")
         rule(self.model.num_task_tokens >= 0, "model.num_task_tokens", self.model.num_task_tokens, "at least 0")
         rule(t.lr > 0, "train.lr", t.lr, "above 0")
@@ -263,12 +267,16 @@ def shipped_recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def _read(config: str | Path, beside: Path | None = None) -> dict[str, Any]:
-    path = Path(config) if beside is None else beside / config
+def _read(config: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file over its base; `above` are the files that it is a base of, the nearest last."""
+    path = above[-1].parent / config if above else Path(config)
     if not path.is_file():
         path = shipped_recipes().get(Path(config).stem) if Path(config).name == str(config) else None
     if path is None:
         raise RecipeError(f"recipe {config} does not exist; give a file or one of {', '.join(shipped_recipes())}")
+    if any(path.samefile(file) for file in above):
+        chain = " -> ".join(file.name for file in (*above, path))
+        raise RecipeError(f"recipe {path} is a base of itself ({chain}); a chain of bases has to end")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -276,7 +284,11 @@ def _read(config: str | Path, beside: Path | None = None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path} is a {type(content).__name__}, not a mapping of sections")
     base = content.pop("base", None)
-    return content if base is None else _merge(_read(base, path.parent), content)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise RecipeError(f"recipe {path}: base is {base!r}; name a file beside it, or a shipped recipe")
+    return _merge(_read(base, (*above, path)), content)
 
 
 def _merge(under: dict, over: dict) -> dict:

@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from olavlm.student.errors import ModelError, RecipeError, SampleError
+from olavlm.student.loading import why_not_loaded
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -185,7 +186,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except Exception as error:  # what the tokenizers library raises has no class of its own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = why_not_loaded(path, error)
+        if Path(path).is_dir() and not any(f.name.startswith(("tokenizer", "vocab")) for f in Path(path).iterdir()):
+            reason = "the folder has no tokenizer.json; save the model's tokenizer into it"
         raise ModelError(f"no tokenizer in {str(path)!r}: {reason}") from error
     return prepare_tokenizer(tokenizer)
 

@@ -5,9 +5,13 @@ The loader is not handed to accelerate: which samples a rank sees is the sampler
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +44,11 @@ class MicroBatch:
     ids: list[str]
     bad_images: list[str]  # images that could not be read; their samples train nothing
     targets: Loaded = field(default_factory=dict)
+
+    def pin_memory(self) -> MicroBatch:
+        """With its tensors in pinned memory, which the loader asks for by this name. Targets are the source's own."""
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
 
 
 @dataclass
@@ -223,10 +232,21 @@ def batches(
         yield loaded
 
 
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C, or a scheduler, signals the whole process group: loaders go on until the trainer has saved and leaves."""
+    """Ctrl-C, or a scheduler, signals the whole process group: loaders go on until the trainer has saved and leaves.
+
+    Of a trainer that is killed they would wait for ever to be rid of what they have loaded, so they die with it.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # A trainer that was dead already will not die again. Under a fork server, that server is the parent.
+        if multiprocessing.get_start_method() == "fork" and os.getppid() != multiprocessing.parent_process().pid:
+            os._exit(1)
 
 
 def choose_samples(num_samples: int, fraction: float, seed: int) -> np.ndarray:

@@ -5,8 +5,7 @@ in LLaVA-1.5 and OLA-VLM (arXiv 2412.09585).
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +13,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,6 +26,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
 from olavlm.student.errors import ModelError, RecipeError
+from olavlm.student.loading import load_complete, load_errors
 
 Geometry = Literal["square", "pad"]
 
@@ -211,34 +210,6 @@ def load_image_transform(path: str | Path, geometry: Geometry = "square") -> Ima
         tuple(fields.get("image_std") or OPENAI_CLIP_STD),
         geometry,
     )
-
-
-def load_complete(model_class: Any, path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """`model_class.from_pretrained(path)`, refusing a checkpoint that leaves weights at random values.
-
-    Raises:
-        ModelError: one line that names the checkpoint and what is wrong with it.
-    """
-    with load_errors(path):
-        model, info = model_class.from_pretrained(str(path), output_loading_info=True, **kwargs)
-    refuse_missing(path, info)
-    return model
-
-
-@contextmanager
-def load_errors(path: str | Path) -> Iterator[None]:
-    """Turns what the library raises while it loads a checkpoint into a `ModelError` of one line."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModelError(f"cannot load a model from {str(path)!r}: {reason}") from error
-
-
-def refuse_missing(path: str | Path, info: Mapping[str, Any]) -> None:
-    """ModelError when the library's loading info names weights that the checkpoint lacks."""
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{str(path)!r} lacks {len(missing)} weights of the model, such as {missing[0]!r}")
 
 
 def _vision_config(path: str | Path) -> PreTrainedConfig:

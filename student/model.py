@@ -2,7 +2,7 @@
 
     model = OlaVLM.build(llm="meta-llama/Meta-Llama-3-8B-Instruct", encoder="openai/clip-vit-large-patch14-336",
                          tokenizer=tokenizer, tasks=[TaskSpec("depth", tokens=576, dim=1024, layers=(8, 20))])
-    model.save_pretrained("checkpoint", tokenizer=tokenizer)
+    model.save_pretrained("checkpoint")
     model = OlaVLM.from_pretrained("checkpoint")
 
 Source: arXiv 2412.09585. The parts are the library's own models.
@@ -38,6 +38,7 @@ from olavlm.student.conversation import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
     encode_prompt,
+    load_tokenizer,
     prepare_tokenizer,
     terminator_id,
 )
@@ -45,12 +46,10 @@ from olavlm.student.decoder import capture_states, decoder_blocks, grow_vocabula
 from olavlm.student.encoders import (
     Geometry,
     VisionEncoder,
-    load_complete,
-    load_errors,
     load_image_transform,
-    refuse_missing,
 )
 from olavlm.student.errors import ModelError, RecipeError, SampleError
+from olavlm.student.loading import load_complete, load_errors, refuse_missing
 from olavlm.student.losses import text_loss_sum
 from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.predictor import EmbeddingPredictor
@@ -122,6 +121,8 @@ class OlaVLM(PreTrainedModel):
                 if task.layers:
                     self.logit_scales[task.name] = nn.Parameter(torch.tensor(LOGIT_SCALE_INIT))
         self._head_is_plain: bool | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        """The one that the model was built or loaded with; `save_pretrained` writes it."""
         self.post_init()
 
     def _predictor(self, task: TaskSpec, llm_width: int) -> EmbeddingPredictor:
@@ -194,6 +195,7 @@ class OlaVLM(PreTrainedModel):
         )
         grow_vocabulary(model.llm, 1 + max(tokenizer.get_vocab().values()))
         model._head_is_plain = head_is_plain(model.llm)
+        model.tokenizer = tokenizer
         return model
 
     @classmethod
@@ -217,11 +219,13 @@ class OlaVLM(PreTrainedModel):
             model_type = AutoConfig.from_pretrained(str(path)).model_type
         if model_type != cls.config_class.model_type:  # or a model of the default sizes would be made, at random
             raise ModelError(f"{path} holds a {model_type!r} model, not one of ours; give a run folder of olavlm-train")
-        with load_errors(path):
+        with load_errors(path, kwargs.get("attn_implementation")):
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         refuse_missing(path, info)
         with suppress(OSError):  # without generation settings, those of the LLM's config stay
             model.llm.generation_config = GenerationConfig.from_pretrained(path)
+        with suppress(ModelError):  # a folder without one is a model all the same
+            model.tokenizer = load_tokenizer(path)
         model._head_is_plain = head_is_plain(model.llm)
         return (model, info) if with_info else model
 
@@ -234,9 +238,10 @@ class OlaVLM(PreTrainedModel):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes config, safetensors, generation settings, image preprocessor and, if given, the tokenizer.
+        """Writes config, safetensors, generation settings, image preprocessor and tokenizer.
 
         Args:
+            tokenizer: instead of the model's own.
             with_predictors: False leaves predictors and logit scales out, and the config says so.
             state_dict: weights gathered elsewhere, instead of the model's own.
         """
@@ -251,7 +256,7 @@ class OlaVLM(PreTrainedModel):
             self.config.with_predictors = kept
         self.llm.generation_config.save_pretrained(save_directory)
         self.config.image_transform.save(save_directory)
-        if tokenizer is not None:
+        if (tokenizer := tokenizer or self.tokenizer) is not None:
             tokenizer.save_pretrained(save_directory)
 
     def get_input_embeddings(self) -> nn.Module:

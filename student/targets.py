@@ -20,8 +20,8 @@ from .config import Recipe, TaskConfig
 from .errors import RecipeError, TargetsError
 from .tokens import TaskSpec
 
-Loaded = dict[str, tuple[np.ndarray, np.ndarray]]
-"""For each task an array with one row a sample, and bool (b,): whether the row holds anything."""
+Loaded = dict[str, tuple[dict[str, np.ndarray], np.ndarray]]
+"""For each task named arrays with one row a sample, and bool (b,): whether the row holds anything."""
 
 
 class TargetSource(Protocol):
@@ -40,7 +40,7 @@ class TargetSource(Protocol):
 
 
 class CachedTargets:
-    """Rows of a feature store, in its storage dtype."""
+    """Rows of a feature store, in its storage dtype; int8 is dequantised on the device, int4 by the loader."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.store = FeatureStore(recipe.targets.store)
@@ -58,18 +58,28 @@ class CachedTargets:
         loaded = {}
         for name, group in self.groups.items():
             # Zeros, not empty memory: a row without an image must not be able to look like a target.
-            values = np.zeros((len(images), group.layout.tokens, group.layout.dim), group.dtype)
+            parts = {part: np.zeros_like(rows) for part, rows in group.layout.empty(len(images)).items()}
             valid = np.zeros(len(images), bool)
             if len(present) == len(images):
-                _, valid = group.read(rows, out=values)
+                _, valid = group.read_stored(rows, out=parts)
             elif present:
-                values[present], valid[present] = group.read(rows, out=np.empty_like(values[: len(present)]))
-            loaded[name] = values, valid
+                stored, valid[present] = group.read_stored(rows)
+                for part in parts:
+                    parts[part][present] = stored[part]
+            loaded[name] = (
+                {"features": group.layout.codec.decode(parts)} if group.layout.dtype == "int4" else parts,
+                valid,
+            )
         return loaded
 
     def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        targets = {name: torch.from_numpy(values).to(device, non_blocking=True) for name, (values, _) in loaded.items()}
-        valid = {name: torch.from_numpy(rows).to(device) for name, (_, rows) in loaded.items()}
+        targets, valid = {}, {}
+        for name, (parts, rows) in loaded.items():
+            tensors = {part: torch.from_numpy(values).to(device, non_blocking=True) for part, values in parts.items()}
+            targets[name] = tensors["features"]
+            if "scales" in tensors:
+                targets[name] = targets[name].to(torch.float32) * tensors["scales"][..., None]
+            valid[name] = torch.from_numpy(rows).to(device)
         return targets, valid
 
 
@@ -101,13 +111,13 @@ class OnlineTargets:
             for row, picture in enumerate(pictures):
                 if picture is not None:
                     pixels[row] = teacher.prepare(picture)
-            loaded[name] = pixels, np.array([picture is not None for picture in pictures])
+            loaded[name] = {"pixels": pixels}, np.array([picture is not None for picture in pictures])
         return loaded
 
     def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         targets, valid = {}, {}
-        for name, (pixels, rows) in loaded.items():
-            targets[name] = self.teachers[name].forward(torch.from_numpy(pixels).to(device))
+        for name, (parts, rows) in loaded.items():
+            targets[name] = self.teachers[name].forward(torch.from_numpy(parts["pixels"]).to(device))
             valid[name] = torch.from_numpy(rows).to(device) & targets[name].isfinite().all(dim=(1, 2))
         return targets, valid
 

@@ -208,7 +208,7 @@ def start_model(
     model = OlaVLM.from_pretrained(recipe.init.from_, dtype=DTYPES[m.dtype], attn_implementation=m.attention)
     check_start(recipe, {name: getattr(model.config, name) for name in _INHERITED}, list(model.tasks))
     model.config.geometry, model.config.max_sequence_length = settings["geometry"], m.max_length
-    return model, load_tokenizer(recipe.init.from_)
+    return model, model.tokenizer or load_tokenizer(recipe.init.from_)  # which says why there is none
 
 
 _INHERITED = ("template", "num_task_tokens", "select_layer")  # what a later stage cannot change

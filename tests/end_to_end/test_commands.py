@@ -1,11 +1,15 @@
 """The commands in a row, as a user types them, and what they say when something is wrong."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
+from transformers.utils import is_flash_attn_2_available
 
 from olavlm.pipelines import generate, store, tiny, train
 
@@ -71,15 +75,28 @@ def test_cache_tools(store32, pt_json, tmp_path, capsys):
         assert "10 images" in capsys.readouterr().out
 
 
+def one_line(capsys, command="olavlm-train"):
+    """What a command has said on standard error, which must be one line and an error."""
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"{command}: error: "), errors
+    assert errors.count("\n") == 1, errors
+    assert errors.endswith("\n"), errors
+    return errors
+
+
 @pytest.mark.parametrize(
     ("overrides", "status", "message"),
     [
         (["--train.max_step=1"], 2, "unknown recipe key 'train.max_step'; the nearest is 'train.max_steps'"),
         (["--train.seed"], 2, "--train.seed lacks its value"),
         (["train.seed=1"], 2, "argument 'train.seed=1' is not expected"),
-        (["--model.llm=no/llm"], 1, "no/llm"),
-        (["--model.llm=nobody/on-the-hub"], 1, "nobody/on-the-hub"),
-        (["--model.encoder=no/encoder"], 1, "no/encoder"),
+        (["--train.seed=4294967296"], 2, "train.seed is 4294967296: from 0 to 2**32 - 1"),
+        ([f"--train.seed={2**64}"], 2, f"train.seed is {2**64}: from 0 to 2**32 - 1"),
+        (["--model.llm=nope"], 1, "no tokenizer in 'nope': it is neither a local folder nor reachable as a hub id"),
+        (["--model.llm=no/such/llm"], 1, "no tokenizer in 'no/such/llm': it is neither a local folder nor reachable"),
+        (["--model.llm=nobody/on-the-hub"], 1, "'nobody/on-the-hub': it is neither a local folder nor reachable"),
+        (["--model.encoder=no/encoder"], 1, "'no/encoder': it is neither a local folder nor reachable as a hub id"),
+        (["--model.attention=fast"], 2, "model.attention is fast: use sdpa, flash_attention_2 or eager"),
         (["--model.template=llama_4"], 2, "llama_4"),
         (["--data.file=none.json"], 1, "dataset file none.json does not exist"),
         (["--data.images=none"], 1, "image root none does not exist"),
@@ -91,51 +108,119 @@ def test_cache_tools(store32, pt_json, tmp_path, capsys):
 )
 def test_wrong_recipes_give_one_line(config, overrides, status, message, capsys):
     assert train.main(["pt", *config(**{"train.max_steps": 1}), *overrides]) == status
-    errors = capsys.readouterr().err
-    lines = [line for line in errors.splitlines() if line.startswith("olavlm-train: error: ")]
-    assert len(lines) == 1
-    assert message in lines[0]
-    assert "Traceback" not in errors
+    assert message in one_line(capsys)
 
 
 def test_wrong_models_give_one_line(config, tiny, tmp_path, capsys):
     """Folders that are there and are not what is asked for."""
     empty = tmp_path / "empty"
     empty.mkdir()
-    for override in (f"--model.llm={empty}", f"--model.encoder={empty}", f"--model.encoder={tiny['llm']}",
-                     f"--model.llm={tiny['encoder']}", f"--init.from={empty}"):  # fmt: skip
+    file = tiny["encoder"] / "config.json"
+    for override, message in (
+        (f"--model.llm={empty}", f"no tokenizer in '{empty}': the folder has no tokenizer.json; save the model's"),
+        (f"--model.encoder={empty}", f"cannot load a model from '{empty}'"),
+        (f"--model.encoder={tiny['llm']}", "'llama' is no known encoder"),
+        (f"--model.encoder={file}", f"cannot load a model from '{file}': it is a file; give the folder"),
+        (f"--model.llm={tiny['encoder']}", "the folder has no tokenizer.json"),
+        (f"--model.llm={file}", f"no tokenizer in '{file}': it is a file; give the folder"),
+        (f"--init.from={empty}", f"{empty} holds no checkpoint"),
+        (f"--init.from={file}", f"checkpoint {file} is a file; give the run folder"),
+    ):
         assert train.main(["pt", *config(**{"train.max_steps": 1}), override]) == 1, override
-        assert capsys.readouterr().err.count("olavlm-train: error: ") == 1
+        assert message in one_line(capsys)
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash_attention_2 can be used here")
+def test_attention_without_its_package_is_a_wrong_value(config, tmp_path, capsys):
+    recipe = config(**{"train.max_steps": 1})
+    assert train.main(["pt", *recipe, "--model.attention=flash_attention_2"]) == 2
+    errors = one_line(capsys)
+    assert "attention 'flash_attention_2' cannot be used: " in errors
+    assert "install it, or use sdpa or eager" in errors
+    assert not (tmp_path / "pt").exists()
 
 
 @pytest.mark.parametrize("name", ["llm", "encoder", "gen", "depth"])
 def test_a_model_of_another_kind_is_no_checkpoint(tiny, name, capsys):
     assert generate.main([str(tiny[name]), "--prompt", "?"]) == 1
-    assert "model, not one of ours" in capsys.readouterr().err
+    assert "model, not one of ours" in one_line(capsys, "olavlm-generate")
 
 
 def test_missing_recipe_lists_the_shipped_ones(capsys):
     assert train.main(["pt", "--config", "llama9"]) == 2
-    assert "recipe llama9 does not exist; give a file or one of llama3-8b-clip-l" in capsys.readouterr().err
+    assert "recipe llama9 does not exist; give a file or one of llama3-8b-clip-l" in one_line(capsys)
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"], ["a", "b", "c"]])
+def test_a_circle_of_bases_gives_one_line(tmp_path, capsys, names):
+    for name, base in zip(names, [*names[1:], names[0]], strict=True):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
+    assert train.main(["pt", "--config", str(tmp_path / "a.yaml")]) == 2
+    chain = " -> ".join(f"{name}.yaml" for name in [*names, "a"])
+    assert f"is a base of itself ({chain}); a chain of bases has to end" in one_line(capsys)
+
+
+def test_a_base_that_is_no_name_gives_one_line(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("base: [tiny]\n")
+    assert train.main(["pt", "--config", str(tmp_path / "a.yaml")]) == 2
+    assert "base is ['tiny']; name a file beside it, or a shipped recipe" in one_line(capsys)
 
 
 def test_generate_errors(tmp_path, capsys, sample_images):
     picture = ["--image", str(sample_images / "cat.jpg"), "--prompt", "?"]
-    assert generate.main([str(tmp_path / "none"), *picture]) == 1
-    assert "does not exist; give a run folder" in capsys.readouterr().err
-    assert generate.main([str(tmp_path), *picture]) == 1
-    assert "holds no checkpoint" in capsys.readouterr().err
-    assert generate.main([str(tmp_path), "--image", "none.jpg", "--prompt", "?"]) == 1
-    assert "none.jpg: No such file or directory" in capsys.readouterr().err
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    assert generate.main([str(tmp_path), "--image", str(tmp_path / "bad.jpg"), "--prompt", "?"]) == 1
-    assert "not-an-image" in capsys.readouterr().err
+    for arguments, message in (
+        ([str(tmp_path / "none"), *picture], "does not exist; give a run folder"),
+        ([str(tmp_path), *picture], "holds no checkpoint"),
+        ([str(tmp_path / "bad.jpg"), *picture], "bad.jpg is a file; give the run folder that it lies in"),
+        ([str(tmp_path), "--image", "none.jpg", "--prompt", "?"], "none.jpg: No such file or directory"),
+        ([str(tmp_path), "--image", str(tmp_path / "bad.jpg"), "--prompt", "?"], "not-an-image"),
+    ):
+        assert generate.main(arguments) == 1
+        assert message in one_line(capsys, "olavlm-generate")
 
 
 def test_cache_errors(tmp_path, capsys):
     for command in ("status", "info"):
         assert store.main([command, str(tmp_path)]) == 1
-        assert "is not a feature store" in capsys.readouterr().err
+        assert "is not a feature store" in one_line(capsys, "olavlm-cache")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("script", [False, True], ids=["module", "script"])
+def test_a_signal_during_the_imports_gives_one_line(tmp_path, number, script):
+    """A library that every command imports says so, and waits for the signal."""
+    (tmp_path / "tqdm.py").write_text("import signal\nprint('importing', flush=True)\nsignal.pause()\n")
+    (tmp_path / "olavlm-train").write_text("from olavlm.pipelines.train import main\nmain()\n")
+    command = [tmp_path / "olavlm-train"] if script else ["-m", "olavlm.pipelines.train"]
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        [sys.executable, *command, "--help"],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors == f"olavlm: error: stopped by {number.name}\n"
+
+
+def test_a_signal_during_a_command_gives_one_line_and_leaves_the_handlers(monkeypatch, capsys):
+    """Also where a library would swallow any Exception."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+
+        def stopped(*_, number=number):
+            with contextlib.suppress(Exception):
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(train, "load_recipe", stopped)
+        assert train.main(["pt", "--config", "tiny"]) == 1
+        assert one_line(capsys) == f"olavlm-train: error: stopped by {number.name}\n"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.parametrize("name", ["extract", "store", "train", "generate", "tiny", "report"])

@@ -222,9 +222,17 @@ def test_prepare_tokenizer_adds_what_is_missing_once(tokenizer):
     assert len(bare(IMAGE_TOKEN)["input_ids"]) == 1
 
 
-def test_no_tokenizer_there(tiny):
-    with pytest.raises(ModelError, match="no tokenizer in '/nowhere'"):
+def test_no_tokenizer_there(tiny, tmp_path):
+    with pytest.raises(ModelError, match="no tokenizer in '/nowhere': it is neither a local folder nor reachable"):
         load_tokenizer("/nowhere")
+    (tmp_path / "config.json").write_bytes((tiny["llm"] / "config.json").read_bytes())
+    with pytest.raises(ModelError, match=r"the folder has no tokenizer\.json; save the model's tokenizer into it$"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ModelError) as error:  # of the library's own reasons none is cut off
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+    assert not str(error.value).endswith(":")
 
 
 def test_terminator(tokenizer):

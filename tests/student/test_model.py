@@ -1,3 +1,4 @@
+import copy
 import shutil
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from olavlm.student.checkpoint import load_checkpoint
 from olavlm.student.conversation import IGNORE_INDEX, IMAGE_TOKEN, encode_prompt
 from olavlm.student.decoder import capture_states, decoder_blocks, head_is_plain
 from olavlm.student.encoders import VisionEncoder
@@ -108,6 +110,32 @@ def test_round_trip(build, tmp_path, tokenizer, make_batch, samples, with_predic
     assert any(name.startswith("predictors.") for name in saved) is with_predictors
 
 
+def test_the_models_own_tokenizer_is_saved_with_it(build, tmp_path, tokenizer):
+    build().save_pretrained(tmp_path / "built")
+    loaded = OlaVLM.from_pretrained(tmp_path / "built")
+    loaded.save_pretrained(tmp_path / "loaded")
+    for folder in ("built", "loaded"):
+        saved = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert saved.get_vocab() == tokenizer.get_vocab()
+        assert saved.convert_tokens_to_ids(IMAGE_TOKEN) == loaded.config.image_token_id
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<other>"])
+    loaded.save_pretrained(tmp_path / "other", tokenizer=other)
+    assert "<other>" in AutoTokenizer.from_pretrained(tmp_path / "other").get_vocab()
+
+
+def test_a_model_without_a_tokenizer_is_loaded_and_saved_without_one(build, tmp_path):
+    model = build()
+    model.tokenizer = None
+    model.save_pretrained(tmp_path / "saved")
+    loaded = OlaVLM.from_pretrained(tmp_path / "saved")
+    assert loaded.tokenizer is None
+    loaded.save_pretrained(tmp_path / "again")
+    assert not list(tmp_path.glob("*/tokenizer*"))
+    with pytest.raises(ModelError, match=r"no tokenizer in .*: the folder has no tokenizer\.json"):
+        load_checkpoint(tmp_path / "again")
+
+
 def test_round_trip_with_a_half_precision_base(build, tmp_path):
     model = build(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
@@ -163,6 +191,9 @@ def test_bad_checkpoints(build, tiny, tokenizer, tmp_path):
         OlaVLM.from_pretrained("/nowhere")
     model = build()
     model.save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        with pytest.raises(ModelError, match=rf"cannot load a model from '.*{name}': it is a file; give the folder"):
+            OlaVLM.from_pretrained(tmp_path / name)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["projector.0.bias"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})

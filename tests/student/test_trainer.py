@@ -1,20 +1,27 @@
 """Training: what gets gradients, equal splits, exact resume, cached against online targets, and refusals."""
 
+import contextlib
 import json
+import multiprocessing
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from olavlm.cache import FeatureStore, StoreBuilder
 from olavlm.student import OlaVLM, RecipeError, TargetsError, TrainingError, load_checkpoint
 from olavlm.student import trainer as trainer_module
 from olavlm.student.checkpoint import read_adapter
+from olavlm.student.data import MicroBatch, _leave_signals_to_the_trainer
 from olavlm.student.metrics import read_metrics
 from olavlm.student.stages import ADAPTER
 from olavlm.student.step import OptimizerStep
@@ -192,6 +199,74 @@ def test_a_signal_saves_and_leaves_and_the_same_command_finishes(recipe, tmp_pat
     whole, expected = run(recipe(**{**shorter, "train.epochs": 20, "train.output_dir": tmp_path / "whole"}))
     assert losses(metrics) == losses(expected)
     assert (resumed / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot ask to die with its parent")
+def test_loaders_die_with_a_killed_trainer(recipe, tmp_path):
+    """They are full of loaded batches that nobody will take: left alone, they would wait for ever."""
+    made = recipe(**{"train.max_steps": 500, "data.workers": 2})
+    (tmp_path / "recipe.json").write_text(json.dumps(made.to_dict()))
+    command = [sys.executable, "-m", "olavlm.pipelines.train", "pt", "--config", str(tmp_path / "recipe.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    trainer = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    try:
+        assert any(line.startswith("step 2/") for line in trainer.stdout)
+        loaders = [int(p) for p in Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children").read_text().split()]
+        assert len(loaders) == 2
+        descriptors = [os.pidfd_open(loader) for loader in loaders]
+        trainer.kill()
+        trainer.wait()
+        for descriptor in descriptors:  # readable when the process has ended
+            assert select.select([descriptor], [], [], 20)[0], "a loader outlived its trainer"
+            os.close(descriptor)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(trainer.pid, signal.SIGKILL)
+        trainer.stdout.close()
+
+
+def test_a_loader_whose_trainer_is_dead_already_ends_at_once():
+    """The trainer may be killed between the fork of a loader and the loader's wish to die with it."""
+
+    def loader():
+        os.getppid = lambda: 1
+        _leave_signals_to_the_trainer(0)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=loader)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1
+
+
+def test_a_micro_batch_is_pinned_as_the_loader_asks_for_it(monkeypatch):
+    """By the loader's own function; there need not be a device. Arrays of targets stay as they are."""
+    tensors = {
+        "input_ids": torch.zeros(2, 3, dtype=torch.long),
+        "labels": torch.ones(2, 3, dtype=torch.long),
+        "attention_mask": torch.ones(2, 3, dtype=torch.long),
+        "pixel_values": torch.rand(2, 3, 4, 4),
+        "complete": torch.tensor([True, False]),
+    }
+    targets = {"depth": (np.ones((2, 5), np.float16), np.array([True, False]))}
+    batch = MicroBatch(**tensors, supervised_tokens=6, ids=["a", "b"], bad_images=[], targets=targets)
+    pinned = {}
+
+    def pin(tensor, device=None):
+        copy = tensor.clone()
+        pinned[id(copy)] = copy
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    result = pin_memory(batch)
+    for name, tensor in tensors.items():
+        assert id(getattr(result, name)) in pinned, name
+        assert torch.equal(getattr(result, name), tensor)
+    assert len(pinned) == len(tensors)
+    assert result.targets is targets
+    assert (result.ids, result.supervised_tokens) == (["a", "b"], 6)
 
 
 def test_tensorboard_gets_the_same_numbers(recipe):
