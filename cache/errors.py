@@ -40,10 +40,21 @@ class MissingFeatures(CacheError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class MissingExtra(CacheError, ImportError):
+    """A package of an optional extra of olavlm that is not installed."""
+
+
+def printable(text: str) -> str:
+    """`text` on one line, safe on a terminal: what is no visible character (escapes, bidi marks) as `\\x1b`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class BadImage(CacheError, ValueError):
     """An image that cannot become features.
 
-    `reason` is one word of `REASONS`; `detail` is the decoder's own message or the path rule that was broken.
+    `reason` is one word, of `REASONS` unless a later version wrote the record; `detail` is the decoder's own message or
+    the path rule that was broken. The error's text shows both as `printable` does; `image` and `detail` are what they
+    are.
     """
 
     REASONS = (
@@ -60,8 +71,7 @@ class BadImage(CacheError, ValueError):
     )
 
     def __init__(self, image: str, reason: str, detail: str = "") -> None:
-        assert reason in self.REASONS, reason
-        super().__init__(f"{image}: {reason}" + (f" ({detail})" if detail else ""))
+        super().__init__(printable(f"{image}: {reason}" + (f" ({detail})" if detail else "")))
         self.image, self.reason, self.detail = image, reason, detail
 
     def __reduce__(self):

@@ -5,6 +5,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported: no test may ask the network
 
 import json
+import re
+import subprocess
+import sys
+import threading
 from importlib.resources import files
 from pathlib import Path
 
@@ -108,3 +112,31 @@ def recipe(tiny, pt_json, store32, tmp_path):
 def sample_images() -> Path:
     """The folder of the bundled photographs."""
     return SAMPLE / "images"
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """The endpoint URL of an S3 server on loopback, a process of its own; what s3fs and boto3 need to use it is in the
+    environment until the session ends."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    settings = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true"}  # fmt: skip
+    program = (  # `python -m moto.server -H 127.0.0.1 -p 0`, which also ends when the tests were killed
+        "import os, sys, threading; from moto.server import main\n"
+        "threading.Thread(target=lambda: sys.stdin.read() or os._exit(0), daemon=True).start()\n"
+        "main(['-H', '127.0.0.1', '-p', '0'])"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, **settings}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    endpoint = next((url[0] for line in server.stderr if (url := re.search(r"http://127\.0\.0\.1:\d+", line))), None)
+    assert endpoint, f"the S3 server did not start: status {server.wait()}"
+    threading.Thread(target=server.stderr.read, daemon=True).start()  # one line a request: a full pipe would stop it
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**settings, "AWS_ENDPOINT_URL": endpoint}.items():
+            patch.setenv(name, value)
+        yield endpoint
+    server.kill()
+    server.wait()
