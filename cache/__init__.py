@@ -13,6 +13,7 @@ from .errors import (
     DatasetError,
     LeaseHeld,
     LeaseLost,
+    MissingExtra,
     MissingFeatures,
     PlanError,
     StoreError,
@@ -21,6 +22,8 @@ from .images import ImageRoots, decode_rgb
 from .plan import Plan
 from .shard import Layout
 from .store import Coverage, FeatureStore, TeacherFeatures
+from .transfer import Transfer, convert, merge
+from .verify import Finding, verify
 
 __all__ = [
     "BadImage",
@@ -30,10 +33,12 @@ __all__ = [
     "Dataset",
     "DatasetError",
     "FeatureStore",
+    "Finding",
     "ImageRoots",
     "Layout",
     "LeaseHeld",
     "LeaseLost",
+    "MissingExtra",
     "MissingFeatures",
     "OpenShard",
     "Plan",
@@ -44,6 +49,10 @@ __all__ = [
     "StoreBuilder",
     "StoreError",
     "TeacherFeatures",
+    "Transfer",
+    "convert",
     "decode_rgb",
+    "merge",
     "pending",
+    "verify",
 ]

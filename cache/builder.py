@@ -1,33 +1,33 @@
 """Making a store: its plan, its teacher groups, and the list of shards still to do.
 
-Nothing here writes features; `commit.ShardWriter` does. Everything comes to be in one step (`files.publish`, or the
-rename of a finished folder), so that two builders at once end with one store.
+Nothing here writes features; `commit.ShardWriter` does. Everything comes to be by `files.publish`, so that two builders
+at once end with one store.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import secrets
-import shutil
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import zarr
 
-from .commit import ShardWriter, lease_is_live
+from . import files
+from .commit import ShardWriter
 from .errors import CorruptFeatures, PlanError, StoreError
-from .files import publish
-from .plan import Plan
+from .lease import is_live, leased
+from .ledger import write_index
+from .plan import Plan, segment_name
 from .records import canonical_json
-from .shard import Layout
-from .store import FeatureStore, TeacherFeatures, read_metadata
+from .shard import Layout, read_metadata, same_array
+from .store import FORMAT, RESERVED, FeatureStore, TeacherFeatures, card_checksum
 
 DEFAULT_SHARD_ROWS = 128
 DEFAULT_SHARD_ROWS_ONE_TOKEN = 4096  # a shard of rows of 2 KB would be a small file
+_OF_A_GROUP = ("zarr.json", "commits", "leases", "staging", "index")
 _NOT_COMPARED = ("versions", "fingerprint")  # of cards, when they are shown side by side
 
 
@@ -51,31 +51,23 @@ class ShardTask:
 class StoreBuilder:
     """A store open for writing; creates it if `path` is absent or an empty folder."""
 
-    def __init__(self, path: str | Path) -> None:
-        if "://" in str(path):
-            raise StoreError(f"store {path} is a URL; stores are written to a local or shared file system")
-        self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = files.location(path)
+        if files.is_local(self.path) and self.path.exists() and not self.path.is_dir():
             raise StoreError(f"store {path} is a file; give a folder")
-        if not (self.path / "zarr.json").exists():
-            # The plan folder and private names are what a builder killed right here leaves behind.
-            foreign = (
-                [f.name for f in self.path.iterdir() if f.name not in ("plan", "zarr.json") and f.name[0] != "."]
-                if self.path.is_dir()
-                else []
-            )
-            if foreign and not (self.path / "zarr.json").exists():  # else another builder has made it by now
-                raise StoreError(
-                    f"store {path} is a folder with other content ({foreign[0]}, ...); give an empty or new one"
-                )
-            self.path.mkdir(parents=True, exist_ok=True)
-            private = self.path / f".group.{secrets.token_hex(8)}"
-            zarr.open_group(private, mode="w", zarr_format=3, attributes={"olavlm": {"format": 1}})
-            with contextlib.suppress(FileExistsError):  # another builder was first
-                publish(self.path / "zarr.json", (private / "zarr.json").read_bytes())
-            shutil.rmtree(private)
-        else:
+        if not files.is_local(self.path):
+            files.probe(self.path)
+        if files.exists(self.path / "zarr.json"):
             FeatureStore(self.path)  # is it one?
+            return
+        # The plan folder and private names are what a builder killed right here leaves behind.
+        foreign = [name for name in files.names(self.path) if name not in ("plan", "zarr.json") and name[0] != "."]
+        if foreign and not files.exists(self.path / "zarr.json"):  # else another builder has made it by now
+            raise StoreError(
+                f"store {path} is a folder with other content ({foreign[0]}, ...); give an empty or new one"
+            )
+        with contextlib.suppress(FileExistsError):  # another builder was first
+            files.publish(self.path / "zarr.json", _group_metadata({"olavlm": {"format": FORMAT}}))
 
     def plan(self) -> Plan:
         return Plan.load(self.path / "plan")
@@ -94,13 +86,11 @@ class StoreBuilder:
                     raise
                 for key in FeatureStore(self.path).teachers:
                     self.drop(key)
-                dropped = self.path / f".dropped.plan.{secrets.token_hex(8)}"
-                (self.path / "plan").rename(dropped)  # at once: half a plan would be a damaged one
-                shutil.rmtree(dropped)
+                self._drop_plan()
                 continue
             if segment is not None:
                 try:
-                    segment.write(self.path / "plan" / f"{len(plan.segments):05d}.parquet")
+                    segment.write(self.path / "plan" / segment_name(len(plan.segments)))
                 except FileExistsError:
                     continue  # another builder was first: see what it added
                 plan = self.plan()
@@ -110,33 +100,57 @@ class StoreBuilder:
     def _groups(self, plan: Plan) -> list[TeacherFeatures]:
         return [TeacherFeatures(self.path, key, plan) for key in FeatureStore(self.path).teachers]
 
+    def adopt_plan(self, plan: Plan) -> None:
+        """Give a store without a plan this one, segment by segment; another builder may be first with it."""
+        for number, segment in enumerate(plan.segments):
+            with contextlib.suppress(FileExistsError):
+                segment.write(self.path / "plan" / segment_name(number))
+
+    def _drop_plan(self) -> None:
+        if files.is_local(self.path):
+            files.remove_tree(self.path / "plan")  # at once: half a plan would be a damaged one
+            return
+        for name in reversed(files.names(self.path / "plan")):  # what is left is a plan at every moment
+            files.remove(self.path / "plan" / name)
+
     def _grow(self, groups: list[TeacherFeatures]) -> None:
-        """Give the arrays room for the plan's rows; zarr replaces their metadata atomically."""
+        """Give the arrays room for the plan's rows, by replacing their metadata, each at once."""
         plan = None
-        while plan is None or plan.extent < self.plan().extent:  # another builder's resize may have been undone
+        while plan is None or plan.extent < self.plan().extent:  # another builder's growth may have been undone
             plan = self.plan()
             for group in groups:
-                array = zarr.open_array(group.array, mode="r+")
-                rows = group.layout.padded(plan.extent)
-                if array.shape[0] < rows:
-                    array.resize((rows, *array.shape[1:]))
+                for name in reversed(group.layout.arrays):
+                    metadata = read_metadata(group.folder / name)
+                    if metadata["shape"][0] < group.layout.padded(plan.extent):
+                        grown = _json(group.layout.metadata(name, plan.extent))
+                        files.replace(group.folder / name / "zarr.json", grown)
 
     def ensure_teacher(
-        self, key: str, card: dict, *, dtype: str, shard_rows: int | None = None, replace: bool = False
+        self,
+        key: str,
+        card: dict,
+        *,
+        dtype: str,
+        shard_rows: int | None = None,
+        compress: str = "none",
+        replace: bool = False,
     ) -> TeacherFeatures:
         """The group `key` for features of `card`, created if absent.
 
-        A group with another card, dtype or (if one is asked for) shard size is a `StoreError` that shows the
-        difference, or with `replace` dropped and made anew.
+        A group with another card, dtype, compression or (if one is asked for) shard size is a `StoreError` that shows
+        the difference, or with `replace` dropped and made anew.
         """
         plan = self.plan()
-        if not key or key.startswith(".") or "/" in key or key == "plan":
-            raise StoreError(f"store key {key!r} is not usable; a key is a folder name other than 'plan'")
+        if not _is_key(key):
+            raise StoreError(
+                f"store key {key!r} is not usable; a key is a folder name other than {', '.join(RESERVED)}"
+            )
         rows = shard_rows or (DEFAULT_SHARD_ROWS_ONE_TOKEN if card["tokens"] == 1 else DEFAULT_SHARD_ROWS)
-        layout = Layout(rows, card["tokens"], card["dim"], dtype)
-        if (self.path / key / "features" / "zarr.json").is_file():
+        layout = Layout(rows, card["tokens"], card["dim"], dtype, compress)
+        wanted = {"dtype": dtype, "compression": compress, **({"shard rows": shard_rows} if shard_rows else {})}
+        if files.exists(self.path / key / "features" / "zarr.json"):
             group = TeacherFeatures(self.path, key, plan)
-            difference = self._difference(group, card, dtype, shard_rows)
+            difference = self._difference(group, card, wanted)
             if not difference:
                 return group
             if not replace:
@@ -152,13 +166,13 @@ class StoreBuilder:
                 )
         self._create_group(key, card, layout, plan)
         group = TeacherFeatures(self.path, key, plan)
-        if difference := self._difference(group, card, dtype, shard_rows):
+        if difference := self._difference(group, card, wanted):
             raise StoreError(f"{self.path / key} was made meanwhile for other features: {difference}")
         self._grow([group])  # the plan may have grown meanwhile
         return group
 
     @staticmethod
-    def _difference(group: TeacherFeatures, card: dict, dtype: str, shard_rows: int | None) -> str:
+    def _difference(group: TeacherFeatures, card: dict, wanted: dict[str, object]) -> str:
         parts = []
         if group.fingerprint != card["fingerprint"]:
             fields = [
@@ -167,38 +181,78 @@ class StoreBuilder:
             parts += [
                 f"{f} is {json.dumps(group.card.get(f))} there and {json.dumps(card.get(f))} here" for f in fields
             ]
-        if group.layout.dtype != dtype:
-            parts.append(f"dtype is {group.layout.dtype} there and {dtype} here")
-        if shard_rows is not None and group.layout.shard_rows != shard_rows:
-            parts.append(f"shard rows are {group.layout.shard_rows} there and {shard_rows} here")
+        layout = group.layout
+        there = {"dtype": layout.dtype, "compression": layout.compress, "shard rows": layout.shard_rows}
+        for what, here in wanted.items():
+            if there[what] != here:
+                parts.append(f"{what} {'are' if what.endswith('s') else 'is'} {there[what]} there and {here} here")
         return "; ".join(parts)
 
     def _create_group(self, key: str, card: dict, layout: Layout, plan: Plan) -> None:
-        private = self.path / f".{key}.{secrets.token_hex(8)}"
-        group = zarr.open_group(private, mode="w", zarr_format=3, attributes={"card": json.loads(canonical_json(card))})
-        layout.create_array(group, "features", plan.extent)
-        for name in ("commits", "leases", "staging", "features/c"):
-            (private / name).mkdir()
-        try:
-            private.rename(self.path / key)
-        except OSError:  # not empty: another builder was first, or something else is in the way
-            shutil.rmtree(private)
-            read_metadata(self.path / key / "features")
+        """The group exists when `features/zarr.json`, the last, does. Another builder may be first with any of it."""
+        there = {name for name in files.names(self.path / key) if name[0] != "."}  # private names are of builders
+        foreign = there - {*layout.arrays, *_OF_A_GROUP}
+        if foreign or (files.is_local(self.path) and (self.path / key).is_file()):
+            raise StoreError(
+                f"{self.path / key} is no teacher's folder ({', '.join(foreign) or 'a file'}); use --as KEY"
+            )
+        card = json.loads(canonical_json(card))
+        group = {"zarr.json": _group_metadata({"card": card, "card_sha256": card_checksum(card)})}
+        arrays = {f"{name}/zarr.json": _json(layout.metadata(name, plan.extent)) for name in reversed(layout.arrays)}
+        for name, content in (group | arrays).items():
+            try:
+                files.publish(self.path / key / name, content)
+            except FileExistsError:
+                if not files.exists(self.path / key / "features" / "zarr.json"):
+                    self._resume_creation(key, name, content)
+        if files.is_local(self.path):
+            for name in ("commits", "leases", "staging"):
+                (self.path / key / name).mkdir(exist_ok=True)
+
+    def _resume_creation(self, key: str, name: str, content: bytes) -> None:
+        """A builder died, or is at work, between two files of the group; what it wrote must be what we would."""
+        there, here = read_metadata((self.path / key / name).parent), json.loads(content)
+        if here["node_type"] == "group":
+            same = there["attributes"].get("card", {}).get("fingerprint") == here["attributes"]["card"]["fingerprint"]
+        else:
+            same = same_array(there, here)
+        if not same:
+            raise StoreError(
+                f"{self.path / key} was begun for other features and not finished; "
+                f"remove it with: olavlm-cache drop {self.path} {key}"
+            )
 
     def drop(self, key: str) -> None:
         """Remove a teacher's features; StoreError if there are none, or while a live writer is at work on them."""
         folder = self.path / key
-        if key not in (keys := FeatureStore(self.path).teachers):
+        if not _is_key(key) or not files.exists(folder / "zarr.json"):
+            keys = FeatureStore(self.path).teachers
             raise StoreError(f"{self.path} has no features '{key}' to drop; it has {', '.join(keys) or 'none'}")
-        busy = [lease for lease in (folder / "leases").glob("[0-9]*") if lease_is_live(lease)]
+        busy = [shard for shard, lease in leased(folder / "leases").items() if is_live(lease)]
         if busy:
-            raise StoreError(f"{folder} is being written (lease {busy[0].name}); stop that extraction first")
-        dropped = self.path / f".dropped.{key}.{secrets.token_hex(8)}"
-        folder.rename(dropped)
-        shutil.rmtree(dropped)
+            raise StoreError(f"{folder} is being written (shard {busy[0]}); stop that extraction first")
+        files.remove(folder / "features" / "zarr.json")  # from here on it does not exist
+        files.remove_tree(folder)
 
     def writer(self, group: TeacherFeatures, on_step: Callable[[str], None] | None = None) -> ShardWriter:
         return ShardWriter(group.folder, group.layout, group.fingerprint, on_step)
+
+    def index(self) -> None:
+        """Bring every teacher's index of its records up to date; a job that has changed the store ends with it."""
+        for group in FeatureStore(self.path).values():
+            write_index(group.folder, group.fingerprint, group.ledger())
+
+
+def _is_key(key: str) -> bool:
+    return bool(key) and not key.startswith(".") and "/" not in key and key not in RESERVED
+
+
+def _json(metadata: dict) -> bytes:
+    return json.dumps(metadata, indent=2).encode()
+
+
+def _group_metadata(attributes: dict) -> bytes:
+    return _json({"attributes": attributes, "zarr_format": 3, "node_type": "group"})
 
 
 def pending(group: TeacherFeatures, limit: int | None = None, *, retry_failed: bool = False) -> list[ShardTask]:

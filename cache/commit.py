@@ -1,13 +1,15 @@
 """Committing a shard: lease, stage, compare, place, publish.
 
-    lease     leases/000012 by exclusive create: one writer a shard
+    lease     leases/000012.0 by exclusive create: one writer a shard (lease.py)
     recover   a shard file without a record, or a record that is not the file's: both are removed
-    stage     staging/000012.NONCE, row by row; closed with the shard index
+    stage     staging/000012.NONCE.features (and .scales), row by row; closed with the shard index
     compare   read back, every row's crc32c and the file's
-    fsync     the staged file
-    place     linked to features/c/12/0/0, never over another file; folder fsynced
+    fsync     the staged files
+    place     linked to features/c/12/0/0 (and scales/c/12/0), never over another file; folders fsynced
     record    commits/000012.0.json by exclusive create: now the shard exists
-    release   the staged name and the lease go
+    release   the staged names and the lease go
+
+On an object store the staged files lie in a temporary folder of this machine, and `place` is a conditional PUT.
 
 A crash before `record` leaves a shard that does not exist; whoever takes its lease next sweeps up. A writer that was
 taken for dead and wakes up finds its staged file or its lease gone, or the shard placed, and drops its work.
@@ -17,144 +19,25 @@ Replacing a shard withdraws its record before its file is touched.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import secrets
+import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from .codec import Fidelity, encode
-from .errors import BadImage, CorruptFeatures, LeaseHeld, LeaseLost
-from .files import fsync_folder, publish
-from .records import Record, revisions_of, valid_record, withdraw
-from .shard import CRC_BYTES, Layout, crc32c, shard_file
-
-LEASE_SECONDS = 900.0  # without a sign of life for this long, a writer on another host is taken for dead
-RETURN_TRIES, RETURN_SECONDS = 5, 0.02  # for a lease taken by mistake to be given back, see `acquire_lease`
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process of this host started, in clock ticks since boot; None if it is gone, or dead but not reaped."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def _boot_id() -> str:
-    """Names the set of processes that a pid is looked up in: this boot, and the container's pid namespace."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
-
-
-@dataclass
-class Lease:
-    """The right to write one shard, held until `release`."""
-
-    file: Path
-    nonce: str
-    released: bool = False
-
-    def held(self) -> bool:
-        """Whether it is still this writer's."""
-        for _ in range(RETURN_TRIES):
-            holder = _read_lease(self.file)
-            if holder is not None:
-                return holder.get("nonce") == self.nonce
-            time.sleep(RETURN_SECONDS)
-        return False
-
-    def check(self) -> None:
-        """Raise `LeaseLost` if another writer has taken the shard over."""
-        if not self.held():
-            raise LeaseLost(f"lease {self.file} was taken over by another writer; this shard's work is dropped")
-
-    def renew(self) -> None:
-        """Give a sign of life; call it more often than every `LEASE_SECONDS`."""
-        self.check()
-        with contextlib.suppress(FileNotFoundError):  # taken over this instant: the next check tells
-            os.utime(self.file)
-
-    def release(self) -> None:
-        """Give it back; again does nothing."""
-        if not self.released and self.held():
-            self.file.unlink(missing_ok=True)
-        self.released = True
-
-
-def _read_lease(file: Path) -> dict | None:
-    """What the lease says of its holder, {} if it is damaged, None if there is none."""
-    try:
-        holder = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _is_dead(file: Path, holder: dict, now: float) -> bool:
-    here = holder.get("host") == socket.gethostname() and holder.get("boot") == _boot_id()
-    if here and holder.get("started") is not None:
-        return _process_start(holder.get("pid")) != holder["started"]
-    return now - file.stat().st_mtime > LEASE_SECONDS
-
-
-def lease_is_live(file: Path) -> bool:
-    """Whether a living writer holds the lease."""
-    try:
-        holder = _read_lease(file)
-        return bool(holder) and not _is_dead(file, holder, time.time())
-    except FileNotFoundError:
-        return False
-
-
-def acquire_lease(file: Path) -> Lease:
-    """Take the lease, from a dead holder if need be; raises `LeaseHeld` if its holder lives."""
-    nonce = secrets.token_hex(16)
-    me = {
-        "nonce": nonce,
-        "host": socket.gethostname(),
-        "boot": _boot_id(),
-        "pid": os.getpid(),
-        "started": _process_start(os.getpid()),
-    }
-    for _ in range(8):
-        try:
-            publish(file, json.dumps(me).encode())
-            return Lease(file, nonce)
-        except FileExistsError:
-            pass
-        holder = _read_lease(file)
-        if holder is None:
-            continue  # released in between
-        probe = file.parent / f".clock.{nonce}"  # the file system's own clock, not this host's
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
-        try:
-            if holder and not _is_dead(file, holder, now):
-                raise LeaseHeld(f"shard lease {file} is held by process {holder.get('pid')} on {holder.get('host')}")
-            # Of several that judge the holder dead one wins the rename; what it took must be what it judged, or goes
-            # back. `Lease.held` waits for that.
-            taken = file.parent / f".dead.{nonce}"
-            file.rename(taken)
-            if (_read_lease(taken) or {}).get("nonce") != holder.get("nonce"):
-                with contextlib.suppress(FileExistsError):
-                    os.link(taken, file)
-            taken.unlink()
-        except FileNotFoundError:
-            continue  # released, or taken over, in between
-    raise LeaseHeld(f"shard lease {file} changes hands too fast; try again")
+from . import files
+from .codec import Fidelity
+from .errors import BadImage, CorruptFeatures, LeaseLost
+from .files import Location
+from .lease import Lease, acquire_lease
+from .records import Record, ShardFile, revisions_of, valid_record, withdraw
+from .shard import CRC_BYTES, ArrayLayout, Layout, crc32c
 
 
 class ShardWriter:
@@ -163,9 +46,8 @@ class ShardWriter:
     `on_step(name)` is called before every step of the protocol; fault tests kill there.
     """
 
-    def __init__(self, group: Path, layout: Layout, fingerprint: str, on_step: Callable[[str], None] | None = None):
+    def __init__(self, group: Location, layout: Layout, fingerprint: str, on_step: Callable[[str], None] | None = None):
         self.group, self.layout, self.fingerprint = group, layout, fingerprint
-        self.array = group / "features"
         self.commits, self.leases, self.staging = (group / name for name in ("commits", "leases", "staging"))
         self.on_step = on_step or (lambda step: None)
 
@@ -176,7 +58,7 @@ class ShardWriter:
         """
         assert self.layout.shard_of(rows[0]) == self.layout.shard_of(rows[1] - 1) == shard, (shard, rows)
         self.on_step("lease")
-        lease = acquire_lease(self.leases / f"{shard:06d}")
+        lease = acquire_lease(self.leases, shard)
         try:
             self.on_step("recover")
             self._recover(shard)
@@ -186,11 +68,14 @@ class ShardWriter:
             lease.release()
             raise
 
-    def sweep(self, shard: int) -> None:
-        """Remove what a dead writer left of `shard`; raises `LeaseHeld` if its writer lives."""
-        lease = acquire_lease(self.leases / f"{shard:06d}")
+    def sweep(self, shard: int, *, withdraw_all: bool = False) -> None:
+        """Remove what a dead writer left of `shard`; raises `LeaseHeld` if its writer lives.
+
+        With `withdraw_all` the shard itself goes too: its record is withdrawn, then its files are removed.
+        """
+        lease = acquire_lease(self.leases, shard)
         try:
-            self._recover(shard)
+            self._recover(shard, keep=not withdraw_all)
         finally:
             lease.release()
 
@@ -201,15 +86,79 @@ class ShardWriter:
         except CorruptFeatures:
             return None
 
-    def _recover(self, shard: int) -> None:
-        for left in self.staging.glob(f"{shard:06d}.*"):
-            left.unlink(missing_ok=True)
-        record = self.valid_record(shard)
+    def shard_files(self, shard: int) -> dict[str, Location]:
+        """Where the shard's files are, or would be, by array."""
+        return {name: array.file(self.group, shard) for name, array in self.layout.arrays.items()}
+
+    def remove_files(self, shard: int) -> None:
+        for file in self.shard_files(shard).values():
+            files.remove(file)
+
+    def _recover(self, shard: int, keep: bool = True) -> None:
+        if files.is_local(self.staging):
+            for left in self.staging.glob(f"{shard:06d}.*"):
+                left.unlink(missing_ok=True)
+        record = self.valid_record(shard) if keep else None
         for file in revisions_of(self.commits, shard)[0]:
             if record is None or file.name != record.name:
                 withdraw(file)
         if record is None:
-            shard_file(self.array, shard).unlink(missing_ok=True)
+            self.remove_files(shard)
+
+
+class _Staged:
+    """One array's shard file on its way: rows are added in order, then the index."""
+
+    def __init__(self, layout: ArrayLayout, path: Path) -> None:
+        self.layout, self.path = layout, path
+        self.file = path.open("xb", buffering=2**20)
+        self.rows_crc32c: list[int | None] = []
+        self.rows_bytes: list[int | None] = []
+        self.size = self.crc32 = 0  # known once it was read back
+        self._index = b""
+
+    def add(self, row: np.ndarray | None) -> None:
+        if row is None:
+            self.rows_crc32c.append(None)
+            self.rows_bytes.append(None)
+            return
+        chunk = self.layout.pack(row)
+        checksum, length = crc32c(chunk), chunk.nbytes if isinstance(chunk, np.ndarray) else len(chunk)
+        self.rows_crc32c.append(checksum)
+        self.rows_bytes.append(length)
+        self.file.write(chunk)
+        self.file.write(checksum.to_bytes(CRC_BYTES, "little"))
+
+    def close_with_index(self, first_offset: int) -> None:
+        """`first_offset` is that of the first row in the shard."""
+        valid = [(first_offset + i, n + CRC_BYTES) for i, n in enumerate(self.rows_bytes) if n is not None]
+        self._index = self.layout.index(*zip(*valid, strict=True))
+        self.file.write(self._index)
+        self.file.flush()
+
+    def compare(self) -> None:
+        """Read the file back and compare every row, its checksum and the index with what was meant.
+
+        Raises `CorruptFeatures`, or FileNotFoundError if it was swept up.
+        """
+        total = size = 0
+        with self.path.open("rb", buffering=2**20) as staged:
+            for expected, length in zip(self.rows_crc32c, self.rows_bytes, strict=True):
+                if expected is None:
+                    continue
+                slot, trailer = staged.read(length + CRC_BYTES), expected.to_bytes(CRC_BYTES, "little")
+                chunk = np.frombuffer(slot, np.uint8)[:-CRC_BYTES]  # not a copy, as a slice of bytes would be
+                if crc32c(chunk) != expected or slot[-CRC_BYTES:] != trailer:
+                    raise CorruptFeatures(f"{self.path}: reads back differently than written")
+                total, size = zlib.crc32(slot, total), size + len(slot)
+            index = staged.read()
+        if index != self._index:
+            raise CorruptFeatures(f"{self.path}: reads back differently than written")
+        self.crc32, self.size = zlib.crc32(index, total), size + len(index)
+
+    def entry(self) -> ShardFile:
+        packed = None if self.layout.compress == "none" else self.rows_bytes
+        return ShardFile(self.size, self.crc32, self.rows_crc32c, packed)
 
 
 class OpenShard:
@@ -218,15 +167,20 @@ class OpenShard:
     def __init__(self, writer: ShardWriter, lease: Lease, shard: int, rows: tuple[int, int], segment: str) -> None:
         self.writer, self.lease, self.shard, self.rows, self.segment = writer, lease, shard, rows, segment
         self._standing, self._revision = revisions_of(writer.commits, shard)  # to replace, and the number to publish
-        writer.staging.mkdir(parents=True, exist_ok=True)
-        self.staged = writer.staging / f"{shard:06d}.{lease.nonce}"
-        self._file = self.staged.open("xb")
-        self._crc: list[int | None] = []
+        self._temporary = None if files.is_local(writer.group) else Path(tempfile.mkdtemp(prefix="olavlm-staging-"))
+        folder = self._temporary or writer.staging
+        folder.mkdir(parents=True, exist_ok=True)
+        self._staged: dict[str, _Staged] = {}
         self._reasons: list[dict[str, str] | None] = []
         self._images: list[str | None] = []
         self._fidelity: list[Fidelity] = []
-        self._file_crc = 0
         self._began = time.perf_counter()
+        try:
+            for name, array in writer.layout.arrays.items():
+                self._staged[name] = _Staged(array, folder / f"{shard:06d}.{lease.nonce}.{name}")
+        except BaseException:
+            self.drop()
+            raise
 
     def __enter__(self) -> OpenShard:
         return self
@@ -246,46 +200,60 @@ class OpenShard:
 
         `reason` is one of `BadImage.REASONS`.
         """
-        layout, stored = self.writer.layout, None
-        if features is None:
-            if reason not in BadImage.REASONS:
-                raise ValueError(f"a row without features has a reason of {', '.join(BadImage.REASONS)}, not {reason}")
-        else:
+        layout, parts, fidelity = self.writer.layout, None, None
+        if features is not None:
             if features.shape != (layout.tokens, layout.dim):
                 raise ValueError(f"features of shape {features.shape} in an array of ({layout.tokens}, {layout.dim})")
-            stored, reason, fidelity = encode(features, layout.numpy_dtype)
+            parts, reason, fidelity = layout.codec.encode(features)
+        self.append_stored(parts, image_sha256=image_sha256, reason=reason, detail=detail, fidelity=fidelity)
+
+    def append_stored(
+        self,
+        parts: Mapping[str, np.ndarray] | None,
+        *,
+        image_sha256: str | None,
+        reason: str | None = None,
+        detail: str = "",
+        fidelity: Fidelity | None = None,
+    ) -> None:
+        """As `append`, for a row that is encoded already: its part of each array, contiguous, in the array's dtype."""
+        if parts is None and reason not in BadImage.REASONS:
+            raise ValueError(f"a row without features has a reason of {', '.join(BadImage.REASONS)}, not {reason}")
+        detail = detail.encode(errors="backslashreplace").decode()  # of a path that is no Unicode
         self._images.append(image_sha256)
-        if stored is None:
-            self._crc.append(None)
-            self._reasons.append({"reason": reason, "detail": detail})
-            return
-        checksum = crc32c(stored)
-        self._crc.append(checksum)
-        self._reasons.append(None)
-        self._fidelity.append(fidelity)
-        self._write(stored)
-        self._write(checksum.to_bytes(CRC_BYTES, "little"))
+        self._reasons.append({"reason": reason, "detail": detail} if parts is None else None)
+        if fidelity is not None:
+            self._fidelity.append(fidelity)
+        for name, staged in self._staged.items():
+            staged.add(None if parts is None else parts[name])
 
-    def _write(self, data: np.ndarray | bytes) -> None:
-        self._file.write(data)
-        self._file_crc = crc32c(data, self._file_crc)
+    def commit(
+        self,
+        *,
+        timings: dict[str, float] | None = None,
+        host: dict[str, str] | None = None,
+        like: Record | None = None,
+    ) -> Record:
+        """Make the shard exist. Raises `LeaseLost` if it was taken over, `CorruptFeatures` if the disk lies.
 
-    def commit(self, *, timings: dict[str, float] | None = None, host: dict[str, str] | None = None) -> Record:
-        """Make the shard exist. Raises `LeaseLost` if it was taken over, `CorruptFeatures` if the disk lies."""
+        Fidelity and norms are those of the rows appended, or those of the record `like` that they were copied from.
+        """
         writer, step = self.writer, self.writer.on_step
         start, stop = self.rows
-        if len(self._crc) != stop - start:
-            raise ValueError(f"shard {self.shard} has {stop - start} rows, {len(self._crc)} were appended")
-        first = self.shard * writer.layout.shard_rows
-        valid = [start - first + i for i, c in enumerate(self._crc) if c is not None]
-        if valid:
-            self._write(writer.layout.index(valid))
-            self._file.flush()
+        if len(self._reasons) != stop - start:
+            raise ValueError(f"shard {self.shard} has {stop - start} rows, {len(self._reasons)} were appended")
+        filled = list(self._staged.values()) if any(r is None for r in self._reasons) else []
+        for staged in filled:
+            staged.close_with_index(start - self.shard * writer.layout.shard_rows)
+        if filled:
             step("compare")
-            self._compare()
-            step("fsync")
-            os.fsync(self._file.fileno())
-        inode = os.fstat(self._file.fileno()).st_ino if valid else None  # open until `drop`, so not used again
+            with ThreadPoolExecutor(len(filled), "fsync") as disk:  # which works while the files are read back
+                flushed = [disk.submit(os.fsync, staged.file.fileno()) for staged in filled]
+                for staged in filled:
+                    self._unless_swept_up(staged.compare)
+                step("fsync")
+                for done in flushed:
+                    done.result()
 
         self.lease.check()
         if revisions_of(writer.commits, self.shard) != (self._standing, self._revision):
@@ -298,19 +266,10 @@ class OpenShard:
             except FileNotFoundError:
                 raise LeaseLost(f"{file} was withdrawn by another writer; this shard's work is dropped") from None
             self.lease.check()
-            shard_file(writer.array, self.shard).unlink(missing_ok=True)
+            writer.remove_files(self.shard)
         step("place")
-        if valid:
-            target = shard_file(writer.array, self.shard)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(self.staged, target)
-            except FileExistsError:
-                raise LeaseLost(f"{target} was placed by another writer; this shard's work is dropped") from None
-            except FileNotFoundError:
-                raise self._swept_up() from None
-            for folder in (target.parent, target.parent.parent, writer.array / "c"):
-                fsync_folder(folder)
+        for staged in filled:
+            self._unless_swept_up(self._place, staged)
         step("record")
         self.lease.check()
         record = Record(
@@ -319,12 +278,11 @@ class OpenShard:
             fingerprint=writer.fingerprint,
             segment=self.segment,
             rows=self.rows,
-            crc32c=self._crc,
             reasons=self._reasons,
             images_sha256=self._images,
-            file={"size": writer.layout.file_bytes(len(valid)), "crc32c": self._file_crc} if valid else None,
-            fidelity=self._fidelity_summary(),
-            norms=self._norm_summary(),
+            files={staged.layout.name: staged.entry() for staged in filled},
+            fidelity=self._fidelity_summary() if like is None else like.fidelity,
+            norms=self._norm_summary() if like is None else like.norms,
             timings={"commit_s": time.perf_counter() - self._began, **(timings or {})},
             host={"host": socket.gethostname(), **(host or {})},
         )
@@ -332,8 +290,8 @@ class OpenShard:
             record.publish(writer.commits)
         except FileExistsError:
             raise LeaseLost(f"shard {self.shard} was committed by another writer; this work is dropped") from None
-        if not self.lease.held() and self._inode_in_place() != inode:
-            # Taken for dead between the last check and the record, which is of a file that is gone.
+        if not self.lease.held() and not self._is_in_place(record):
+            # Taken for dead between the last check and the record, which is of files that are gone.
             withdraw(writer.commits / record.name)
             raise LeaseLost(f"shard {self.shard} was taken over by another writer; this work is dropped")
         step("release")
@@ -341,43 +299,42 @@ class OpenShard:
         return record
 
     def drop(self) -> None:
-        """Give the shard up (or, after `commit`, tidy): the staged name and the lease go."""
+        """Give the shard up (or, after `commit`, tidy): the staged names and the lease go."""
         try:
-            with contextlib.suppress(OSError):  # on a full disk: what could not be flushed is not wanted
-                self._file.close()
-            self.staged.unlink(missing_ok=True)
+            for staged in self._staged.values():
+                with contextlib.suppress(OSError):  # on a full disk: what could not be flushed is not wanted
+                    staged.file.close()
+                staged.path.unlink(missing_ok=True)
+            if self._temporary is not None:
+                shutil.rmtree(self._temporary, ignore_errors=True)
         finally:
             self.lease.release()
 
-    def _swept_up(self) -> LeaseLost:
-        return LeaseLost(f"{self.staged} was swept up by another writer; this shard's work is dropped")
-
-    def _inode_in_place(self) -> int | None:
+    def _place(self, staged: _Staged) -> None:
+        target = staged.layout.file(self.writer.group, self.shard)
         try:
-            return shard_file(self.writer.array, self.shard).stat().st_ino
-        except FileNotFoundError:
-            return None
+            files.place(staged.path, target)
+        except FileExistsError:
+            raise LeaseLost(f"{target} was placed by another writer; this shard's work is dropped") from None
+        if files.is_local(target):
+            folder = target.parent
+            while folder != self.writer.group:
+                files.fsync_folder(folder)
+                folder = folder.parent
 
-    def _compare(self) -> None:
-        """Read the staged file back and compare every row, and the whole, with what was meant."""
-        size, total = self.writer.layout.slot_bytes, 0
+    def _unless_swept_up(self, act: Callable, *args: object) -> None:
         try:
-            staged = self.staged.open("rb")
+            act(*args)
+        except FileNotFoundError as e:
+            raise LeaseLost(f"{e.filename} was swept up by another writer; this shard's work is dropped") from None
+
+    def _is_in_place(self, record: Record) -> bool:
+        """Whether the shard files are the ones that the record vouches for, byte for byte."""
+        try:
+            there = {name: zlib.crc32(files.read(file)) for name, file in self.writer.shard_files(self.shard).items()}
         except FileNotFoundError:
-            raise self._swept_up() from None
-        with staged as f:
-            for offset, expected in enumerate(self._crc):
-                if expected is None:
-                    continue
-                slot = f.read(size)
-                total = crc32c(slot, total)
-                if crc32c(slot[:-CRC_BYTES]) != expected or slot[-CRC_BYTES:] != expected.to_bytes(CRC_BYTES, "little"):
-                    raise CorruptFeatures(
-                        f"{self.staged}: row {self.rows[0] + offset} reads back differently than written"
-                    )
-            total = crc32c(f.read(), total)
-        if total != self._file_crc:
-            raise CorruptFeatures(f"{self.staged}: reads back differently than written")
+            return not record.files
+        return there == {name: file.crc32 for name, file in record.files.items()}
 
     def _fidelity_summary(self) -> dict[str, float]:
         if not self._fidelity:
@@ -387,6 +344,7 @@ class OpenShard:
         return {
             "cosine_mean": float(np.mean(cosines)),
             "cosine_worst": min(cosines),
+            "relative_error_mean": float(np.mean(errors)),
             "relative_error_worst": max(errors),
         }
 

@@ -15,15 +15,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from . import files
 from .errors import MissingFeatures, PlanError
-from .files import publish
+from .files import Location
 
 SEGMENT_ALIGNMENT = 4096  # the largest default shard; a shard size must divide every segment's start
 BISECT_BELOW = 1000  # `rows_of` less than a 1000th of the plan, as for a batch, hashes no whole plan
@@ -44,34 +44,51 @@ class Segment:
     def hash(self) -> str:
         digest = hashlib.sha256(f"olavlm plan segment 1\n{self.start} {len(self.images)}\n".encode())
         # A sliced or concatenated array may carry foreign bytes in its buffers; a fresh one does not.
-        whole = pa.concat_arrays([self.images, pa.array([], pa.large_string())])
+        whole = pa.concat_arrays([self.images, _strings()])
         _, offsets, data = whole.buffers()
         offsets = np.frombuffer(offsets, "<i8", len(whole) + 1, whole.offset * 8)
         digest.update(np.ascontiguousarray(offsets - offsets[0]))
         digest.update(memoryview(data)[int(offsets[0]) : int(offsets[-1])] if data is not None else b"")
         return digest.hexdigest()
 
-    def write(self, file: Path) -> None:
+    def write(self, file: Location) -> None:
         """Publish the segment; raises FileExistsError if another writer was first."""
         table = pa.table(
             {"row": pa.array(np.arange(self.start, self.stop), pa.int64()), "image": self.images},
         ).replace_schema_metadata({"olavlm.segment_sha256": self.hash})
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        publish(file, sink.getvalue())
+        files.publish(file, sink.getvalue())
 
     @classmethod
-    def read(cls, file: Path) -> Segment:
+    def read(cls, file: Location) -> Segment:
         try:
-            table = pq.read_table(file)
+            table = pq.ParquetFile(pa.BufferReader(files.read(file))).read()
             rows, images = table.column("row"), table.column("image").cast(pa.large_string())
             recorded = table.schema.metadata[b"olavlm.segment_sha256"].decode()
             segment = cls(rows[0].as_py(), pa.concat_arrays(images.chunks))
         except (pa.ArrowException, KeyError, TypeError, IndexError, ValueError, OSError) as e:
             raise PlanError(f"plan segment {file} is damaged: {(str(e) or repr(e)).splitlines()[0]}") from None
-        if segment.hash != recorded:
+        numbered = np.array_equal(numbers(rows), np.arange(segment.start, segment.stop))
+        if segment.hash != recorded or not numbered:
             raise PlanError(f"plan segment {file} is damaged: its content does not match its recorded hash")
         return segment
+
+
+def _strings(*values: str) -> pa.LargeStringArray:
+    """As `pa.array`, which imports pandas if it is installed: half a second at the opening of a store."""
+    data = [value.encode() for value in values]
+    offsets = np.cumsum([0, *map(len, data)], dtype="<i8")
+    return pa.LargeStringArray.from_buffers(len(data), pa.py_buffer(offsets), pa.py_buffer(b"".join(data)))
+
+
+def numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of integers without nulls as numpy; as `to_numpy`, which imports pandas too."""
+    return np.concatenate([np.from_dlpack(chunk) for chunk in column.chunks] or [np.empty(0, np.int64)])
+
+
+def segment_name(number: int) -> str:
+    return f"{number:05d}.parquet"
 
 
 @dataclass(frozen=True)
@@ -81,12 +98,12 @@ class Plan:
     segments: tuple[Segment, ...]
 
     @classmethod
-    def load(cls, folder: Path) -> Plan:
+    def load(cls, folder: Location) -> Plan:
         """Read `folder/00000.parquet`, ...; an absent folder is an empty plan."""
-        files = sorted(folder.glob("[0-9]*.parquet"))
-        if [f.stem for f in files] != [f"{i:05d}" for i in range(len(files))]:
-            raise PlanError(f"{folder}: plan segments are numbered without gaps, found {[f.name for f in files]}")
-        return cls(tuple(Segment.read(f) for f in files))
+        found = [name for name in files.names(folder) if name[0].isdigit() and name.endswith(".parquet")]
+        if found != [segment_name(i) for i in range(len(found))]:
+            raise PlanError(f"{folder}: plan segments are numbered without gaps, found {found}")
+        return cls(tuple(Segment.read(folder / name) for name in found))
 
     @property
     def hash(self) -> str:
@@ -110,7 +127,7 @@ class Plan:
     @cached_property
     def images(self) -> pa.LargeStringArray:
         """The image paths, in the order of `rows`."""
-        return pa.concat_arrays([s.images for s in self.segments] or [pa.array([], pa.large_string())])
+        return pa.concat_arrays([s.images for s in self.segments] or [_strings()])
 
     @property
     def table(self) -> pa.Table:
@@ -126,13 +143,20 @@ class Plan:
             f"row {row} holds no image: the plan has {self.num_images} images, last row {self.extent - 1}"
         )
 
+    def holds(self, rows: np.ndarray) -> bool:
+        """Whether each of these row numbers holds an image."""
+        inside = np.zeros(len(rows), bool)
+        for segment in self.segments:
+            inside |= (segment.start <= rows) & (rows < segment.stop)
+        return bool(inside.all())
+
     def image_of(self, row: int) -> str:
         segment = self.segment_of(row)
         return segment.images[row - segment.start].as_py()
 
     def row_of(self, image: str) -> int:
         """The row of an image path; MissingFeatures if it is not in the plan."""
-        at = pc.index(self.images, pa.scalar(image, pa.large_string())).as_py()
+        at = pc.index(self.images, _strings(image)[0]).as_py()
         if at < 0:
             raise MissingFeatures(f"image {image!r} is not in the plan of {self.num_images} images")
         return int(self.rows[at])

@@ -1,8 +1,8 @@
 """Commit records: the only proof that a shard exists.
 
 One JSON file a shard and revision, `commits/000012.0.json`, published last and by exclusive create. It names the card
-(fingerprint), the plan segment, the rows it covers, per row validity, reason, image hash and crc32c, and the shard
-file's size and checksum, and ends with a checksum of its own canonical JSON. The highest valid revision counts; a
+(fingerprint), the plan segment, the rows it covers, per row validity, reason, image hash and crc32c, and each shard
+file's size and checksum, and carries a checksum of its own canonical JSON. The highest valid revision counts; a
 record that does not check out counts for nothing.
 """
 
@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 
+from . import files
 from .errors import CorruptFeatures
-from .files import fsync_folder, publish
-from .shard import Layout, shard_file
+from .files import Location
+from .shard import CRC_BYTES, Layout
 
 FORMAT = 1
-_NAME = re.compile(r"(\d{6,})\.(\d+)\.json")
+_NAME = re.compile(r"(\d{6}|[1-9]\d{6,})\.(0|[1-9]\d*)\.(json|withdrawn)")
+_PREFIX = b'{"checksum":"'  # "checksum" is the first of a record's sorted keys
 
 
 def canonical_json(value: object) -> bytes:
@@ -28,12 +30,27 @@ def canonical_json(value: object) -> bytes:
 
 
 @dataclass(frozen=True)
+class ShardFile:
+    """What a record says of one array's shard file: its size in bytes and crc32, and the crc32c of each row's bytes.
+
+    The whole has the crc32 of zlib and gzip: a crc32c over a file in which each row is followed by its own crc32c is
+    the same whatever the rows hold. `rows_crc32c` has an entry a row of the record, None where the row is quarantined.
+    `rows_bytes` are the lengths of compressed rows without their crc32c, and None where nothing is compressed.
+    """
+
+    size: int
+    crc32: int
+    rows_crc32c: list[int | None]
+    rows_bytes: list[int | None] | None = None
+
+
+@dataclass(frozen=True)
 class Record:
     """What one commit vouches for. Row lists are in row order and have `rows[1] - rows[0]` entries.
 
-    `reasons` and `crc32c` complement each other: a valid row has a crc32c of its stored bytes and no reason, a
-    quarantined row has `{"reason", "detail"}` and no crc32c. `file` is None when no row is valid, else its size in
-    bytes and crc32c. `host` and `timings` describe the run and are left out when records are compared.
+    A quarantined row has `{"reason", "detail"}` in `reasons`, a valid one None. `files` has an entry for every array
+    of the teacher, and is empty when no row is valid. `host` and `timings` describe the run and are left out when
+    records are compared.
     """
 
     shard: int
@@ -41,10 +58,9 @@ class Record:
     fingerprint: str  # of the card
     segment: str  # hash of the plan segment
     rows: tuple[int, int]  # [start, stop) of the plan
-    crc32c: list[int | None]
     reasons: list[dict[str, str] | None]
     images_sha256: list[str | None]  # of each image file's bytes; None if it could not be read
-    file: dict[str, int] | None
+    files: dict[str, ShardFile]
     fidelity: dict[str, float] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
@@ -53,41 +69,66 @@ class Record:
     def __post_init__(self) -> None:
         n = self.rows[1] - self.rows[0]
         assert n > 0, self.rows
-        assert len(self.crc32c) == len(self.reasons) == len(self.images_sha256) == n
-        assert all((c is None) != (r is None) for c, r in zip(self.crc32c, self.reasons, strict=True))
-        assert (self.file is None) == (self.num_valid == 0)
+        assert len(self.reasons) == len(self.images_sha256) == n
+        assert bool(self.files) == (self.num_valid > 0)
+        for file in self.files.values():
+            for per_row in (file.rows_crc32c, file.rows_bytes or file.rows_crc32c):
+                assert all((c is None) != (r is None) for c, r in zip(per_row, self.reasons, strict=True))
+            assert all(c is None or 0 <= c < 2**32 for c in file.rows_crc32c)
+        assert all(r is None or r.keys() == {"reason", "detail"} for r in self.reasons)
 
     @property
     def num_valid(self) -> int:
-        return sum(c is not None for c in self.crc32c)
+        return sum(r is None for r in self.reasons)
+
+    @property
+    def bytes(self) -> int:
+        """Of the shard files."""
+        return sum(file.size for file in self.files.values())
 
     @property
     def name(self) -> str:
-        return f"{self.shard:06d}.{self.revision}.json"
+        return record_name(self.shard, self.revision)
 
     def comparable(self) -> dict:
         """The record without what differs between two runs that did the same."""
-        return {k: v for k, v in asdict(self).items() if k not in ("host", "timings")}
+        return {k: v for k, v in self._content().items() if k not in ("host", "timings")}
 
-    def publish(self, folder: Path) -> None:
+    def _content(self) -> dict:
+        """As `dataclasses.asdict`, which copies every number of every row."""
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**content, "files": {name: vars(file) for name, file in self.files.items()}}
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether its rows and its files are those of this layout, and the files as long as the rows make them."""
+        if not layout.shard_of(self.rows[0]) == layout.shard_of(self.rows[1] - 1) == self.shard:
+            return False
+        if self.files and set(self.files) != set(layout.arrays):
+            return False
+        for name, file in self.files.items():
+            array = layout.arrays[name]
+            if (file.rows_bytes is None) != (array.compress == "none"):
+                return False
+            rows = [n for n in file.rows_bytes or [array.row_bytes] * self.num_valid if n is not None]
+            if file.size != sum(rows) + CRC_BYTES * len(rows) + array.index_bytes:
+                return False
+        return True
+
+    def publish(self, folder: Location) -> None:
         """Write `folder/name`; raises FileExistsError if another writer was first."""
-        content = {"format": FORMAT, **asdict(self), "rows": list(self.rows)}
+        content = {"format": FORMAT, **self._content()}
         content["checksum"] = hashlib.sha256(canonical_json(content)).hexdigest()
-        publish(folder / self.name, canonical_json(content) + b"\n")
+        files.publish(folder / self.name, canonical_json(content) + b"\n")
 
     @classmethod
-    def read(cls, file: Path) -> Record:
+    def read(cls, file: Location) -> Record:
         """Read and check a record; raises `CorruptFeatures` if it is not what was written."""
-        raw = file.read_bytes()
+        raw = files.read(file)
         try:
-            content = json.loads(raw)
-            checksum = content.pop("checksum")
-            if checksum != hashlib.sha256(canonical_json(content)).hexdigest():
-                raise ValueError("its checksum is not its content's")
-            if raw != canonical_json({**content, "checksum": checksum}) + b"\n":
-                raise ValueError("it is not spelled as it was written")
+            content = json.loads(_checked(raw))
             if content.pop("format") != FORMAT:
                 raise ValueError("unknown format number")
+            content["files"] = {name: ShardFile(**f) for name, f in content["files"].items()}
             record = cls(**{**content, "rows": tuple(content["rows"])})
             if record.name != file.name:
                 raise ValueError(f"it is the record {record.name}")
@@ -96,44 +137,79 @@ class Record:
         return record
 
 
-def shards_on_record(folder: Path) -> list[int]:
+def _checked(raw: bytes) -> bytes:
+    """A record's JSON without its checksum; ValueError if a byte of it is not what was written.
+
+    The checksum is of the canonical JSON without itself, and stands first in it, so nothing is spelled anew.
+    """
+    start = len(_PREFIX)
+    checksum, body = raw[start : start + 64], b"{" + raw[start + 66 : -1]
+    spelled = raw[:start] == _PREFIX and raw[start + 64 : start + 66] == b'",' and raw[-1:] == b"\n"
+    if not spelled or checksum != hashlib.sha256(body).hexdigest().encode():
+        raise ValueError("its checksum is not its content's")
+    return body
+
+
+def record_name(shard: int, revision: int) -> str:
+    return f"{shard:06d}.{revision}.json"
+
+
+def shards_on_record(folder: Location) -> list[int]:
     """The shards that have a commit record, valid or not, ascending."""
-    if not folder.is_dir():
-        return []
-    return sorted({int(m[1]) for f in folder.iterdir() if (m := _NAME.fullmatch(f.name))})
+    return sorted(latest_records(files.names(folder)))
 
 
-def revisions_of(folder: Path, shard: int) -> tuple[list[Path], int]:
+def latest_records(names: Iterable[str]) -> dict[int, int]:
+    """The highest revision of each shard that has a record, by the names in a folder of records."""
+    found = {(int(m[1]), int(m[2]), m[3]) for m in map(_NAME.fullmatch, names) if m}
+    latest = {}
+    for shard, revision, kind in sorted(found):
+        if kind == "json" and (shard, revision, "withdrawn") not in found:
+            latest[shard] = revision
+    return latest
+
+
+def revisions_of(folder: Location, shard: int) -> tuple[list[Location], int]:
     """The records of one shard, highest revision first, whether valid or not, and the next free revision.
 
     A withdrawn record keeps its number (as `.withdrawn`), so that the numbers have no gap and a few look-ups find
     them all, whatever the number of shards in the folder.
     """
-    files, revision = [], 0
+    there = None if files.is_local(folder) else files.listing(folder, f"{shard:06d}.")
+    found, revision = [], 0
     while True:
-        file = folder / f"{shard:06d}.{revision}.json"
-        if file.exists():
-            files.insert(0, file)
-        elif not file.with_suffix(".withdrawn").exists():
-            return files, revision
+        file = folder / record_name(shard, revision)
+        withdrawn = file.with_suffix(".withdrawn")
+        is_there, is_withdrawn = (f.exists() if there is None else f.name in there for f in (file, withdrawn))
+        if is_there and not is_withdrawn:  # both: an object store's writer died while it withdrew
+            found.insert(0, file)
+        elif not is_withdrawn:
+            return found, revision
         revision += 1
 
 
-def withdraw(file: Path) -> None:
-    """Take back what a record vouches for, durably."""
-    file.rename(file.with_suffix(".withdrawn"))
-    fsync_folder(file.parent)
+def withdraw(file: Location) -> None:
+    """Take back what a record vouches for, durably; FileNotFoundError if another writer has."""
+    if files.is_local(file):
+        file.rename(file.with_suffix(".withdrawn"))
+        files.fsync_folder(file.parent)
+        return
+    try:
+        files.publish(file.with_suffix(".withdrawn"), files.read(file))
+    except FileExistsError:
+        raise FileNotFoundError(f"{file} was withdrawn by another writer") from None
+    files.remove(file)
 
 
-def valid_record(group: Path, layout: Layout, shard: int, fingerprint: str) -> Record | None:
+def valid_record(group: Location, layout: Layout, shard: int, fingerprint: str) -> Record | None:
     """The record that counts for `shard` of a teacher group, or None if the shard does not exist.
 
-    That is the highest revision that is whole, of this card, and whose shard file has the size it names. Raises
-    `CorruptFeatures` when records are there and none of them counts.
+    That is the highest revision that is whole, of this card and layout, and whose shard files have the sizes it names.
+    Raises `CorruptFeatures` when records are there and none of them counts.
     """
-    files, _ = revisions_of(group / "commits", shard)
+    revisions, _ = revisions_of(group / "commits", shard)
     problem = None
-    for file in files:
+    for file in revisions:
         try:
             record = Record.read(file)
         except FileNotFoundError:  # withdrawn since it was listed
@@ -141,20 +217,26 @@ def valid_record(group: Path, layout: Layout, shard: int, fingerprint: str) -> R
         except CorruptFeatures as e:
             problem = problem or e
             continue
-        if record.fingerprint != fingerprint:
-            problem = problem or CorruptFeatures(f"commit record {file} is of another card ({record.fingerprint[:12]})")
-            continue
-        data = shard_file(group / "features", shard)
-        try:
-            size = data.stat().st_size
-        except FileNotFoundError:
-            size = None
-        if size != (record.file or {}).get("size"):
-            problem = problem or CorruptFeatures(f"shard file {data} has size {size}, its record says {record.file}")
-            continue
-        return record
-    if revisions_of(group / "commits", shard)[0] != files:  # a writer is replacing the shard: look again
+        fault = fault_of(record, group, layout, fingerprint)
+        if fault is None:
+            return record
+        problem = problem or CorruptFeatures(f"commit record {file} {fault}")
+    if revisions_of(group / "commits", shard)[0] != revisions:  # a writer is replacing the shard: look again
         return valid_record(group, layout, shard, fingerprint)
     if problem is not None:
         raise problem
+    return None
+
+
+def fault_of(record: Record, group: Location, layout: Layout, fingerprint: str) -> str | None:
+    """Why a whole record does not count, or None if it does."""
+    if record.fingerprint != fingerprint:
+        return f"is of another card ({record.fingerprint[:12]})"
+    if not record.fits(layout):
+        return "is of another layout"
+    for name, array in layout.arrays.items():
+        file = array.file(group, record.shard)
+        size, recorded = files.size(file), record.files[name].size if record.files else None
+        if size != recorded:
+            return f"says that shard file {file} has size {recorded}, it has {size}"
     return None

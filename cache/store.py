@@ -4,13 +4,18 @@
     STORE/plan/00000.parquet       the rows (plan.py)
     STORE/depth/zarr.json          group; its attribute `card` says what made the features
     STORE/depth/features/          (rows padded to whole shards, tokens, dim), fill value NaN (shard.py)
-    STORE/depth/commits/           one record a shard: a shard exists if and only if its valid record does
-    STORE/depth/leases/ staging/   writers at work (commit.py)
+    STORE/depth/scales/            only for int8 and int4: (rows, tokens), fill value NaN (codec.py)
+    STORE/depth/commits/           one record a shard: a shard exists if and only if its valid record does (records.py)
+    STORE/depth/index              what the records say, in columns; can be made anew (ledger.py)
+    STORE/depth/leases/ staging/   writers at work (lease.py, commit.py)
+    STORE/runs/                    what every extraction was asked, and what it cost
 
     >>> from olavlm.cache import FeatureStore
     >>> store = FeatureStore("STORE")
     >>> store["depth"]["coco/000001.jpg"].shape
     (576, 1024)
+
+STORE is a folder, or an fsspec URL such as `s3://bucket/features`.
 
 Reading a row is one positioned read into the caller's buffer, and its crc32c is compared with the record's, so that
 damage, a swapped file or a stale one is an error and never a wrong value. zarr-python reads the same files.
@@ -20,24 +25,32 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
+import hashlib
 import operator
 import os
-from collections import Counter, OrderedDict
+import resource
+from array import array as stdlib_array
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from google_crc32c import extend
 
-from .codec import decode
+from . import files
 from .errors import BadImage, CorruptFeatures, MissingFeatures, StoreError
+from .files import Location
+from .ledger import Ledger
 from .plan import Plan
-from .records import Record, shards_on_record, valid_record
-from .shard import Layout, crc32c, shard_file
+from .records import Record, canonical_json, valid_record
+from .shard import CRC_BYTES, ArrayLayout, Layout, read_metadata
 
-_OPEN_FILES = 64  # shard files kept open by one reader
+_OPEN_FILES = min(
+    4096, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+)  # shard files kept open by one reader
+FORMAT = 1
+RESERVED = ("plan", "runs", "zarr.json")  # names in a store that are no teacher's
 
 
 @dataclass(frozen=True)
@@ -71,23 +84,6 @@ class Coverage:
         )
 
 
-def read_metadata(folder: Path) -> dict:
-    """The `zarr.json` of a Zarr v3 node; StoreError if there is none."""
-    file = folder / "zarr.json"
-    try:
-        metadata = json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(
-            f"{folder} is not a feature store: it has no zarr.json; make one with olavlm-extract"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise StoreError(f"{file} is damaged: not JSON") from None
-    sound = isinstance(metadata, dict) and isinstance(metadata.get("attributes", {}), dict)
-    if not sound or metadata.get("zarr_format") != 3:
-        raise StoreError(f"{file} is not Zarr v3 metadata")
-    return metadata
-
-
 class FeatureStore(Mapping[str, "TeacherFeatures"]):
     """A store, opened read-only. `store["depth"]` is a teacher's features, `store.plan` the rows.
 
@@ -95,21 +91,26 @@ class FeatureStore(Mapping[str, "TeacherFeatures"]):
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
+        self.path = files.location(path)
         metadata = read_metadata(self.path)
-        if "olavlm" not in metadata.get("attributes", {}):
+        about = metadata.get("attributes", {}).get("olavlm")
+        if not isinstance(about, dict):
             raise StoreError(f"{self.path} is a Zarr group but not a feature store; make one with olavlm-extract")
+        if about.get("format") != FORMAT:
+            raise StoreError(
+                f"{self.path} has format {about.get('format')}, this version reads {FORMAT}; use a later one"
+            )
         self._plan = Plan.load(self.path / "plan")
         self._opened: dict[str, TeacherFeatures] = {}
 
     @property
     def teachers(self) -> list[str]:
         """The keys present, sorted."""
-        return sorted(
-            f.name
-            for f in self.path.iterdir()
-            if (f / "features" / "zarr.json").is_file() and not f.name.startswith(".")
-        )
+        return [
+            name
+            for name in files.names(self.path)
+            if name not in RESERVED and name[0] != "." and files.exists(self.path / name / "features" / "zarr.json")
+        ]
 
     @property
     def plan(self) -> pa.Table:
@@ -145,6 +146,18 @@ class FeatureStore(Mapping[str, "TeacherFeatures"]):
 
         return preview(self, image, roots)
 
+    def to_pandas(self):
+        """A DataFrame, one line a plan row: row, image, and for each teacher "valid", "missing" or the reason."""
+        from .display import plan_frame
+
+        return plan_frame(self)
+
+    def compare(self, row_a: int | str, row_b: int | str):
+        """Two rows or image paths side by side: each teacher's similarity, as numbers and as a picture."""
+        from .display import compare
+
+        return compare(self, row_a, row_b)
+
     def _repr_html_(self) -> str:
         from .display import store_html
 
@@ -152,19 +165,76 @@ class FeatureStore(Mapping[str, "TeacherFeatures"]):
 
     def __repr__(self) -> str:
         lines = [f"FeatureStore({str(self.path)!r}), plan of {self._plan.num_images} images"]
-        lines += [f"  {key}: {self[key].shape} {self[key].dtype}, {self[key].coverage()}" for key in self.teachers]
+        for key in self.teachers:
+            try:
+                lines.append(f"  {key}: {self[key].shape} {self[key].layout.dtype}, {self[key].coverage()}")
+            except StoreError as e:
+                lines.append(f"  {key}: {e}")
         return "\n".join(lines)
 
 
 class _OpenFile:
     """A descriptor that closes with its last user. Positioned reads share it between threads and forks."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: os.PathLike) -> None:
         self.descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+class _Chunks:
+    """Where one array's rows lie in a shard file, and their checksums, as a record says.
+
+    Kept in arrays of the standard library: as small as numpy's, and an item of them is a Python number at once.
+    """
+
+    def __init__(self, array: ArrayLayout, record: Record) -> None:
+        self.array, recorded = array, record.files.get(array.name)
+        valid = np.array([reason is None for reason in record.reasons])
+        self.crc32c = stdlib_array("I", [c or 0 for c in recorded.rows_crc32c] if recorded else [0] * len(valid))
+        if recorded and recorded.rows_bytes:
+            lengths = np.array([n or 0 for n in recorded.rows_bytes], np.int64)
+        else:
+            lengths = np.where(valid, array.row_bytes, 0)
+        slots = np.where(valid, lengths + CRC_BYTES, 0)
+        self.lengths = stdlib_array("q", lengths.tolist())
+        self.starts = stdlib_array("q", (np.cumsum(slots) - slots).tolist())
+        self.data_bytes = int(slots.sum())
+        offsets = record.rows[0] - record.shard * array.shard_rows + np.flatnonzero(valid)
+        self.index = array.index(offsets, slots[valid])
+
+    def range_of(self, offset: int) -> tuple[int, int]:
+        """Of a row's chunk and its crc32c in the shard file: [start, stop)."""
+        return self.starts[offset], self.starts[offset] + self.lengths[offset] + CRC_BYTES
+
+    def take(self, slot: bytes | Exception, offset: int, into: np.ndarray) -> bool:
+        """Fill `into` from a chunk and its crc32c as read, if they are what the record names."""
+        expected = self.crc32c[offset]
+        if isinstance(slot, Exception) or len(slot) != self.lengths[offset] + CRC_BYTES:
+            return False
+        if extend(0, slot[:-CRC_BYTES]) != expected or slot[-CRC_BYTES:] != expected.to_bytes(CRC_BYTES, "little"):
+            return False
+        if self.array.compress != "none":
+            return self.array.unpack(slot[:-CRC_BYTES], into)
+        into.reshape(-1).view(np.uint8)[:] = np.frombuffer(slot, np.uint8, len(slot) - CRC_BYTES)
+        return True
+
+
+@dataclass
+class _Shard:
+    """What is needed of a record to read its rows."""
+
+    start: int
+    stop: int
+    valid: bytes  # 1 or 0 a row
+    chunks: dict[str, _Chunks]
+    reasons: dict[int, dict[str, str]]
+    index_checked: bool = False
+
+    def holds(self, row: int) -> bool:
+        return self.start <= row < self.stop
 
 
 class TeacherFeatures:
@@ -174,7 +244,7 @@ class TeacherFeatures:
     image. Safe to share between threads and to send to other processes.
     """
 
-    def __init__(self, store: Path, key: str, plan: Plan) -> None:
+    def __init__(self, store: Location, key: str, plan: Plan) -> None:
         self.key, self.plan, self.folder = key, plan, store / key
         group = read_metadata(self.folder)
         try:
@@ -182,13 +252,15 @@ class TeacherFeatures:
             self.fingerprint: str = self.card["fingerprint"]
         except (KeyError, TypeError):
             raise StoreError(f"{self.folder / 'zarr.json'} is damaged: it holds no teacher card") from None
-        self.array = self.folder / "features"
-        self.layout = Layout.of(read_metadata(self.array), self.array)
-        self._records: dict[int, tuple[Record, np.ndarray]] = {}  # with the offset of each row in the shard file
-        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
+        if group["attributes"].get("card_sha256") != card_checksum(self.card):
+            raise StoreError(f"{self.folder / 'zarr.json'} is damaged: its card is not the one that was written")
+        self.layout = Layout.of(self.folder)
+        self._shards: dict[int, _Shard] = {}
+        self._files: OrderedDict[tuple[str, int], _OpenFile] = OrderedDict()
+        self._known: Ledger | None = None
 
     def __getstate__(self):
-        return {**self.__dict__, "_files": OrderedDict()}
+        return {**self.__dict__, "_files": OrderedDict(), "_known": None}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -197,84 +269,65 @@ class TeacherFeatures:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype in storage; `[]` and `read` hand out float32."""
+        """Of `features` in storage; `[]` and `read` hand out float32."""
         return self.layout.numpy_dtype
 
     def record(self, shard: int) -> Record | None:
         """The commit record of a shard, None if it is not committed; CorruptFeatures if its records are damaged."""
-        known = self._located(shard)
-        return known and known[0]
+        record = valid_record(self.folder, self.layout, shard, self.fingerprint)
+        if record is None or record.rows[0] >= self.plan.extent:  # the plan has grown since this store was opened
+            return None
+        start, stop = record.rows
+        if record.segment not in [s.hash for s in self.plan.segments if s.start <= start and stop <= s.stop]:
+            raise CorruptFeatures(f"{self.folder}: shard {shard} was committed for another plan")
+        return record
 
-    def _located(self, shard: int) -> tuple[Record, np.ndarray] | None:
-        known = self._records.get(shard)
-        if known is None:
-            record = valid_record(self.folder, self.layout, shard, self.fingerprint)
-            if record is None:
-                return None
-            if record.rows[0] >= self.plan.extent:
-                return None  # the plan has grown since this store was opened
-            start, stop = record.rows
-            if record.segment not in [s.hash for s in self.plan.segments if s.start <= start and stop <= s.stop]:
-                raise CorruptFeatures(f"{self.folder}: shard {shard} was committed for another plan")
-            # Valid rows lie without gaps: row i starts after the valid rows before it.
-            valid = np.array([c is not None for c in record.crc32c])
-            known = self._records[shard] = record, (np.cumsum(valid) - valid) * self.layout.slot_bytes
-        return known
+    def ledger(self) -> Ledger:
+        """What the records say now, in columns."""
+        self._known = Ledger.load(self.folder, self.layout, self.fingerprint, self.plan, self._known)
+        return self._known
 
     def reload(self) -> None:
         """Forget what was read of records and files, to see what has been committed since."""
         self._files.clear()
-        self._records.clear()
+        self._shards.clear()
 
     def coverage(self, rows: np.ndarray | None = None) -> Coverage:
         """Coverage of `rows` (those of the whole plan by default). Damaged shards count as missing."""
-        wanted = self.plan.rows if rows is None else np.unique(np.asarray(rows, np.int64))
-        valid, reasons = 0, Counter()
-        for record in self._valid_records():
-            at = wanted[np.searchsorted(wanted, record.rows[0]) : np.searchsorted(wanted, record.rows[1])]
-            for row in at - record.rows[0]:
-                reason = record.reasons[row]
-                if reason is None:
-                    valid += 1
-                else:
-                    reasons[reason["reason"]] += 1
-        return Coverage(len(wanted), valid, reasons.total(), dict(reasons))
+        ledger = self.ledger()
+        wanted = self._wanted(rows)
+        reasons = ledger.reasons(wanted)
+        return Coverage(
+            len(wanted), int(ledger.covered(wanted).sum()) - reasons.total(), reasons.total(), dict(reasons)
+        )
 
     def failures(self) -> list[tuple[int, BadImage]]:
         """The quarantined rows, ascending, each with its `BadImage`."""
         return [
-            (row, self._bad_image(row, reason))
-            for record in self._valid_records()
-            for row, reason in zip(range(*record.rows), record.reasons, strict=True)
-            if reason is not None
+            (int(row), BadImage(self.plan.image_of(row), reason, detail))
+            for row, reason, detail in zip(*self.ledger().failures, strict=True)
         ]
+
+    def to_pandas(self):
+        """A DataFrame of the quarantined rows: row, image, reason, detail."""
+        from .display import failures_frame
+
+        return failures_frame(self)
 
     def missing_rows(self, rows: np.ndarray | None = None) -> np.ndarray:
         """Of `rows` (default: the whole plan) those that are not committed, ascending, int64."""
-        wanted = self.plan.rows if rows is None else np.unique(np.asarray(rows, np.int64))
-        covered = np.zeros(len(wanted), bool)
-        for record in self._valid_records():
-            covered[np.searchsorted(wanted, record.rows[0]) : np.searchsorted(wanted, record.rows[1])] = True
-        return wanted[~covered]
+        wanted = self._wanted(rows)
+        return wanted[~self.ledger().covered(wanted)]
 
-    def _valid_records(self):
-        for shard in shards_on_record(self.folder / "commits"):
-            try:
-                record = self.record(shard)
-            except CorruptFeatures:
-                continue
-            if record is not None:
-                yield record
+    def _wanted(self, rows: np.ndarray | None) -> np.ndarray:
+        return self.plan.rows if rows is None else np.unique(np.asarray(rows, np.int64))
 
     def failure(self, row: int | str) -> BadImage | None:
         """Why a row was quarantined (reason, detail, image), or None if it is valid; MissingFeatures if uncommitted."""
         row = self._row(row)
-        record, _ = self._committed(row)
-        reason = record.reasons[row - record.rows[0]]
-        return None if reason is None else self._bad_image(row, reason)
-
-    def _bad_image(self, row: int, reason: dict[str, str]) -> BadImage:
-        return BadImage(self.plan.image_of(row), reason["reason"], reason["detail"])
+        shard = self._committed(row)
+        reason = shard.reasons.get(row - shard.start)
+        return None if reason is None else BadImage(self.plan.image_of(row), reason["reason"], reason["detail"])
 
     def __getitem__(self, row: int | str) -> np.ndarray:
         """The features of a row or an image path, `(tokens, dim)` float32.
@@ -290,25 +343,46 @@ class TeacherFeatures:
     def read(self, rows: Sequence[int], *, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """A batch of rows, in the order asked for (repeats allowed).
 
-        Returns values `(B, tokens, dim)` float32, or `out` filled in the storage dtype if it is given, and valid `(B,)`
-        bool; a quarantined row is NaN. Raises `MissingFeatures` naming the first rows that are not committed, and
-        `CorruptFeatures` for damage.
+        Returns values `(B, tokens, dim)` float32, or `out` filled in the storage dtype if it is given (a dtype without
+        scales), and valid `(B,)` bool; a quarantined row is NaN. Raises `MissingFeatures` naming the first rows that
+        are not committed, and `CorruptFeatures` for damage.
         """
-        rows = [self._row(r) for r in rows]
-        shape = (len(rows), self.layout.tokens, self.layout.dim)
-        if out is not None and (out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous):
-            raise ValueError(f"out must be a contiguous {shape} array of {self.dtype}, got {out.shape} of {out.dtype}")
-        stored = np.empty(shape, self.dtype) if out is None else out
-        valid = np.zeros(len(rows), bool)
-        absent = [r for r in rows if not self._is_committed(r)]
-        if absent:
-            raise MissingFeatures(
-                f"{self.folder}: {len(absent)} of {len(rows)} rows are not committed (first: {absent[:5]}); "
-                "run olavlm-extract again to finish the store"
-            )
-        for i, row in enumerate(rows):
-            valid[i] = self._read_row(row, stored[i])
-        return (decode(stored) if out is None else stored), valid
+        if out is not None and self.layout.codec.has_scales:
+            raise ValueError(f"features stored as {self.layout.dtype} are nothing without scales; use read_stored")
+        stored, valid = self.read_stored(rows, out=None if out is None else {"features": out})
+        return (self.layout.codec.decode(stored) if out is None else out), valid
+
+    def read_stored(
+        self, rows: Sequence[int], *, out: dict[str, np.ndarray] | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """As `read`, but as stored, for a device that decodes: "features" and, with int8 and int4, "scales".
+
+        Returns a dict of features `(B, tokens, dim)` (int4: `dim / 2` packed uint8) and scales `(B, tokens)` float32,
+        those in `out` if it is given, and valid `(B,)` bool. `layout.codec.decode` makes float32 of it; for int8 that
+        is features * scales. A quarantined row decodes to NaN.
+        """
+        numbers = self._numbers(rows)
+        if out is None:
+            out = self.layout.empty(len(numbers))
+        for name, array in self.layout.arrays.items():
+            given, shape = out[name], (len(numbers), *array.row_shape)
+            if given.shape != shape or given.dtype != array.dtype or not given.flags.c_contiguous:
+                raise ValueError(
+                    f"out must be a contiguous {shape} array of {array.dtype}, got {given.shape} of {given.dtype}"
+                )
+        shards = self._committed_all(numbers)
+        read = self._read_local if files.is_local(self.folder) else self._read_remote
+        valid = read(numbers, shards, out)
+        for i in np.flatnonzero(~valid):
+            self.layout.codec.mark_invalid(out, i)
+        return out, valid
+
+    def _numbers(self, rows: Sequence[int]) -> list[int]:
+        """The row numbers, once the plan is known to hold them all."""
+        numbers = np.asarray(rows)
+        if numbers.dtype.kind in "iu" and numbers.ndim == 1 and self.plan.holds(numbers):
+            return numbers.tolist()
+        return [self._row(row) for row in rows]
 
     def _row(self, row: int | str) -> int:
         if isinstance(row, str):
@@ -317,50 +391,141 @@ class TeacherFeatures:
         self.plan.segment_of(row)
         return row
 
-    def _is_committed(self, row: int) -> bool:
-        record = self.record(self.layout.shard_of(row))
-        return record is not None and record.rows[0] <= row < record.rows[1]
-
-    def _committed(self, row: int) -> tuple[Record, np.ndarray]:
-        known = self._located(self.layout.shard_of(row))
-        if known is None or not known[0].rows[0] <= row < known[0].rows[1]:
-            raise MissingFeatures(
-                f"{self.folder}: row {row} ({self.plan.image_of(row)}) is not committed; run olavlm-extract again"
+    def _shard(self, number: int) -> _Shard | None:
+        known = self._shards.get(number)
+        if known is None and (record := self.record(number)) is not None:
+            known = self._shards[number] = _Shard(
+                *record.rows,
+                bytes(reason is None for reason in record.reasons),
+                {name: _Chunks(array, record) for name, array in self.layout.arrays.items()},
+                {i: reason for i, reason in enumerate(record.reasons) if reason is not None},
             )
         return known
 
-    def _read_row(self, row: int, into: np.ndarray) -> bool:
-        """Fill `into` (storage dtype, contiguous) with a committed row; NaN and False if it is quarantined."""
-        shard = self.layout.shard_of(row)
-        for _ in range(2):  # again with the record and file of now: the shard may have been replaced since
-            record, starts = self._committed(row)
-            offset = row - record.rows[0]
-            expected = record.crc32c[offset]
-            if expected is None:
-                into.fill(np.nan)
+    def _committed(self, row: int) -> _Shard:
+        shard = self._shard(self.layout.shard_of(row))
+        if shard is None or not shard.holds(row):
+            raise MissingFeatures(
+                f"{self.folder}: row {row} ({self.plan.image_of(row)}) is not committed; run olavlm-extract again"
+            )
+        return shard
+
+    def _committed_all(self, rows: list[int]) -> list[_Shard]:
+        shard_rows, known, absent, shards = self.layout.shard_rows, self._shards, [], []
+        for row in rows:
+            shard = known.get(row // shard_rows) or self._shard(row // shard_rows)
+            if shard is None or not shard.start <= row < shard.stop:
+                absent.append(row)
+            shards.append(shard)
+        if absent:
+            raise MissingFeatures(
+                f"{self.folder}: {len(absent)} of {len(rows)} rows are not committed (first: {absent[:5]}); "
+                "run olavlm-extract again to finish the store"
+            )
+        return shards
+
+    def _read_local(self, rows: list[int], shards: list[_Shard], out: dict[str, np.ndarray]) -> np.ndarray:
+        valid, trailer, plain = np.ones(len(rows), bool), bytearray(CRC_BYTES), self.layout.compress == "none"
+        whole_rows = set()  # of which all parts were read at once
+        for name, array in self.layout.arrays.items() if rows else ():
+            shard_rows, whole = array.shard_rows, array.row_bytes + CRC_BYTES
+            for i, (row, shard, into) in enumerate(
+                zip(rows, shards, out[name].reshape(len(rows), -1).view(np.uint8), strict=True)
+            ):
+                offset = row - shard.start
+                if not shard.valid[offset]:
+                    valid[i] = False
+                    continue
+                if i in whole_rows:
+                    continue
+                if plain and shard.index_checked:
+                    chunks = shard.chunks[name]
+                    expected = chunks.crc32c[offset]
+                    try:
+                        file = self._file(name, row // shard_rows)  # kept in hand: another thread may push it out
+                        read = os.preadv(file.descriptor, (into, trailer), chunks.starts[offset])
+                    except OSError as e:
+                        if e.errno not in (errno.ENOENT, errno.ESTALE):
+                            raise
+                        read = 0
+                    if read == whole and extend(0, into) == expected == int.from_bytes(trailer, "little"):
+                        continue
+                valid[i] &= self._read_carefully(row, {part: rows_of[i] for part, rows_of in out.items()})
+                whole_rows.add(i)
+        return valid
+
+    def _read_remote(self, rows: list[int], shards: list[_Shard], out: dict[str, np.ndarray]) -> np.ndarray:
+        """One request a row and array, all at once."""
+        valid, wanted = np.ones(len(rows), bool), []
+        for i, (row, shard) in enumerate(zip(rows, shards, strict=True)):
+            offset = row - shard.start
+            if not shard.valid[offset]:
+                valid[i] = False
+            elif not shard.index_checked:
+                valid[i] = self._read_carefully(row, {name: part[i] for name, part in out.items()})
+            else:
+                for name, chunks in shard.chunks.items():
+                    file = chunks.array.file(self.folder, row // chunks.array.shard_rows)
+                    wanted.append((i, name, file, *chunks.range_of(offset)))
+        answers = files.read_ranges(*(list(column) for column in list(zip(*wanted, strict=True))[2:])) if wanted else []
+        for (i, name, *_), answer in zip(wanted, answers, strict=True):
+            if not shards[i].chunks[name].take(answer, rows[i] - shards[i].start, out[name][i]):
+                valid[i] &= self._read_carefully(rows[i], {name: part[i] for name, part in out.items()})
+        return valid
+
+    def _read_carefully(self, row: int, into: dict[str, np.ndarray]) -> bool:
+        """Fill `into` (storage dtypes, contiguous) with a committed row; False if it is quarantined.
+
+        All parts are of one record. Checks a shard's index at its first reading, and looks again where what is read is
+        not what the record in hand says: the shard may have been replaced since.
+        """
+        number, faults = self.layout.shard_of(row), []
+        for _ in range(2):
+            shard, faults = self._committed(row), []
+            if not shard.valid[row - shard.start]:
                 return False
-            try:
-                file = self._file(shard)  # kept in hand: another thread may push it out of the open files
-                read = os.preadv(file.descriptor, [into.reshape(-1).view(np.uint8)], int(starts[offset]))
-            except OSError as e:
-                if e.errno not in (errno.ENOENT, errno.ESTALE):
-                    raise
-                read = 0
-            if read == self.layout.row_bytes and crc32c(into) == expected:
+            for name, chunks in shard.chunks.items():
+                if not shard.index_checked:
+                    index = self._read_range(name, number, chunks.data_bytes, chunks.data_bytes + len(chunks.index))
+                    if index != chunks.index:
+                        faults.append(f"the index of {chunks.array.file(self.folder, number)}")
+                if not chunks.take(
+                    self._read_range(name, number, *chunks.range_of(row - shard.start)), row - shard.start, into[name]
+                ):
+                    faults.append(f"its bytes in {chunks.array.file(self.folder, number)}")
+            if not faults:
+                shard.index_checked = True
                 return True
-            self._records.pop(shard, None)
-            self._files.pop(shard, None)
+            self._shards.pop(number, None)
+            for name in shard.chunks:
+                self._files.pop((name, number), None)
         raise CorruptFeatures(
-            f"{self.folder}: row {row} ({self.plan.image_of(row)}) in {shard_file(self.array, shard)} is damaged: "
-            "its bytes do not match its commit record"
+            f"{self.folder}: row {row} ({self.plan.image_of(row)}) is damaged: {' and '.join(faults)} "
+            "do not match its commit record"
         )
 
-    def _file(self, shard: int) -> _OpenFile:
-        file = self._files.pop(shard, None) or _OpenFile(shard_file(self.array, shard))
+    def _read_range(self, name: str, shard: int, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a shard file; what is not there is empty."""
+        try:
+            if files.is_local(self.folder):
+                file = self._file(name, shard)  # kept in hand, as above
+                return os.pread(file.descriptor, stop - start, start)
+            (answer,) = files.read_ranges([self.layout.arrays[name].file(self.folder, shard)], [start], [stop])
+            if isinstance(answer, Exception):
+                raise answer if isinstance(answer, OSError) else OSError(f"{type(answer).__name__}: {answer}")
+            return answer
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.ESTALE) and not isinstance(e, FileNotFoundError):
+                raise
+            return b""
+
+    def _file(self, name: str, shard: int) -> _OpenFile:
+        key = name, shard
+        file = self._files.pop(key, None) or _OpenFile(self.layout.arrays[name].file(self.folder, shard))
         if len(self._files) >= _OPEN_FILES:
             with contextlib.suppress(KeyError):  # emptied by another thread
                 self._files.popitem(last=False)
-        self._files[shard] = file
+        self._files[key] = file
         return file
 
     def _repr_html_(self) -> str:
@@ -369,16 +534,26 @@ class TeacherFeatures:
         return teacher_html(self)
 
     def __repr__(self) -> str:
-        return f"TeacherFeatures({self.key!r}, shape={self.shape}, dtype={self.dtype}, {self.coverage()})"
+        return f"TeacherFeatures({self.key!r}, shape={self.shape}, dtype={self.layout.dtype}, {self.coverage()})"
 
     def info(self) -> dict:
-        """Card, shapes and coverage as JSON-clean values."""
+        """Card, shapes, storage, sizes, statistics and coverage as JSON-clean values."""
+        ledger, coverage = self.ledger(), self.coverage()
         return {
             "key": self.key,
             "card": self.card,
             "shape": list(self.shape),
-            "dtype": str(self.dtype),
+            "dtype": self.layout.dtype,
+            "compress": self.layout.compress,
             "shard_rows": self.layout.shard_rows,
             "row_bytes": self.layout.row_bytes,
-            "coverage": {**asdict(self.coverage()), "missing": self.coverage().missing},
+            "shards": ledger.table.num_rows,
+            "bytes": ledger.bytes,
+            "statistics": ledger.statistics(),
+            "coverage": {**asdict(coverage), "missing": coverage.missing},
         }
+
+
+def card_checksum(card: dict) -> str:
+    """sha256 of a card's canonical JSON, kept beside it."""
+    return hashlib.sha256(canonical_json(card)).hexdigest()

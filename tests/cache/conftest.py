@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 
 from olavlm.cache import FeatureStore, ShardTask, ShardWriter, StoreBuilder, TeacherFeatures, pending
+from olavlm.cache.codec import CODECS
 
 NOBODY = 65534
 
@@ -35,19 +36,30 @@ def make_card(tokens: int, dim: int, **fields: object) -> dict:
 
 
 class SmallStore:
-    """A store with one teacher, `depth`, whose features are known: `features[row]`, exact in the storage dtype.
+    """A store with one teacher, `depth`, whose features are known: row r is appended as `features[r]`.
 
-    Shards are committed by `fill` (all that is pending) or `commit` (one); `bad` names quarantined rows and why.
+    With a plain dtype they are exact in it; what int8 and int4 make of them is `expected[r]`. Shards are committed by
+    `fill` (all that is pending) or `commit` (one); `bad` names quarantined rows and why.
     """
 
-    def __init__(self, path: Path, rows: int = 10, shape=(3, 4), dtype: str = "float32", shard_rows: int = 4, seed=0):
-        self.path = path
-        self.features = np.random.default_rng(seed).standard_normal((rows, *shape)).astype(dtype).astype(np.float32)
+    def __init__(
+        self, path: Path, rows: int = 10, shape=(3, 4), dtype: str = "float32", shard_rows: int = 4, compress="none",
+        seed=0,
+    ):  # fmt: skip
+        self.path, self.codec = path, CODECS[dtype]
+        self.features = np.random.default_rng(seed).standard_normal((rows, *shape)).astype(np.float32)
+        if not self.codec.has_scales:
+            self.features = self.features.astype(dtype).astype(np.float32)
         self.builder = StoreBuilder(path)
         if rows:
             self.builder.extend_plan(image_paths(rows))
         self.card = make_card(*shape)
-        self.builder.ensure_teacher("depth", self.card, dtype=dtype, shard_rows=shard_rows)
+        self.builder.ensure_teacher("depth", self.card, dtype=dtype, shard_rows=shard_rows, compress=compress)
+
+    @property
+    def expected(self) -> np.ndarray:
+        """What a reader must get, (rows, tokens, dim) float32."""
+        return np.stack([self.codec.decode(self.codec.encode(row)[0]) for row in self.features])
 
     @property
     def group(self) -> TeacherFeatures:
@@ -80,22 +92,30 @@ class SmallStore:
             self.commit(task, bad)
         return self
 
-    def shard_file(self, shard: int) -> Path:
-        return self.path / "depth" / "features" / "c" / str(shard) / "0" / "0"
+    def shard_file(self, shard: int, array: str = "features") -> Path:
+        return self.path / "depth" / array / "c" / str(shard) / ("0/0" if array == "features" else "0")
+
+    @property
+    def arrays(self) -> list[str]:
+        return ["features", "scales"] if self.codec.has_scales else ["features"]
 
     def record_file(self, shard: int, revision: int = 0) -> Path:
         return self.path / "depth" / "commits" / f"{shard:06d}.{revision}.json"
 
-    def lease_file(self, shard: int) -> Path:
-        return self.path / "depth" / "leases" / f"{shard:06d}"
+    def lease_file(self, shard: int, generation: int = 0) -> Path:
+        return self.path / "depth" / "leases" / f"{shard:06d}.{generation}"
+
+    def leases(self) -> list[str]:
+        """The names of the lease files, of any shard, without private ones that a killed writer left."""
+        return sorted(f.name for f in (self.path / "depth" / "leases").iterdir() if f.name[0] != ".")
 
     def staged(self) -> list[str]:
         return sorted(f.name for f in (self.path / "depth" / "staging").iterdir())
 
     def shards(self) -> dict[str, bytes]:
-        """Every shard file's bytes."""
-        root = self.path / "depth" / "features" / "c"
-        return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.rglob("*")) if f.is_file()}
+        """Every shard file's bytes, of all arrays, by its path in the teacher's folder."""
+        root = self.path / "depth"
+        return {str(f.relative_to(root)): f.read_bytes() for f in sorted(root.glob("*/c/**/*")) if f.is_file()}
 
     def records(self) -> dict[int, dict]:
         """What counts, without host and timings."""
@@ -182,6 +202,38 @@ def start():
                 os.waitpid(child.pid, 0)
         except ChildProcessError:
             pass  # reaped by the test
+
+
+@pytest.fixture
+def killed(start):
+    """killed(work, n): run `work()` in a child that dies before its nth change of a name in the file system.
+
+    False if it made fewer; an error of `work` fails the test.
+    """
+
+    def run(work: Callable[[], object], number: int) -> bool:
+        def until(child: Child) -> None:
+            made = 0
+
+            def dying(real: Callable) -> Callable:
+                def change(*args, **kwargs):
+                    nonlocal made
+                    made += 1
+                    if made - 1 == number:
+                        os._exit(9)
+                    return real(*args, **kwargs)
+
+                return change
+
+            for name in ("link", "unlink", "rename", "replace", "mkdir", "rmdir"):
+                setattr(os, name, dying(getattr(os, name)))
+            work()
+
+        status = start(until).wait()
+        assert status in (0, 9)
+        return status == 9
+
+    return run
 
 
 @pytest.fixture

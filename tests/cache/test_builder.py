@@ -46,7 +46,7 @@ def test_where_a_store_cannot_be(tmp_path):
     (tmp_path / "other" / "photo.jpg").write_text("x")
     zarr.open_group(tmp_path / "group", mode="w")
     for path, rule in (
-        ("s3://bucket/store", "is a URL; stores are written to a local or shared file system"),
+        ("nosuch://bucket/store", "store nosuch://bucket/store cannot be opened: Protocol not known"),
         (tmp_path / "file", "is a file; give a folder"),
         (tmp_path / "other", r"is a folder with other content \(photo\.jpg, \.\.\.\); give an empty or new one"),
         (tmp_path / "group", "is a Zarr group but not a feature store"),
@@ -149,6 +149,78 @@ def test_two_builders_that_make_one_key_for_different_features(small, monkeypatc
     assert store.builder.ensure_teacher("gen", store.card, dtype="float32").card == store.card
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_killed_at_any_instant_the_same_command_makes_the_group(small, killed, dtype):
+    half_made = 0
+    for call in range(50):
+        store = small(f"store {call}", rows=6)
+        options = {"dtype": dtype, "shard_rows": 4}
+        if not killed(lambda s=store, o=options: s.builder.ensure_teacher("seg", s.card, **o), call):
+            break
+        exists = "seg" in FeatureStore(store.path)
+        assert exists == (store.path / "seg" / "features" / "zarr.json").exists()
+        half_made += not exists and (store.path / "seg" / "zarr.json").exists()
+        group = store.builder.ensure_teacher("seg", store.card, **options)
+        assert (group.layout.dtype, group.card) == (dtype, store.card)
+        (task, _) = pending(group)
+        with store.builder.writer(group).begin(task.shard, (task.start, task.stop), task.segment) as shard:
+            for row in range(4):
+                shard.append(store.features[row], image_sha256=None)
+            shard.commit()
+        assert FeatureStore(store.path)["seg"].coverage().valid == 4
+    assert 5 < call < 49
+    assert half_made > 0
+
+
+def test_a_group_that_was_begun_for_other_features_says_how_to_remove_it(small, killed):
+    store = small()
+    other = {**store.card, "size": [9, 9], "fingerprint": "other"}
+    call = 0
+    while not (store.path / "seg" / "scales" / "zarr.json").exists():  # the last but one of its files
+        assert killed(lambda: store.builder.ensure_teacher("seg", store.card, dtype="int8"), call)
+        call += 1
+    for card, options in ((other, {"dtype": "int8"}), (store.card, {"dtype": "int4"})):
+        with pytest.raises(StoreError, match=r"begun for other features .* remove it with: olavlm-cache drop .* seg$"):
+            store.builder.ensure_teacher("seg", card, **options)
+    assert FeatureStore(store.path).teachers == ["depth"]
+    store.builder.drop("seg")
+    assert store.builder.ensure_teacher("seg", other, dtype="int4").card == other
+
+
+def test_a_group_begun_before_the_plan_grew_is_finished_all_the_same(small, killed):
+    store = small(rows=10)
+    call = 0
+    while not (store.path / "seg" / "scales" / "zarr.json").exists():
+        assert killed(lambda: store.builder.ensure_teacher("seg", store.card, dtype="int8", shard_rows=4), call)
+        call += 1
+    images = store.builder.plan().images
+    store.builder.extend_plan(pa.concat_arrays([images, pa.array(["new"], pa.large_string())]))
+    store.builder.ensure_teacher("seg", store.card, dtype="int8", shard_rows=4)
+    for name in ("features", "scales"):
+        assert zarr.open_array(store.path / "seg" / name, mode="r").shape[0] == 4100
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_drop_killed_at_any_instant_leaves_all_or_nothing_to_read(small, killed, dtype):
+    gone = 0
+    for call in range(200):
+        store = small(f"store {call}", dtype=dtype).fill()
+        if not killed(lambda store=store: store.builder.drop("depth"), call):
+            break
+        if "depth" in FeatureStore(store.path):
+            np.testing.assert_array_equal(store.group.read(range(10))[0], store.expected)
+            assert gone == 0
+        elif (gone := gone + 1) > 6:
+            break
+        # The next command makes other features there, and finds none of the old ones.
+        if (store.path / "depth" / "zarr.json").exists():
+            store.builder.drop("depth")
+        group = store.builder.ensure_teacher("depth", store.card, dtype="float16", shard_rows=2)
+        assert group.coverage().covered == 0
+        assert store.shards() == {}
+    assert gone > 6
+
+
 def test_a_plan_that_grows_while_a_group_is_made_gives_it_room(small, monkeypatch):
     store = small()
     create, images = StoreBuilder._create_group, store.builder.plan().images
@@ -171,7 +243,7 @@ def test_drop_refuses_while_a_writer_lives_and_not_for_a_dead_one(small, start):
             lambda: store.builder.ensure_teacher("depth", store.card, dtype="float16", replace=True),
             lambda: store.builder.extend_plan(pa.array(["another"], pa.large_string()), replace=True),
         ):
-            with pytest.raises(StoreError, match=r"is being written \(lease 000000\); stop that extraction first"):
+            with pytest.raises(StoreError, match=r"is being written \(shard 0\); stop that extraction first"):
                 drop()
         assert FeatureStore(store.path).teachers == ["depth"]
     start(lambda child: store.writer().begin(0, (0, 4), task.segment)).wait()

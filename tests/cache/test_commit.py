@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from olavlm.cache import BadImage, CorruptFeatures, LeaseHeld, LeaseLost, MissingFeatures, pending
+from olavlm.cache.lease import leased
 
+DTYPES = ["float32", "int8"]  # a shard of one file, and of two
 FRESH = ["lease", "recover", "stage", "compare", "fsync", "place", "record", "release"]
 REPLACE = [*FRESH[:5], "withdraw", *FRESH[5:]]
 SHARD = 1  # of 4 rows, 4 to 7
@@ -32,7 +34,7 @@ def test_the_steps_and_what_they_leave(small):
     assert steps_of(store, store.task(SHARD), bad=BAD) == FRESH
     assert steps_of(store, store.task(SHARD, retry_failed=True)) == REPLACE
     assert store.staged() == []
-    assert not store.lease_file(SHARD).exists()
+    assert store.leases() == []
     assert sorted(f.name for f in (store.path / "depth" / "commits").iterdir()) == [
         "000001.0.withdrawn",
         "000001.1.json",
@@ -49,18 +51,20 @@ def kill_at(store, start, step: str, task, bad=None) -> None:
     assert start(work).wait() == 9
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("step", FRESH)
-def test_killed_at_any_step_the_same_command_gives_the_same_store(small, start, step):
-    uninterrupted, store = small("a").fill(BAD), small("b")
+def test_killed_at_any_step_the_same_command_gives_the_same_store(small, start, step, dtype):
+    uninterrupted, store = small("a", dtype=dtype).fill(BAD), small("b", dtype=dtype)
     kill_at(store, start, step, store.task(SHARD), BAD)
     # The control: the fault is real. All but the first step leave a lease, and the shard exists from "release" on.
-    assert store.lease_file(SHARD).exists() == (step != "lease")
-    assert len(store.staged()) == (step in FRESH[3:])
-    assert store.shard_file(SHARD).exists() == (step in ("record", "release"))
+    assert store.leases() == ([] if step == "lease" else ["000001.0"])
+    assert len(store.staged()) == (step in FRESH[3:]) * len(store.arrays)
+    for array in store.arrays:
+        assert store.shard_file(SHARD, array).exists() == (step in ("record", "release"))
     assert store.record_file(SHARD).exists() == (step == "release")
     group = store.group
     if step == "release":
-        np.testing.assert_array_equal(group[4], store.features[4])
+        np.testing.assert_array_equal(group[4], store.expected[4])
         assert SHARD not in [t.shard for t in pending(group)]
     else:
         with pytest.raises(MissingFeatures):
@@ -72,34 +76,63 @@ def test_killed_at_any_step_the_same_command_gives_the_same_store(small, start, 
     assert store.records() == uninterrupted.records()
     if step != "release":
         assert store.staged() == []
-        assert not store.lease_file(SHARD).exists()
+        assert store.leases() == []
     store.builder.writer(store.group).sweep(SHARD)
     assert store.staged() == []
-    assert not store.lease_file(SHARD).exists()
+    assert store.leases() == []
     assert store.shards() == uninterrupted.shards()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("step", REPLACE)
-def test_killed_at_any_step_of_a_replacement(small, start, step):
-    uninterrupted, store = (small(name).fill(BAD).fill(limit=8) for name in "ab")
+def test_killed_at_any_step_of_a_replacement(small, start, step, dtype):
+    uninterrupted, store = (small(name, dtype=dtype).fill(BAD).fill(limit=8) for name in "ab")
     uninterrupted.fill(retry_failed=True)
     assert uninterrupted.records()[SHARD]["revision"] == 1
     kill_at(store, start, step, store.task(SHARD, retry_failed=True))
     group = store.group
     if step in REPLACE[: REPLACE.index("withdraw") + 1]:  # what stood still stands
         assert group.record(SHARD).revision == 0
-        np.testing.assert_array_equal(group[4], store.features[4])
+        np.testing.assert_array_equal(group[4], store.expected[4])
         assert group.failure(5).reason == "missing"
     elif step != "release":  # withdrawn, and the new one not yet published
-        assert store.shard_file(SHARD).exists() == (step == "record")
+        for array in store.arrays:
+            assert store.shard_file(SHARD, array).exists() == (step == "record")
         assert group.record(SHARD) is None
         with pytest.raises(MissingFeatures):
             group[4]
     else:
-        np.testing.assert_array_equal(group[5], store.features[5])
+        np.testing.assert_array_equal(group[5], store.expected[5])
     store.fill(retry_failed=True)
     assert store.shards() == uninterrupted.shards()
     assert store.records() == uninterrupted.records()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_killed_before_any_change_of_a_name(small, killed, dtype):
+    """Between steps too: one of the two files of int8 placed, the record withdrawn and one file removed, ..."""
+    uninterrupted = small("a", dtype=dtype).fill(BAD, limit=8).fill(limit=8, retry_failed=True)
+    halves = 0
+    for call in range(100):
+        store = small(f"store {call}", dtype=dtype).fill(BAD, limit=8)
+        task = store.task(SHARD, limit=8, retry_failed=True)
+        if not killed(lambda store=store, task=task: store.commit(task), call):
+            break
+        halves += len({store.shard_file(SHARD, array).exists() for array in store.arrays}) == 2
+        for row in range(4, 8):
+            try:
+                np.testing.assert_array_equal(store.group[row], store.expected[row])
+            except MissingFeatures:
+                assert store.group.record(SHARD) is None
+            except BadImage:
+                assert row == 5
+        store.fill(limit=8, retry_failed=True)
+        assert store.shards() == uninterrupted.shards()
+        assert store.records() == uninterrupted.records()
+        store.writer().sweep(SHARD)
+        assert store.staged() == store.leases() == []
+    assert 10 < call < 99
+    assert (halves >= 2) == (dtype == "int8")  # once while they are removed, once while they are placed
 
 
 def test_killed_again_and_again(small, start):
@@ -126,10 +159,11 @@ def test_a_file_without_a_record_does_not_exist_and_is_swept_up(small):
     assert store.shards() == good
 
 
+@pytest.mark.parametrize("array", ["features", "scales"])
 @pytest.mark.parametrize("damage", ["gone", "truncated", "longer", "record damaged"])
-def test_a_record_that_is_not_the_files_does_not_count_and_is_redone(small, damage):
-    uninterrupted, store = small("a").fill(), small("b").fill()
-    file = store.shard_file(SHARD)
+def test_a_record_that_is_not_the_files_does_not_count_and_is_redone(small, damage, array):
+    uninterrupted, store = small("a", dtype="int8").fill(), small("b", dtype="int8").fill()
+    file = store.shard_file(SHARD, array)
     if damage == "gone":
         file.unlink()
     elif damage == "truncated":
@@ -155,8 +189,7 @@ def test_a_shard_is_placed_with_the_row_count_asked_for_or_not_at_all(small):
         shard.append(store.features[4], image_sha256=None)
         with pytest.raises(ValueError, match="has 4 rows, 1 were appended"):
             shard.commit()
-    assert (store.shards(), store.records(), store.staged()) == ({}, {}, [])
-    assert not store.lease_file(SHARD).exists()
+    assert (store.shards(), store.records(), store.staged(), store.leases()) == ({}, {}, [], [])
 
 
 def test_rows_that_cannot_be_stored(small):
@@ -186,35 +219,59 @@ def test_what_append_refuses(small):
     assert [e.reason for _, e in store.group.failures()] == list(BadImage.REASONS[:4])
 
 
-def test_a_disk_that_reads_back_other_bytes_is_found(small):
-    store = small()
-    task = store.task(0)
+@pytest.mark.parametrize("compress", ["none", "zstd"])
+@pytest.mark.parametrize("array", ["features", "scales"])
+def test_a_disk_that_reads_back_other_bytes_is_found(small, array, compress):
+    """Whichever byte it is: of a row, its checksum, the index or its checksum."""
+    store = small(dtype="int8", compress=compress)
+    task, changed = store.task(0), []
 
     def flip(at: int, step: str) -> None:
         if step == "compare":
-            (staged,) = store.staged()
+            (staged,) = (name for name in store.staged() if name.endswith(array))
             file = store.path / "depth" / "staging" / staged
             data = bytearray(file.read_bytes())
+            changed.append(at)
             data[at] ^= 1
             file.write_bytes(data)
 
-    size = store.group.layout.file_bytes(4)
-    for at in (0, 47, 48, 51, 52, size - 68, size - 5, size - 1):  # rows, their checksums, index, its checksum
+    sizes = store.commit(task).files
+    store.writer().sweep(0, withdraw_all=True)
+    before = len(os.listdir(store.path / "depth" / "commits"))  # noqa: PTH208
+    for at in range(sizes[array].size):
         with pytest.raises(CorruptFeatures, match="reads back differently"):
             store.commit(task, on_step=partial(flip, at))
-    assert (store.shards(), store.records(), store.staged()) == ({}, {}, [])
+    assert changed == list(range(sizes[array].size))
+    assert (store.shards(), store.records(), store.staged(), store.leases()) == ({}, {}, [], [])
+    assert len(os.listdir(store.path / "depth" / "commits")) == before  # noqa: PTH208
+
+
+@pytest.mark.parametrize("size", [-1, 1, -48, -68, -100, None])
+def test_a_disk_that_reads_back_more_or_less_is_found(small, size):
+    store = small()
+
+    def change(step: str) -> None:
+        if step == "compare":
+            (staged,) = store.staged()
+            file = store.path / "depth" / "staging" / staged
+            os.truncate(file, 0 if size is None else file.stat().st_size + size)
+
+    with pytest.raises(CorruptFeatures, match="reads back differently"):
+        store.commit(store.task(0), on_step=change)
+    assert (store.shards(), store.records(), store.staged(), store.leases()) == ({}, {}, [], [])
 
 
 def take_over(store) -> None:
     """Make the lease of SHARD that of a writer taken for dead: of another host, silent for too long."""
-    file = store.lease_file(SHARD)
+    file = leased(store.path / "depth" / "leases")[SHARD]
     file.write_text(file.read_text().replace('"host": "', '"host": "not-'))
     os.utime(file, (0, 0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("step", FRESH[3:-1])
-def test_a_stuck_writer_that_wakes_when_another_is_done_changes_nothing(small, step):
-    store = small()
+def test_a_stuck_writer_that_wakes_when_another_is_done_changes_nothing(small, step, dtype):
+    store = small(dtype=dtype)
     task, after = store.task(SHARD), []
 
     def stuck(at):
@@ -226,13 +283,14 @@ def test_a_stuck_writer_that_wakes_when_another_is_done_changes_nothing(small, s
     with pytest.raises(LeaseLost):
         store.commit(task, on_step=stuck, features=store.features + 1)
     assert snapshot(store) == after[0]
-    np.testing.assert_array_equal(store.group[4], store.features[4])
+    np.testing.assert_array_equal(store.group[4], store.expected[4])
     assert store.staged() == []
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("step", REPLACE[3:-1])
-def test_nor_does_a_stuck_replacement(small, step):
-    store = small().fill(BAD)
+def test_nor_does_a_stuck_replacement(small, step, dtype):
+    store = small(dtype=dtype).fill(BAD)
     task, after = store.task(SHARD, retry_failed=True), []
 
     def stuck(at):
@@ -244,12 +302,13 @@ def test_nor_does_a_stuck_replacement(small, step):
     with pytest.raises(LeaseLost):
         store.commit(task, on_step=stuck, features=store.features + 1)
     assert snapshot(store) == after[0]
-    np.testing.assert_array_equal(store.group[5], store.features[5])
+    np.testing.assert_array_equal(store.group[5], store.expected[5])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("step", FRESH[3:-1])
-def test_a_stuck_writer_that_wakes_while_another_is_at_work_changes_nothing(small, step):
-    store = small()
+def test_a_stuck_writer_that_wakes_while_another_is_at_work_changes_nothing(small, step, dtype):
+    store = small(dtype=dtype)
     task, others = store.task(SHARD), []
 
     def stuck(at):
@@ -262,7 +321,7 @@ def test_a_stuck_writer_that_wakes_while_another_is_at_work_changes_nothing(smal
     with others[0] as shard:
         store.append(shard, task)
         shard.commit()
-    np.testing.assert_array_equal(store.group[4], store.features[4])
+    np.testing.assert_array_equal(store.group[4], store.expected[4])
     assert store.staged() == []
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
-from olavlm.cache import FeatureStore, MissingFeatures, Plan, PlanError, StoreBuilder, pending
+from olavlm.cache import FeatureStore, MissingFeatures, Plan, PlanError, StoreBuilder, files, pending
 from olavlm.cache.plan import SEGMENT_ALIGNMENT, Segment
 
 
@@ -267,19 +267,44 @@ def test_two_builders_at_once_end_with_one_plan(small):
     assert array.shape[0] == -(-plan.extent // 4) * 4
 
 
-def test_an_array_s_size_is_that_of_the_latest_plan_whoever_resized_last(small, monkeypatch):
-    """A builder that read the array before another grew it writes the smaller size last."""
-    store = small(rows=5)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_an_array_s_size_is_that_of_the_latest_plan_whoever_resized_last(small, monkeypatch, dtype):
+    """A builder that read the metadata before another grew it writes the smaller size last."""
+    store = small(rows=5, dtype=dtype)
     first, second = (StoreBuilder(store.path) for _ in range(2))
-    resize, images = zarr.Array.resize, [f"photos/{i:05d}.jpg" for i in range(7)]
+    replace, images = files.replace, [f"photos/{i:05d}.jpg" for i in range(7)]
 
-    def late(array, shape):
-        monkeypatch.setattr(zarr.Array, "resize", resize)
+    def late(file, content):
+        monkeypatch.setattr(files, "replace", replace)
         second.extend_plan(strings(*images))
-        resize(array, shape)
-        assert zarr.open_array(array.store_path.store.root, mode="r").shape[0] == shape[0] == 4100  # the fault
+        assert [rows_of(store, name) for name in store.arrays] == [8196] * len(store.arrays)
+        replace(file, content)
+        assert min(rows_of(store, name) for name in store.arrays) == 4100  # the fault
+        assert store.group.layout.dtype == dtype  # it is readable all the while
 
-    monkeypatch.setattr(zarr.Array, "resize", late)
+    monkeypatch.setattr(files, "replace", late)
     first.extend_plan(strings(*images[:6]))
     assert StoreBuilder(store.path).plan().extent == 8193
-    assert zarr.open_array(store.path / "depth" / "features", mode="r").shape[0] == 8196
+    assert [rows_of(store, name) for name in store.arrays] == [8196] * len(store.arrays)
+
+
+def rows_of(store, name: str) -> int:
+    return zarr.open_array(store.path / "depth" / name, mode="r").shape[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_killed_at_any_instant_of_a_growth_the_store_is_read_and_the_same_command_ends_it(small, killed, dtype):
+    images, behind = strings(*(f"photos/{i:05d}.jpg" for i in range(6))), 0
+    for call in range(50):
+        store = small(f"store {call}", rows=5, dtype=dtype).fill()
+        if not killed(lambda store=store: StoreBuilder(store.path).extend_plan(images), call):
+            break
+        np.testing.assert_array_equal(store.group.read(range(5))[0], store.expected)
+        behind += len({rows_of(store, name) for name in store.arrays}) == 2
+        StoreBuilder(store.path).extend_plan(images)
+        assert store.builder.plan().extent == 4097
+        assert [rows_of(store, name) for name in store.arrays] == [4100] * len(store.arrays)
+        np.testing.assert_array_equal(store.group.read(range(5))[0], store.expected)
+        assert store.group.coverage().missing == 1
+    assert 2 < call < 49
+    assert (behind > 0) == (dtype == "int8")  # the control: one array has grown, the other has not

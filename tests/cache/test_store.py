@@ -20,12 +20,14 @@ from olavlm.cache import (
     FeatureStore,
     MissingFeatures,
     PlanError,
+    ShardTask,
     StoreError,
     TeacherFeatures,
     pending,
 )
 
 BAD = {1: "truncated", 6: "missing"}
+STORAGE = [("float16", "none"), ("float32", "zstd"), ("int8", "none"), ("int8", "zstd"), ("int4", "none")]
 
 
 @pytest.fixture
@@ -98,6 +100,34 @@ def test_into_the_caller_s_buffer_in_the_storage_dtype(store):
             store.group.read([2, 3, 4], out=wrong)
 
 
+@pytest.mark.parametrize(("dtype", "compress"), STORAGE)
+def test_as_stored_for_a_device_that_decodes(small, dtype, compress):
+    store = small(dtype=dtype, compress=compress).fill(BAD)
+    depth, rows = store.group, [9, 1, 0, 9]
+    stored, valid = depth.read_stored(rows)
+    assert list(stored) == store.arrays
+    assert valid.tolist() == [True, False, True, True]
+    for name, part in stored.items():
+        assert (part.shape[0], part.dtype) == (4, depth.layout.arrays[name].dtype)
+        for i in (0, 2, 3):
+            np.testing.assert_array_equal(part[i], store.codec.encode(store.features[rows[i]])[0][name])
+    np.testing.assert_array_equal(depth.layout.codec.decode(stored), depth.read(rows)[0])
+    if dtype == "int8":
+        np.testing.assert_array_equal(stored["features"] * stored["scales"][..., None], depth.read(rows)[0])
+        assert np.isnan(stored["scales"][1]).all()
+    out = depth.layout.empty(4)
+    again, _ = depth.read_stored(rows, out=out)
+    assert again is out
+    for name in out:
+        np.testing.assert_array_equal(out[name], stored[name])
+        wrong = {**depth.layout.empty(4), name: np.empty((5, *out[name].shape[1:]), out[name].dtype)}
+        with pytest.raises(ValueError, match="out must be a contiguous"):
+            depth.read_stored(rows, out=wrong)
+    if store.codec.has_scales:
+        with pytest.raises(ValueError, match="are nothing without scales; use read_stored"):
+            depth.read(rows, out=out["features"])
+
+
 def test_a_quarantined_row_says_why(store):
     depth = store.group
     failure = depth.failure(1)
@@ -157,33 +187,78 @@ def flip(file, bit: int) -> None:
     file.write_bytes(data)
 
 
-def test_two_hundred_flipped_bits_are_found_and_no_wrong_value_is_read(small, rng):
-    store = small(rows=40, shape=(2, 8), shard_rows=8).fill({3: "missing"})
-    layout, valid = store.group.layout, np.arange(40) != 3
-    found = 0
+def raised(group: TeacherFeatures, rows, expected: np.ndarray) -> dict[int, str]:
+    """The rows that raise `CorruptFeatures`, read one by one in this order; the others have their right value."""
+    found = {}
+    for row in rows:
+        try:
+            np.testing.assert_array_equal(group[int(row)], expected[row])
+        except CorruptFeatures as e:
+            found[int(row)] = str(e)
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "compress"), STORAGE)
+def test_a_flipped_bit_in_any_byte_is_found_and_no_wrong_value_is_read(small, rng, dtype, compress):
+    """In a row or its checksum by reading that row; in the index by reading any row of the shard, the first time."""
+    store = small(rows=8, dtype=dtype, compress=compress).fill({1: "missing"})
+    valid, expected = [0, 2, 3, 4, 5, 6, 7], store.expected
+    assert raised(store.group, valid, expected) == {}  # the control
+    for array in store.arrays:
+        file, record = store.shard_file(0, array), store.group.record(0).files[array]
+        lengths = record.rows_bytes or [store.group.layout.arrays[array].row_bytes] * 4
+        place = np.repeat([0, 2, 3], [lengths[r] + 4 for r in (0, 2, 3)]).tolist()  # which row a byte is of
+        assert len(place) + 4 * 16 + 4 == record.size == file.stat().st_size
+        for at in range(record.size):
+            bit = 8 * at + int(rng.integers(8))
+            flip(file, bit)
+            group = store.group
+            found = raised(group, rng.permutation(valid), expected)
+            if at < len(place):
+                assert set(found) == {place[at]}
+                assert (
+                    f"row {place[at]} (photos/{place[at]:05d}.jpg) is damaged: its bytes in {file}" in found[place[at]]
+                )
+                assert raised(group, valid, expected).keys() == {place[at]}  # in a reader that has read the others
+            else:
+                assert set(found) == {0, 2, 3}
+                assert f"is damaged: the index of {file}" in found[0]
+            for rows in (np.arange(8), [place[at] if at < len(place) else 3]):
+                for reader in (group, store.group):
+                    with pytest.raises(CorruptFeatures):
+                        reader.read(rows)
+            flip(file, bit)
+            assert raised(group, valid, expected) == {}  # what was found is not remembered
+    assert raised(store.group, valid, expected) == {}
+
+
+@pytest.mark.parametrize(("dtype", "compress"), STORAGE)
+def test_an_index_damaged_under_a_reader_is_found_by_the_next(small, dtype, compress):
+    """Who has checked it reads by the record, and every row's own checksum."""
+    store = small(rows=4, dtype=dtype, compress=compress).fill()
+    holding = store.group
+    holding.read([0])
+    for array in store.arrays:
+        flip(store.shard_file(0, array), 8 * (store.shard_file(0, array).stat().st_size - 20))
+        np.testing.assert_array_equal(holding.read(range(4))[0], store.expected)
+        with pytest.raises(CorruptFeatures, match="the index of"):
+            store.group[0]
+        flip(store.shard_file(0, array), 8 * (store.shard_file(0, array).stat().st_size - 20))
+
+
+def test_two_hundred_flipped_bits_in_larger_rows(small, rng):
+    store = small(rows=40, shape=(20, 100), shard_rows=8, dtype="float16").fill({3: "missing"})
+    valid, expected = [row for row in range(40) if row != 3], store.expected
     for _ in range(200):
         shard = int(rng.integers(5))
         file = store.shard_file(shard)
-        num_valid = 8 - (shard == 0)
-        bit = int(rng.integers(8 * num_valid * layout.slot_bytes))
+        bit = int(rng.integers(8 * file.stat().st_size))
         flip(file, bit)
-        slot, within = divmod(bit // 8, layout.slot_bytes)
-        row = shard * 8 + slot + (shard == 0 and slot >= 3)
-        group = store.group
-        for r in np.flatnonzero(valid):
-            try:
-                np.testing.assert_array_equal(group[int(r)], store.features[r])
-            except CorruptFeatures as e:
-                found += 1
-                assert r == row
-                assert f"row {row} (photos/{row:05d}.jpg)" in str(e)  # noqa: PT017
-            else:
-                assert r != row or within >= layout.row_bytes  # in the row's own checksum, which we do not need
-        with pytest.raises(CorruptFeatures) if within < layout.row_bytes else np.errstate():
-            group.read(np.arange(40))
+        slot = bit // 8 // 4004
+        rows = [row for row in valid if row // 8 == shard]
+        found = raised(store.group, rng.permutation(valid), expected)
+        assert set(found) == ({rows[slot]} if slot < len(rows) else set(rows))
         flip(file, bit)
-    assert found > 150
-    np.testing.assert_array_equal(store.group.read(np.flatnonzero(valid))[0], store.features[valid])
 
 
 def test_truncation_is_found_before_and_after_opening(store):
@@ -202,13 +277,19 @@ def test_truncation_is_found_before_and_after_opening(store):
     np.testing.assert_array_equal(depth[4], store.features[4])
 
 
-def test_two_shards_with_their_files_exchanged(small):
-    store = small(rows=8).fill()
-    a, b, aside = store.shard_file(0), store.shard_file(1), store.path / "aside"
-    a.rename(aside), b.rename(a), aside.rename(b)
-    for row in range(8):
-        with pytest.raises(CorruptFeatures, match="do not match its commit record"):
-            store.group[row]
+@pytest.mark.parametrize(("dtype", "compress"), STORAGE)
+def test_two_shards_with_their_files_exchanged(small, dtype, compress):
+    store = small(rows=8, dtype=dtype, compress=compress, shape=(3, 8))
+    store.features[4:] = store.features[[2, 3, 0, 1]]  # of which the compressed lengths are the same together
+    store.fill()
+    for array in store.arrays:
+        a, b, aside = store.shard_file(0, array), store.shard_file(1, array), store.path / "aside"
+        a.rename(aside), b.rename(a), aside.rename(b)
+        for row in range(8):
+            with pytest.raises(CorruptFeatures, match="do not match its commit record"):
+                store.group[row]
+        a.rename(aside), b.rename(a), aside.rename(b)
+    np.testing.assert_array_equal(store.group.read(range(8))[0], store.expected)
 
 
 def test_a_stale_file_from_an_earlier_run(small):
@@ -327,20 +408,69 @@ def test_what_is_committed_meanwhile_is_seen(small):
     assert depth.coverage().complete
 
 
-def test_a_shard_that_grows_or_is_replaced_under_a_reader(small):
+@pytest.mark.parametrize(("dtype", "compress"), STORAGE)
+def test_a_shard_that_grows_or_is_replaced_under_a_reader(small, dtype, compress):
     """The rows' places in the file change. The reader sees the old shard or the new one, never damage."""
-    store = small(rows=4).fill({0: "missing"}, limit=2)
+    store = small(rows=4, dtype=dtype, compress=compress).fill({0: "missing"}, limit=2)
+    expected = store.expected
     holding, looking = store.group, store.group
     for reader in (holding, looking):
-        np.testing.assert_array_equal(reader[1], store.features[1])
+        np.testing.assert_array_equal(reader[1], expected[1])
     store.fill()
     store.fill(retry_failed=True)
-    np.testing.assert_array_equal(holding[1], store.features[1])  # from the file it has open
+    np.testing.assert_array_equal(holding[1], expected[1])  # from the file it has open
     looking._files.clear()  # another thread or 64 other shards pushed the file out
-    np.testing.assert_array_equal(looking[1], store.features[1])
+    np.testing.assert_array_equal(looking[1], expected[1])
     for reader in (holding, looking):
         reader.reload()
-        np.testing.assert_array_equal(reader.read(range(4))[0], store.features)
+        np.testing.assert_array_equal(reader.read(range(4))[0], expected)
+
+
+@pytest.mark.parametrize("compress", ["none", "zstd"])
+def test_a_row_s_features_and_scales_are_of_one_record(small, compress):
+    """The file of one array is pushed out and the shard replaced by other features: both are read again."""
+    store = small(rows=4, dtype="int8", compress=compress).fill()
+    for array in store.arrays:
+        old, new = store.features, store.features * 3 + 1
+        depth = store.group
+        np.testing.assert_array_equal(depth[1], store.expected[1])
+        store.writer().sweep(0, withdraw_all=True)
+        store.features = new
+        store.fill()
+        depth._files.pop((array, 0))
+        np.testing.assert_array_equal(depth[1], store.expected[1])
+        assert (store.codec.encode(old[1])[0][array] != store.codec.encode(new[1])[0][array]).any()  # the control
+
+
+def test_a_reader_of_a_shard_that_is_replaced_again_and_again_sees_whole_versions(small, start):
+    versions, rows = 30, range(4)
+    store = small(rows=4, shape=(3, 64), dtype="int8").fill()
+    features = store.features
+    expected = []
+    for version in range(versions):
+        store.features = features * (version + 1) + version
+        expected.append(store.expected)
+
+    def work(child):
+        for version in range(1, versions):
+            store.features = features * (version + 1) + version
+            task = ShardTask("depth", 0, 0, 4, store.builder.plan().segments[0].hash)
+            store.commit(task)
+
+    store.features, seen = features, set()
+    child, held = start(work), store.group
+    while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        for depth in (held, store.group):
+            try:
+                values = depth.read(rows)[0]
+            except MissingFeatures:
+                continue
+            for row in rows:
+                seen.add(next(v for v in range(versions) if (values[row] == expected[v][row]).all()))
+        held._files.clear()  # but not what it knows of the record
+    assert child.wait() == 0
+    print(f"{len(seen)} versions seen")
+    np.testing.assert_array_equal(store.group.read(rows)[0], expected[-1])
 
 
 def test_a_row_whose_shard_is_being_replaced_is_missing_for_that_moment(small):
@@ -467,7 +597,7 @@ def test_every_error_is_the_cache_s_and_the_builtin_s():
     assert len(errors) >= 9
     for e in errors:
         assert issubclass(e, CacheError)
-        assert e is CacheError or issubclass(e, (ValueError, KeyError, RuntimeError))
+        assert e is CacheError or issubclass(e, (ValueError, KeyError, RuntimeError, ImportError))
     again = pickle.loads(pickle.dumps(BadImage("x.jpg", "missing", "why")))
     assert (str(again), again.reason) == ("x.jpg: missing (why)", "missing")
     assert str(pickle.loads(pickle.dumps(MissingFeatures("row 1")))) == "row 1"

@@ -1,0 +1,130 @@
+"""What nobody needs any more: left-overs of killed writers, and what was superseded.
+
+Removed are private files of an interrupted `publish`, dropped groups and plans, groups that were begun and never
+finished, dead leases, staged files without a writer, shard files and records that do not count because a newer record
+does; the bytes of withdrawn records go, their names stay, for they number the revisions. What is committed, what is
+being written, and what is damaged (that is for `olavlm-cache repair`) is left alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from . import files
+from .builder import StoreBuilder
+from .errors import LeaseHeld, StoreError
+from .files import Location
+from .lease import is_live, leased
+from .records import latest_records, revisions_of
+from .store import RESERVED, FeatureStore, TeacherFeatures
+from .verify import shards_to_verify
+
+YOUNG_SECONDS = 3600.0  # a private name younger than this may be a writer's at work
+
+
+@dataclass(frozen=True)
+class Garbage:
+    what: str
+    path: str
+    bytes: int
+
+
+def collect(path: str, *, older_than: float = YOUNG_SECONDS, dry_run: bool = False) -> Iterator[Garbage]:
+    """Remove what nobody needs from the store and say what it was; with `dry_run` only say it.
+
+    `older_than`: seconds that a private file or an unfinished group must be old.
+    """
+    store = FeatureStore(path)
+    builder = StoreBuilder(path) if not dry_run else None
+    now = time.time() if dry_run else files.clock(store.path)
+    for folder in _folders(store):
+        yield from _private_files(folder, now, older_than, dry_run)
+    for name in files.names(store.path):
+        folder = store.path / name
+        begun = name[0] != "." and name not in RESERVED and name not in store.teachers
+        if (name.startswith(".dropped.") or (begun and files.exists(folder / "zarr.json"))) and _old(
+            folder, now, older_than
+        ):
+            yield Garbage("dropped or unfinished", str(folder), sum(files.sizes_below(folder).values()))
+            if not dry_run:
+                files.remove_tree(folder)
+    for key in store.teachers:
+        try:
+            group = store[key]
+        except StoreError:
+            continue  # damaged: verify says so
+        yield from _of_teacher(group, builder)
+
+
+def _folders(store: FeatureStore) -> list[Location]:
+    parts = ("", "commits", "leases", "features", "scales")
+    return [store.path, *(store.path / n for n in ("plan", "runs")), *(
+        store.path / key / part if part else store.path / key for key in store.teachers for part in parts
+    )]  # fmt: skip
+
+
+def _private_files(folder: Location, now: float, older_than: float, dry_run: bool) -> Iterator[Garbage]:
+    for name, stamp in files.listing(folder, ".").items():
+        if _old(folder / name, now, older_than):
+            yield Garbage("private file", str(folder / name), stamp.size)
+            if not dry_run:
+                files.remove(folder / name)
+
+
+def _old(path: Location, now: float, older_than: float) -> bool:
+    try:
+        if files.is_local(path) or files.exists(path):
+            changed = files.changed_at(path)
+        else:  # a folder of objects is as old as its metadata
+            changed = files.changed_at(path / "zarr.json")
+    except FileNotFoundError:
+        return False
+    return now - changed >= older_than
+
+
+def _of_teacher(group: TeacherFeatures, builder: StoreBuilder | None) -> Iterator[Garbage]:
+    leases = leased(group.folder / "leases")
+    staged = files.listing(group.folder / "staging")
+    latest = latest_records(files.names(group.folder / "commits"))
+    damaged, sweep = group.ledger().damaged, set()
+    for shard, file in leases.items():
+        if not is_live(file):
+            yield Garbage("dead lease", str(file), files.size(file) or 0)
+            sweep.add(shard)
+    busy = set(leases) - sweep
+    for name, stamp in staged.items():
+        if name.partition(".")[0].isdigit() and (shard := int(name.partition(".")[0])) not in busy:
+            yield Garbage("staged file", str(group.folder / "staging" / name), stamp.size)
+            sweep.add(shard)
+    for shard in shards_to_verify(group):
+        if shard in busy:
+            continue
+        superseded = revisions_of(group.folder / "commits", shard)[0][1:]
+        if shard in damaged:
+            sweep.discard(shard)
+        elif superseded or shard not in latest:
+            for file in superseded:
+                yield Garbage("superseded record", str(file), files.size(file) or 0)
+            for array in group.layout.arrays.values() if shard not in latest else ():
+                if (size := files.size(array.file(group.folder, shard))) is not None:
+                    yield Garbage("shard file without a record", str(array.file(group.folder, shard)), size)
+            sweep.add(shard)
+    if builder is not None:
+        writer = builder.writer(group)
+        for shard in sorted(sweep):
+            try:
+                writer.sweep(shard)
+            except LeaseHeld:
+                continue  # a writer has come; it sweeps by itself
+    commits = files.listing(group.folder / "commits")
+    for name, stamp in commits.items():
+        if name.endswith(".json") and name.removesuffix("json") + "withdrawn" in commits:  # its writer died in between
+            yield Garbage("withdrawn record", str(group.folder / "commits" / name), stamp.size)
+            if builder is not None:
+                files.remove(group.folder / "commits" / name)
+        if name.endswith(".withdrawn") and stamp.size:
+            yield Garbage("withdrawn record", str(group.folder / "commits" / name), stamp.size)
+            if builder is not None:
+                files.replace(group.folder / "commits" / name, b"")

@@ -1,0 +1,178 @@
+"""Leases: of all writers, on all machines, one at a time may write a shard.
+
+A lease is a file `leases/000012.0` made by exclusive create, which names its holder: host, boot, process and the
+process's start. The number after the shard is the lease's generation, and the highest generation is the holder. Who
+finds a dead holder creates the next generation and then removes the older ones, so that of many takers one succeeds
+and the dead one, should it wake up, finds that it holds nothing. Nothing but exclusive create, listing and removal is
+needed, which file systems and object stores both have.
+
+A holder is dead when its process is gone from this host, or, where that cannot be looked up, when it has given no sign
+of life (`Lease.renew`) for `LEASE_SECONDS`, by the store's own clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import files
+from .errors import LeaseHeld, LeaseLost
+from .files import Location
+
+LEASE_SECONDS = 900.0  # without a sign of life for this long, a writer on another host is taken for dead
+RENEW_SECONDS = 30.0  # between two signs of life
+_NAME = re.compile(r"(\d{6}|[1-9]\d{6,})\.(0|[1-9]\d*)")
+
+
+@dataclass
+class Lease:
+    """The right to write one shard, held until `release`."""
+
+    folder: Location
+    shard: int
+    generation: int
+    nonce: str
+    released: bool = False
+    _renewed: float = field(default_factory=time.monotonic)
+
+    @property
+    def file(self) -> Location:
+        return self.folder / f"{self.shard:06d}.{self.generation}"
+
+    def held(self) -> bool:
+        """Whether it is still this writer's."""
+        return generations(self.folder, self.shard)[-1:] == [self.generation] and self._is_own()
+
+    def _is_own(self) -> bool:
+        return (_read(self.file) or {}).get("nonce") == self.nonce  # the number may have been used again
+
+    def check(self) -> None:
+        """Raise `LeaseLost` if another writer has taken the shard over."""
+        if not self.held():
+            raise LeaseLost(f"lease {self.file} was taken over by another writer; this shard's work is dropped")
+
+    def renew(self) -> None:
+        """Give a sign of life, at most every `RENEW_SECONDS`; call it much more often than every `LEASE_SECONDS`."""
+        if time.monotonic() - self._renewed < RENEW_SECONDS:
+            return
+        self.check()
+        with contextlib.suppress(FileNotFoundError):  # taken over this instant: the next check tells
+            files.refresh(self.file)
+        self._renewed = time.monotonic()
+
+    def release(self) -> None:
+        """Give it back; again does nothing."""
+        if not self.released and self._is_own():
+            if self.held():
+                _remove_older(self.folder, self.shard, self.generation)  # of a taker that died half-way
+            files.remove(self.file)
+        self.released = True
+
+
+def acquire_lease(folder: Location, shard: int) -> Lease:
+    """Take the lease of a shard, from a dead holder if need be; raises `LeaseHeld` if its holder lives."""
+    nonce = secrets.token_hex(16)
+    me = {
+        "nonce": nonce,
+        "host": socket.gethostname(),
+        "boot": _boot_id(),
+        "pid": os.getpid(),
+        "started": _process_start(os.getpid()),
+    }
+    for _ in range(8):
+        known = generations(folder, shard)
+        if known:
+            holder = _read(top := folder / f"{shard:06d}.{known[-1]}")
+            if holder is None:
+                continue  # released in between
+            try:
+                if not _is_dead(top, holder):
+                    raise LeaseHeld(f"shard lease {top} is held by process {holder.get('pid')} on {holder.get('host')}")
+            except FileNotFoundError:
+                continue  # released, or taken over, in between
+        lease = Lease(folder, shard, known[-1] + 1 if known else 0, nonce)
+        try:
+            files.publish(lease.file, json.dumps(me).encode())
+        except FileExistsError:
+            continue  # another was faster
+        older = [generation for generation in generations(folder, shard) if generation < lease.generation]
+        judged = not older or (older[-1] == known[-1] and _read(top) == holder)
+        if not judged or not lease.held():  # others were faster: who holds it now was not judged, or is higher
+            files.remove(lease.file)
+            continue
+        _remove_older(folder, shard, lease.generation)
+        return lease
+    raise LeaseHeld(f"the lease of shard {shard} in {folder} changes hands too fast; try again")
+
+
+def generations(folder: Location, shard: int) -> list[int]:
+    """Of the leases of a shard, ascending; the last is the holder's."""
+    found = (_NAME.fullmatch(name) for name in files.names(folder))
+    return sorted(int(m[2]) for m in found if m and int(m[1]) == shard)
+
+
+def leased(folder: Location) -> dict[int, Location]:
+    """The lease file that counts of every leased shard, whether its holder lives or not."""
+    found = sorted((int(m[1]), int(m[2])) for m in map(_NAME.fullmatch, files.names(folder)) if m)
+    return {shard: folder / f"{shard:06d}.{generation}" for shard, generation in found}
+
+
+def is_live(file: Location) -> bool:
+    """Whether a living writer holds the lease."""
+    try:
+        holder = _read(file)
+        return bool(holder) and not _is_dead(file, holder, lambda folder: time.time())  # a reader may not write
+    except FileNotFoundError:
+        return False
+
+
+def _remove_older(folder: Location, shard: int, generation: int) -> None:
+    for older in generations(folder, shard):
+        if older < generation:
+            files.remove(folder / f"{shard:06d}.{older}")
+
+
+def _read(file: Location) -> dict | None:
+    """What the lease says of its holder, {} if it is damaged, None if there is none."""
+    try:
+        holder = json.loads(files.read(file))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_dead(file: Location, holder: dict, clock: Callable[[Location], float] = files.clock) -> bool:
+    if not holder:  # damaged: published whole, so nobody is writing it
+        return True
+    here = holder.get("host") == socket.gethostname() and holder.get("boot") == _boot_id()
+    if here and holder.get("started") is not None:
+        return _process_start(holder.get("pid")) != holder["started"]
+    return clock(file.parent) - files.changed_at(file) > LEASE_SECONDS
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process of this host started, in clock ticks since boot; None if it is gone, or dead but not reaped."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _boot_id() -> str:
+    """Names the set of processes that a pid is looked up in: this boot, and the container's pid namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""

@@ -1,0 +1,169 @@
+"""Merging and converting: what arrives is what was there, and what differs is refused."""
+
+import numpy as np
+import pytest
+
+from olavlm.cache import CorruptFeatures, FeatureStore, StoreError, convert, merge, pending, verify
+from olavlm.cache.codec import CODECS
+
+BAD = {5: "missing"}
+
+
+def test_two_halves_make_the_whole(small):
+    whole, left, right = small("whole").fill(BAD), small("left"), small("right")
+    left.commit(left.task(0), BAD)
+    for shard in (1, 2):
+        right.commit(right.task(shard), BAD)
+    done = merge(str(left.path), [str(right.path)])
+    assert [(t.key, t.copied, t.already_there, t.held) for t in done] == [("depth", 2, 0, 0)]
+    assert left.shards() == whole.shards()
+    assert left.records() == whole.records()
+    assert list(verify(left.group)) == []
+    assert [(t.copied, t.already_there) for t in merge(str(left.path), [str(right.path), str(whole.path)])] == [
+        (0, 2),
+        (0, 3),
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "compress"), [("float16", "none"), ("int8", "none"), ("int4", "zstd")])
+def test_into_a_store_that_is_not_there_yet(small, tmp_path, dtype, compress):
+    store = small(dtype=dtype, compress=compress).fill(BAD)
+    merge(str(tmp_path / "new"), [str(store.path)])
+    new = FeatureStore(tmp_path / "new")
+    assert new.rows.hash == store.builder.plan().hash
+    for shard in range(3):
+        assert new["depth"].record(shard).comparable() == store.group.record(shard).comparable()
+        for array in store.group.layout.arrays.values():
+            assert (
+                array.file(new["depth"].folder, shard).read_bytes()
+                == array.file(store.group.folder, shard).read_bytes()
+            )
+    np.testing.assert_array_equal(new["depth"].read(range(10))[0], store.group.read(range(10))[0])
+
+
+def test_more_valid_rows_win_and_the_target_s_stand_otherwise(small):
+    store, other = small("a").fill(BAD), small("b").fill()
+    merge(str(store.path), [str(other.path)])
+    assert store.group.coverage().quarantined == 0
+    assert store.records()[1]["revision"] == 1
+    merge(str(other.path), [str(small("c").fill(BAD).path)])
+    assert other.records()[1]["revision"] == 0
+    partial = small("d").fill(limit=9)
+    merge(str(partial.path), [str(other.path)])
+    assert partial.group.coverage().complete
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"rows": 9}, "has another plan than .*9 images in 1 segments there, .*10 images in 1 segments here"),
+        ({"dtype": "float16"}, "dtype is float32 there and float16 here"),
+        ({"shard_rows": 2}, "shard rows are 4 there and 2 here"),
+        ({"compress": "zstd"}, "compression is none there and zstd here"),
+        ({"shape": (3, 5)}, "dim is 4 there and 5 here"),
+    ],
+)
+def test_what_is_not_the_same_is_refused(small, options, rule):
+    store, other = small("a").fill(), small("b", **options).fill()
+    before = store.shards()
+    with pytest.raises(StoreError, match=rule):
+        merge(str(store.path), [str(other.path)])
+    assert store.shards() == before
+
+
+def test_damage_in_a_source_is_not_passed_on(small):
+    store, other = small("a"), small("b").fill()
+    data = bytearray(other.shard_file(1).read_bytes())
+    data[7] ^= 1
+    other.shard_file(1).write_bytes(data)
+    with pytest.raises(CorruptFeatures, match=r"row 4 \(photos/00004.jpg\)"):
+        merge(str(store.path), [str(other.path)])
+    assert sorted(store.records()) == [0]
+    assert list(verify(store.group)) == []
+    assert store.staged() == []
+
+
+def test_a_shard_that_another_is_writing_is_told_and_left_alone(small):
+    store, other = small("a"), small("b").fill()
+    task = store.task(1)
+    with store.writer().begin(1, (task.start, task.stop), task.segment):
+        (done,) = merge(str(store.path), [str(other.path)])
+    assert (done.copied, done.held) == (2, 1)
+    assert [t.shard for t in pending(store.group)] == [1]
+
+
+@pytest.mark.parametrize("compress", ["none", "zstd"])
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
+def test_converting_is_encoding_what_is_read(small, tmp_path, dtype, compress):
+    store = small(shape=(5, 8)).fill(BAD)
+    (done,) = convert(str(store.path), str(tmp_path / "new"), dtype=dtype, compress=compress)
+    assert (done.copied, done.held) == (3, 0)
+    new, codec = FeatureStore(tmp_path / "new")["depth"], CODECS[dtype]
+    assert (new.layout.dtype, new.layout.compress, new.card) == (dtype, compress, store.card)
+    values, valid = new.read(range(10))
+    assert valid.tolist() == [row not in BAD for row in range(10)]
+    fidelities = []
+    for row in np.flatnonzero(valid):
+        parts, _, fidelity = codec.encode(store.features[row])
+        np.testing.assert_array_equal(values[row], codec.decode(parts))
+        fidelities.append(fidelity)
+    assert new.failure(5).reason == "missing"
+    statistics = new.info()["statistics"]
+    assert statistics["cosine_worst"] == min(f.cosine for f in fidelities)
+    assert statistics["cosine_mean"] == pytest.approx(np.mean([f.cosine for f in fidelities]), abs=1e-12)
+    assert statistics["relative_error_worst"] == max(f.relative_error for f in fidelities)
+    assert [r.images_sha256 for r in map(new.record, range(3))] == [
+        r.images_sha256 for r in map(store.group.record, range(3))
+    ]
+    assert list(verify(new)) == []
+
+
+def test_an_archive_loses_nothing_and_comes_back(small, tmp_path):
+    store = small(dtype="float16").fill(BAD)
+    convert(str(store.path), str(tmp_path / "archive"), compress="zstd")
+    convert(str(tmp_path / "archive"), str(tmp_path / "back"))
+    back = FeatureStore(tmp_path / "back")["depth"]
+    for shard in range(3):
+        file = back.layout.arrays["features"].file(back.folder, shard)
+        assert file.read_bytes() == store.shard_file(shard).read_bytes()
+        assert back.record(shard).comparable() == store.group.record(shard).comparable()
+
+
+def test_converting_again_finishes_and_follows_what_came_later(small, tmp_path):
+    store = small().fill(BAD, limit=6)
+    target = str(tmp_path / "new")
+    convert(str(store.path), target, dtype="int8")
+    assert FeatureStore(target)["depth"].coverage().covered == 6
+    store.fill(BAD)
+    (done,) = convert(str(store.path), target, dtype="int8")
+    assert (done.copied, done.already_there) == (2, 1)
+    store.fill(retry_failed=True)
+    (done,) = convert(str(store.path), target, dtype="int8")
+    assert (done.copied, done.already_there) == (1, 2)
+    assert FeatureStore(target)["depth"].coverage().valid == 10
+
+
+def test_what_is_quantised_is_not_quantised_again(small, tmp_path):
+    store = small(dtype="int8").fill()
+    with pytest.raises(StoreError, match="is stored as int8: convert from float16 or float32, or keep the dtype"):
+        convert(str(store.path), str(tmp_path / "new"), dtype="int4")
+    convert(str(store.path), str(tmp_path / "new"), compress="zstd")
+    np.testing.assert_array_equal(
+        FeatureStore(tmp_path / "new")["depth"].read(range(10))[0], store.group.read(range(10))[0]
+    )
+
+
+def test_a_source_replaced_while_it_is_copied_is_told(small, tmp_path, monkeypatch):
+    store = small(rows=4).fill({0: "missing"})
+    group, read = store.group, type(store.group).read_stored
+
+    def replaced(self, rows, **options):
+        monkeypatch.setattr(type(group), "read_stored", read)
+        store.fill(retry_failed=True)
+        return read(self, rows, **options)
+
+    monkeypatch.setattr(type(group), "read_stored", replaced)
+    with pytest.raises(StoreError, match="was replaced while it was copied"):
+        convert(str(store.path), str(tmp_path / "new"))
+    convert(str(store.path), str(tmp_path / "new"))
+    assert FeatureStore(tmp_path / "new")["depth"].coverage().valid == 4
