@@ -21,7 +21,10 @@ from collections import deque
 from pathlib import Path
 
 from olavlm.cache import Dataset, FeatureStore, ImageRoots, LeaseHeld, ShardTask, StoreBuilder, pending
-from olavlm.cache.codec import DTYPES
+from olavlm.cache.codec import CODECS
+from olavlm.cache.files import is_local, location
+from olavlm.cache.lease import leased
+from olavlm.cache.shard import COMPRESSIONS
 from olavlm.student.signals import stop_requests
 from olavlm.teachers import GEOMETRIES, TeacherError, store_key
 from olavlm.teachers.base import resolve_device
@@ -49,13 +52,14 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument("--images", nargs="+", action="extend", required=True, metavar="[PREFIX=]DIR|ZIP|URL",
                    help="image roots; a root with PREFIX serves the paths that begin with it")  # fmt: skip
-    p.add_argument("--store", required=True, help="folder of the feature store; made if absent")
+    p.add_argument("--store", required=True, help="folder or fsspec URL of the feature store; made if absent")
     one = p.add_argument_group("with exactly one --teacher")
     one.add_argument("--model", help="hub id or local folder")
     one.add_argument("--revision", help="commit of the hub model")
     one.add_argument("--recipe", help="which features, e.g. depth: mean4 (default) or last")
     one.add_argument("--as", dest="key", help="name in the store (default: the teacher's, with its recipe)")
-    p.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the stored features (default float16)")
+    p.add_argument("--dtype", choices=list(CODECS), default="float16", help="of the stored features (default float16)")
+    p.add_argument("--compress", choices=COMPRESSIONS, default="none", help="zstd, row by row, for archives")
     p.add_argument("--geometry", choices=GEOMETRIES, default="reference", help="what a teacher sees of an image")
     p.add_argument("--shard-rows", type=_positive, help="rows a shard (default 128; 4096 for one-token teachers)")
     p.add_argument("--batch-size", type=_positive, default=16, help="images a forward (default 16)")
@@ -83,14 +87,16 @@ def teacher_specs(args: argparse.Namespace) -> list[TeacherSpec]:
     specs = []
     for text in args.teacher:
         name, eq, model = text.partition("=")
+        if (eq and not model) or args.model == "":
+            raise UsageError(f"--teacher {text}: the model is empty; name a hub id or a folder, or leave it out")
         if eq and args.model:
             raise UsageError(f"the model is given twice: --teacher {text} and --model {args.model}")
         try:
-            key = args.key or store_key(name, args.recipe)
+            key = store_key(name, args.recipe)  # which knows names and recipes; asked whatever the key is to be
         except TeacherError as e:
             raise UsageError(str(e)) from None
         model = _absolute_folder(model or args.model)
-        specs.append(TeacherSpec(key, name, model, args.revision, args.recipe, args.geometry))
+        specs.append(TeacherSpec(args.key or key, name, model, args.revision, args.recipe, args.geometry))
     if len({s.key for s in specs}) < len(specs):
         raise UsageError(f"two teachers want the same store key: {', '.join(s.key for s in specs)}")
     return specs
@@ -100,6 +106,7 @@ def teacher_specs(args: argparse.Namespace) -> list[TeacherSpec]:
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     specs = teacher_specs(args)
+    location(args.store)  # can it be opened here at all? teachers take long to load
     dataset = Dataset(args.data)
     images = dataset.images()
     if not len(images):
@@ -118,7 +125,12 @@ def main(argv: list[str] | None = None) -> int:
     tasks: list[ShardTask] = []
     for spec in specs:
         group = builder.ensure_teacher(
-            spec.key, cards[spec.key], dtype=args.dtype, shard_rows=args.shard_rows, replace=args.replace
+            spec.key,
+            cards[spec.key],
+            dtype=args.dtype,
+            shard_rows=args.shard_rows,
+            compress=args.compress,
+            replace=args.replace,
         )
         todo = pending(group, args.limit, retry_failed=args.retry_failed)
         rows = min(args.limit or plan.num_images, plan.num_images)
@@ -134,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
             stopped = str(e)
             sweep(builder, tasks)
         finally:
+            builder.index()
             record_run(builder.path, args, specs, tally, time.monotonic() - began)
     return summarise(builder.path, specs, args.limit, tally, time.monotonic() - began, stopped)
 
@@ -154,10 +167,10 @@ def run_tasks(args: argparse.Namespace, specs: list[TeacherSpec], device: str, t
             actor = ray.remote(ShardExtractor).options(**needs)
             threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
             settings = {"batch_size": args.batch_size, "device": device, "threads": threads}
-            images = [_absolute_root(i) for i in args.images]
+            images, store = [_absolute_root(i) for i in args.images], _absolute_store(args.store)
 
             def new_worker():
-                return actor.remote(str(Path(args.store).absolute()), specs, images, **settings)
+                return actor.remote(store, specs, images, **settings)
 
             idle = deque(new_worker() for _ in range(num_workers))
             queue, attempts, held = deque(tasks), dict.fromkeys(tasks, 0), {}
@@ -210,11 +223,16 @@ def _absolute_folder(model: str | None) -> str | None:
     return str(Path(model).absolute()) if model and Path(model).exists() else model
 
 
+def _absolute_store(text: str) -> str:
+    where = location(text)
+    return str(where.absolute() if is_local(where) else where)
+
+
 def _absolute_root(text: str) -> str:
-    prefix, eq, location = text.partition("=")
-    if not eq or "://" in prefix or Path(text).exists():
-        prefix, eq, location = "", "", text
-    return text if "://" in location else f"{prefix}{eq}{Path(location).absolute()}"
+    prefix, eq, root = text.partition("=")
+    if not eq or "://" in prefix or os.path.exists(text):  # noqa: PTH110 - a long URL is no error here
+        prefix, eq, root = "", "", text
+    return text if "://" in root else f"{prefix}{eq}{Path(root).absolute()}"
 
 
 def sweep(builder: StoreBuilder, tasks: list[ShardTask]) -> None:
@@ -222,8 +240,7 @@ def sweep(builder: StoreBuilder, tasks: list[ShardTask]) -> None:
     deadline = time.monotonic() + 10  # for killed actors to be gone
     for key in {t.key for t in tasks}:
         group = FeatureStore(builder.path)[key]
-        leases = group.folder / "leases"
-        for shard in sorted({t.shard for t in tasks if t.key == key and (leases / f"{t.shard:06d}").exists()}):
+        for shard in sorted(leased(group.folder / "leases").keys() & {t.shard for t in tasks if t.key == key}):
             while True:
                 try:
                     builder.writer(group).sweep(shard)

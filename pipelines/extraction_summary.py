@@ -9,11 +9,11 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
 from olavlm.cache import BadImage, FeatureStore, ImageRoots, StoreError
-from olavlm.cache.codec import DTYPES
-from olavlm.cache.files import publish
+from olavlm.cache.codec import CODECS
+from olavlm.cache.files import Location, is_local, location, publish
+from olavlm.cache.images import redacted
 from olavlm.cache.records import canonical_json
 
 from .cli import JobFailed, versions
@@ -44,7 +44,7 @@ class Tally:
 
 
 def summarise(
-    store: Path, specs: list[TeacherSpec], limit: int | None, tally: Tally, seconds: float, stopped: str | None
+    store: Location, specs: list[TeacherSpec], limit: int | None, tally: Tally, seconds: float, stopped: str | None
 ) -> int:
     """Print what was done and what is left; 1 if a wanted row is quarantined or missing."""
     opened = FeatureStore(store)
@@ -86,18 +86,26 @@ def _name_failures(bad: list[tuple[str, int, BadImage]]) -> None:
         print(f"... and {len(bad) - NAMED_FAILURES} more; olavlm-cache status lists them all", file=sys.stderr)
 
 
-def record_run(store: Path, args: argparse.Namespace, specs: list[TeacherSpec], tally: Tally, seconds: float) -> None:
+def record_run(
+    store: Location, args: argparse.Namespace, specs: list[TeacherSpec], tally: Tally, seconds: float
+) -> None:
     """Keep the resolved configuration, versions and cost of this run beside its output."""
     now = datetime.now(UTC)
     content = {
         "when": now.isoformat(timespec="seconds"),
-        "arguments": {k: v for k, v in vars(args).items() if v is not None},
+        "arguments": {k: _without_credentials(v) for k, v in vars(args).items() if v is not None},
         "teachers": [spec_dict(s) for s in specs],
         "versions": versions(),
         "seconds": seconds,
         "done": asdict(tally),
     }
     publish(store / "runs" / f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}.json", canonical_json(content) + b"\n")
+
+
+def _without_credentials(value: object) -> object:
+    if isinstance(value, list):
+        return [_without_credentials(v) for v in value]
+    return redacted(value) if isinstance(value, str) else value
 
 
 def dry_run(args: argparse.Namespace, teachers: dict, images, roots: ImageRoots, device: str) -> int:
@@ -111,14 +119,11 @@ def dry_run(args: argparse.Namespace, teachers: dict, images, roots: ImageRoots,
             failures.append(e)
     if not sample:
         raise JobFailed(f"none of the first {len(failures)} images can be read; the first: {failures[0]}")
-    folder = Path(args.store).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free, total, hours = shutil.disk_usage(folder).free, 0, 0.0
+    where, total, hours = location(args.store), 0, 0.0
     print(f"{rows} rows, {len(failures)} of the first {len(sample) + len(failures)} images cannot be read")
     for key, teacher in teachers.items():
         card = teacher.card
-        size = rows * card.tokens * card.dim * DTYPES[args.dtype].itemsize
+        size = rows * CODECS[args.dtype].row_bytes(card.tokens, card.dim)
         teacher.encode(sample[:1])  # warm up
         began = time.perf_counter()
         teacher.encode(sample)
@@ -126,7 +131,15 @@ def dry_run(args: argparse.Namespace, teachers: dict, images, roots: ImageRoots,
         total, hours = total + size, hours + rows / rate / 3600
         print(f"{key}: {card.tokens} x {card.dim} {args.dtype}, {size / 1e9:.3f} GB, {rate:.2f} rows/s a worker, "
               f"ETA {rows / rate / 3600:.2f} h with one worker")  # fmt: skip
-    print(f"all: {total / 1e9:.3f} GB of {free / 1e9:.1f} GB free at {folder}, {hours:.2f} h with one {device} worker")
+    effort = f"{hours:.2f} h with one {device} worker"
+    if not is_local(where):
+        print(f"all: {total / 1e9:.3f} GB to {where}, whose free space is unknown, {effort}")
+        return 0
+    folder = where.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    print(f"all: {total / 1e9:.3f} GB of {free / 1e9:.1f} GB free at {folder}, {effort}")
     if total > free:
         raise StoreError(
             f"{folder} has {free / 1e9:.1f} GB free, the features need {total / 1e9:.1f} GB; use another disk"

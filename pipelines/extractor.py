@@ -143,7 +143,7 @@ class ShardExtractor:
             quarantined=task.num_rows - record.num_valid,
             seconds=time.perf_counter() - began,
             forward_seconds=forward_seconds,
-            bytes=(record.file or {"size": 0})["size"],
+            bytes=record.bytes,
         )
 
     def _prepared_batches(self, teacher: Teacher, images: list[str]) -> Iterator[list[Prepared]]:

@@ -1,8 +1,16 @@
-"""olavlm-cache: make a plan, and look into a feature store.
+"""olavlm-cache: make a plan, look into a feature store, and keep it sound.
 
-olavlm-cache plan features --data pt.json      make the plan, or extend it by new images
-olavlm-cache status features                   coverage, and every quarantined image with its reason
-olavlm-cache info features --json              cards, shapes, dtypes, sizes, plan
+olavlm-cache plan features --data pt.json              make the plan, or extend it by new images
+olavlm-cache status features                           coverage, failures by reason, bytes; a running job's ETA
+olavlm-cache info features --json                      cards, shapes, dtypes, codecs, sizes, statistics, plan
+olavlm-cache verify features --live 16                 every checksum, then the teachers again on 16 random rows
+olavlm-cache repair features                           extract again exactly what is broken
+olavlm-cache convert features small --dtype int8       another storage dtype, or --compress zstd for an archive
+olavlm-cache merge features from-a from-b              stores of one plan, filled on several machines, into one
+olavlm-cache gc features                               left-overs of killed writers
+olavlm-cache drop features seg                         one teacher
+
+STORE is a folder or an fsspec URL. Everything takes --json.
 """
 
 from __future__ import annotations
@@ -10,39 +18,99 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 
-from olavlm.cache import Dataset, FeatureStore, StoreBuilder
+from olavlm.cache import Dataset, FeatureStore, Finding, StoreBuilder, TeacherFeatures, convert, merge, verify
+from olavlm.cache.codec import CODECS
+from olavlm.cache.errors import MissingFeatures, printable
+from olavlm.cache.garbage import YOUNG_SECONDS, collect
+from olavlm.cache.lease import is_live, leased
+from olavlm.cache.shard import COMPRESSIONS
+from olavlm.cache.verify import open_teachers, shards_to_verify
 
-from .cli import JobFailed, command
+from .cli import JobFailed, Progress, command
+
+RATE_SECONDS = 900.0  # a running job's rate is that of its shards committed in this time
+SHOWN = 20  # findings and failures printed a teacher; --json has them all
+
+Answer = tuple[dict, str, bool]
+"""What a command found as JSON and as text, and whether all is well."""
 
 
 def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="olavlm-cache",
-        description="Make a plan, and look into a feature store.",
-        epilog="example: olavlm-cache status features --json",
+        description="Make a plan, look into a feature store, and keep it sound.",
+        epilog="example: olavlm-cache verify features --live 16 --json",
     )
     commands = p.add_subparsers(dest="command", required=True)
-    plan = commands.add_parser("plan", help="make the plan of a dataset, or extend it by the images that are new")
-    plan.add_argument("--data", nargs="+", action="extend", metavar="FILE", help="LLaVA files; without, show the plan")
-    status = commands.add_parser("status", help="coverage and quarantined images of every teacher")
-    info = commands.add_parser("info", help="cards, shapes, dtypes, sizes, plan")
-    for sub in (plan, status, info):
-        sub.add_argument("store", metavar="STORE")
+
+    def add(name: str, text: str, run: Callable[[argparse.Namespace], Answer]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("store", metavar="STORE", help="folder or fsspec URL")
         sub.add_argument("--json", action="store_true", help="machine-readable output")
+        sub.set_defaults(run=run)
+        return sub
+
+    def teachers(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--teacher", action="append", metavar="KEY", help="only this one; repeat for several")
+
+    def extraction(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--images", nargs="+", action="extend", metavar="[PREFIX=]DIR|ZIP|URL",
+                         help="image roots (default: those of the newest extraction into the store)")  # fmt: skip
+        sub.add_argument("--model", action="append", default=[], metavar="KEY=MODEL",
+                         help="where a teacher's model is now, if not where its card says")  # fmt: skip
+        sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+    sub = add("plan", "make the plan of a dataset, or extend it by the images that are new", plan)
+    sub.add_argument("--data", nargs="+", action="extend", metavar="FILE", help="LLaVA files; without, show the plan")
+    add("status", "coverage, failures by reason, bytes, and rate and ETA of a running job", status)
+    add("info", "cards, shapes, dtypes, codecs, sizes, statistics, plan", info)
+    sub = add("verify", "find every byte that is not what was written; exit status 1 if there is one", verify_store)
+    teachers(sub)
+    sub.add_argument("--fast", action="store_true", help="records and sizes only, not every checksum")
+    sub.add_argument("--live", type=int, default=0, metavar="N",
+                     help="also run the teacher on N random rows and compare: cosine at least 0.999")  # fmt: skip
+    sub.add_argument("--seed", type=int, help="of the random rows (default: drawn, and printed)")
+    extraction(sub)
+    sub = add("repair", "extract again exactly what verify finds broken", repair)
+    teachers(sub)
+    extraction(sub)
+    sub.add_argument("--fast", action="store_true", help="what records and sizes show, not every checksum")
+    sub.add_argument("--workers", type=int, help="actors (default: one a GPU, or one a CPU core)")
+    sub.add_argument("--address", help="of a Ray cluster")
+    sub = add(
+        "convert", "write the features to another store in another storage dtype, and say what it cost", convert_store
+    )
+    sub.add_argument("target", metavar="OUT", help="the store to write; run again to finish it")
+    sub.add_argument(
+        "--dtype", choices=list(CODECS), help="int8 halves float16, int4 quarters it (default: as they are)"
+    )
+    sub.add_argument("--compress", choices=COMPRESSIONS, default="none", help="zstd, row by row, for archives")
+    teachers(sub)
+    sub = add("merge", "copy into STORE the shards that it lacks and SOURCE has", merge_stores)
+    sub.add_argument("sources", nargs="+", metavar="SOURCE", help="stores of the same plan and teachers")
+    sub = add("gc", "remove left-overs of killed writers and what was superseded", gc)
+    sub.add_argument("--older-than", type=float, default=YOUNG_SECONDS, metavar="SECONDS",
+                     help=f"age of private files to remove (default {YOUNG_SECONDS:.0f})")  # fmt: skip
+    sub.add_argument("--dry-run", action="store_true", help="only say what would go")
+    sub = add("drop", "remove one teacher's features", drop)
+    sub.add_argument("teacher", metavar="KEY")
     return p
 
 
 @command("olavlm-cache")
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
-    value, text = {"plan": plan, "status": status, "info": info}[args.command](args)
+    value, text, sound = args.run(args)
     print(json.dumps(value, indent=1) if args.json else text)
-    return 0
+    return 0 if sound else 1
 
 
-def plan(args: argparse.Namespace) -> tuple[dict, str]:
+def plan(args: argparse.Namespace) -> Answer:
     added = 0
     if args.data:
         images = Dataset(args.data).images()
@@ -57,32 +125,63 @@ def plan(args: argparse.Namespace) -> tuple[dict, str]:
         "segments": [{"start": s.start, "images": len(s.images), "sha256": s.hash} for s in rows.segments],
     }
     text = f"plan {rows.hash[:12]}: {rows.num_images} images in {len(rows.segments)} segments, {added} added now"
-    return value, text
+    return value, text, True
 
 
-def status(args: argparse.Namespace) -> tuple[dict, str]:
+def status(args: argparse.Namespace) -> Answer:
     store = FeatureStore(args.store)
     value: dict = {"images": store.rows.num_images, "teachers": {}}
     lines = [f"{args.store}: {store.rows.num_images} images, {len(store)} teachers"]
-    for key, group in store.items():
-        coverage = group.coverage()
+    for group in open_teachers(store):
+        if isinstance(group, Finding):
+            value["teachers"][group.key] = {"damaged": group.detail}
+            lines.append(str(group))
+            continue
+        ledger, coverage, job = group.ledger(), group.coverage(), running_job(group)
         failures = [
             {"row": row, "image": f.image, "reason": f.reason, "detail": f.detail} for row, f in group.failures()
         ]
-        value["teachers"][key] = {
+        value["teachers"][group.key] = {
             **asdict(coverage),
             "covered": coverage.covered,
             "missing": coverage.missing,
             "complete": coverage.complete,
-            "bytes": coverage.valid * group.layout.row_bytes,
+            "bytes": ledger.bytes,
+            "running": job,
+            "damaged_shards": {str(shard): why for shard, why in ledger.damaged.items()},
             "failures": failures,
         }
-        lines.append(f"{key}: {coverage}, {coverage.valid * group.layout.row_bytes / 1e6:.1f} MB of features")
-        lines += [f"  row {f['row']} {f['image']}: {f['reason']}" for f in failures]
-    return value, "\n".join(lines)
+        lines.append(f"{group.key}: {coverage}, {_size(ledger.bytes)} in {ledger.table.num_rows} shards")
+        if job:
+            rate, eta = job["rows_per_second"], job["eta_seconds"]
+            pace = f"{rate:.2f} rows/s, ETA {eta / 3600:.2f} h" if rate else "no shard committed lately"
+            lines.append(f"  running: {job['shards']} shards at work, {pace}")
+        lines += [f"  damaged: {why}" for why in list(ledger.damaged.values())[:SHOWN]]
+        lines += [f"  row {f['row']} {printable(f['image'])}: {f['reason']}" for f in failures]
+    return value, "\n".join(lines), True
 
 
-def info(args: argparse.Namespace) -> tuple[dict, str]:
+def running_job(group: TeacherFeatures) -> dict | None:
+    """Shards at work, rows/s of those committed lately, and seconds until the whole plan is covered at that rate."""
+    shards = [shard for shard, lease in leased(group.folder / "leases").items() if is_live(lease)]
+    if not shards:
+        return None
+    ledger = group.ledger()
+    rows = dict(zip(ledger.table["shard"].to_pylist(), (ledger.stops - ledger.starts).tolist(), strict=True))
+    now = time.time()
+    lately = sorted((at, rows[s]) for s, at in ledger.times.items() if s in rows and now - at < RATE_SECONDS)
+    rate = None
+    if len(lately) > 1 and lately[-1][0] > lately[0][0]:  # the first one's rows were done before the time began
+        rate = sum(n for _, n in lately[1:]) / (lately[-1][0] - lately[0][0])
+    missing = group.coverage().missing
+    return {
+        "shards": len(shards),
+        "rows_per_second": rate,
+        "eta_seconds": missing / rate if rate else None,
+    }
+
+
+def info(args: argparse.Namespace) -> Answer:
     store = FeatureStore(args.store)
     value = {
         "store": str(store.path),
@@ -90,13 +189,170 @@ def info(args: argparse.Namespace) -> tuple[dict, str]:
         "teachers": {key: group.info() for key, group in store.items()},
     }
     lines = [f"{args.store}: plan {store.rows.hash[:12]}, {store.rows.num_images} images"]
-    for key, group in store.items():
+    for key, about in value["teachers"].items():
+        packed = "" if about["compress"] == "none" else f" + {about['compress']}"
+        lines.append(
+            f"{key}: shape {tuple(about['shape'])}, {about['dtype']}{packed}, {about['shard_rows']} rows a shard, "
+            f"{about['row_bytes']} bytes a row, {about['shards']} shards, {_size(about['bytes'])}"
+        )
+        lines.append(f"  statistics: {json.dumps(about['statistics'])}")
+        lines += [f"  {name}: {json.dumps(v)}" for name, v in about["card"].items()]
+    return value, "\n".join(lines), True
+
+
+def verify_store(args: argparse.Namespace) -> Answer:
+    store = _opened(args)
+    findings, checked = find_damage(store, args.teacher, fast=args.fast)
+    value: dict = {"store": str(store.path), "fast": args.fast, "checked": checked}
+    lines = []
+    if args.live:
+        from .reextract import compare_live
+
+        live, wrong = compare_live(store, args)
+        value["live"] = live
+        findings += wrong
         lines += [
-            f"{key}: shape {group.shape}, {group.dtype}, {group.layout.shard_rows} rows a shard, "
-            f"{group.layout.row_bytes} bytes a row",
-            *(f"  {name}: {json.dumps(v)}" for name, v in group.card.items()),
+            f"{key}: {n['rows']} rows run again (seed {live['seed']}), cosine {n['worst']:.6f} at worst"
+            for key, n in live["teachers"].items()
+            if n["rows"]
         ]
-    return value, "\n".join(lines)
+    value |= {"sound": not findings, "findings": [asdict(f) for f in findings]}
+    what = "records and sizes" if args.fast else "every checksum"
+    lines = [f"{key}: {n['shards']} shards, {n['rows']} rows, {what}" for key, n in checked.items()] + lines
+    lines += _named(findings)
+    lines.append(f"{len(findings)} findings; olavlm-cache repair {args.store} does them again" if findings else "sound")
+    return value, "\n".join(lines), not findings
+
+
+def find_damage(store: FeatureStore, keys: list[str] | None, *, fast: bool) -> tuple[list[Finding], dict]:
+    """Every finding of `verify`, and what was looked at: shards and rows a teacher."""
+    findings, checked = [], {}
+    for group in open_teachers(store, keys):
+        if isinstance(group, Finding):
+            findings.append(group)
+            continue
+        shards = shards_to_verify(group)
+        progress = Progress(len(shards), "shards", f"verifying {group.key}")
+        findings += verify(group, fast=fast, on_shard=lambda shard, bar=progress: bar.update(1))
+        progress.close()
+        checked[group.key] = {"shards": len(shards), "rows": group.coverage().covered}
+    return findings, checked
+
+
+def repair(args: argparse.Namespace) -> Answer:
+    from .reextract import repair_store
+
+    store = _opened(args)
+    findings, _ = find_damage(store, args.teacher, fast=args.fast)
+    if not findings:
+        return {"findings": [], "repaired": {}, "sound": True}, "sound: nothing to repair", True
+    print("\n".join(_named(findings)), file=sys.stderr)
+    repaired = repair_store(store, findings, args)
+    left, _ = find_damage(FeatureStore(args.store), sorted(repaired), fast=args.fast)
+    value = {
+        "findings": [asdict(f) for f in findings],
+        "repaired": repaired,
+        "left": [asdict(f) for f in left],
+        "sound": not left,
+    }
+    done = ", ".join(f"{key} shards {', '.join(map(str, shards))}" for key, shards in repaired.items())
+    return value, "\n".join([f"extracted again: {done}", *_named(left)]), not left
+
+
+def convert_store(args: argparse.Namespace) -> Answer:
+    source = _opened(args)
+    keys = args.teacher or source.teachers
+    progress = Progress(sum(source[key].coverage().covered for key in keys), "rows", "converting")
+    done = convert(args.store, args.target, dtype=args.dtype, compress=args.compress, keys=keys,
+                   on_shard=lambda key, rows: progress.update(rows))  # fmt: skip
+    progress.close()
+    target, value, lines = FeatureStore(args.target), {"store": args.store, "target": args.target, "teachers": {}}, []
+    for transfer in done:
+        before, after = source[transfer.key].info(), target[transfer.key].info()
+        saved = 1 - after["bytes"] / before["bytes"] if before["bytes"] else 0.0
+        value["teachers"][transfer.key] = {
+            **asdict(transfer),
+            "from": {k: before[k] for k in ("dtype", "compress", "bytes")},
+            "to": {k: after[k] for k in ("dtype", "compress", "bytes")},
+            "saved": saved,
+            "fidelity": {k: v for k, v in after["statistics"].items() if not k.startswith("norm")},
+        }
+        fidelity = value["teachers"][transfer.key]["fidelity"]
+        lines.append(
+            f"{transfer.key}: {before['dtype']} {_size(before['bytes'])} to {after['dtype']} {_size(after['bytes'])}, "
+            f"{100 * saved:.1f} % saved"
+            + (
+                f"; cosine {fidelity['cosine_mean']:.6f} mean, {fidelity['cosine_worst']:.6f} worst, relative error "
+                f"{fidelity['relative_error_mean']:.2e} mean, {fidelity['relative_error_worst']:.2e} worst"
+                if fidelity
+                else ""
+            )
+        )
+    return value, "\n".join(lines + _held(done)), not any(t.held for t in done)
+
+
+def merge_stores(args: argparse.Namespace) -> Answer:
+    rows = sum(g.coverage().covered for s in args.sources for g in FeatureStore(s).values())
+    progress = Progress(rows, "rows", "merging")
+    done = merge(args.store, args.sources, on_shard=lambda key, rows: progress.update(rows))
+    progress.close()
+    store = FeatureStore(args.store)
+    value = {
+        "store": args.store,
+        "sources": args.sources,
+        "transfers": [asdict(t) for t in done],
+        "teachers": {key: asdict(group.coverage()) for key, group in store.items()},
+    }
+    lines = [f"{t.key}: {t.copied} shards copied, {t.already_there} there already" for t in done]
+    lines += [f"{key}: {group.coverage()}" for key, group in store.items()]
+    return value, "\n".join(lines + _held(done)), not any(t.held for t in done)
+
+
+def gc(args: argparse.Namespace) -> Answer:
+    found = list(collect(args.store, older_than=args.older_than, dry_run=args.dry_run))
+    counts, sizes = Counter(), Counter()
+    for item in found:
+        counts[item.what] += 1
+        sizes[item.what] += item.bytes
+    total = sum(sizes.values())
+    value = {"dry_run": args.dry_run, "bytes": total, "items": [asdict(item) for item in found]}
+    lines = [f"{n} {what}, {_size(sizes[what])}" for what, n in sorted(counts.items())]
+    verb = "would be removed" if args.dry_run else "removed"
+    return value, "\n".join([*lines, f"{len(found)} items, {_size(total)} {verb}"]), True
+
+
+def drop(args: argparse.Namespace) -> Answer:
+    store = FeatureStore(args.store)
+    size = store[args.teacher].ledger().bytes if args.teacher in store.teachers else 0
+    StoreBuilder(args.store).drop(args.teacher)
+    value = {"store": args.store, "dropped": args.teacher, "bytes": size, "left": FeatureStore(args.store).teachers}
+    return value, f"{args.teacher}: dropped, {_size(size)}; left: {', '.join(value['left']) or 'none'}", True
+
+
+def _opened(args: argparse.Namespace) -> FeatureStore:
+    store = FeatureStore(args.store)
+    for key in args.teacher or []:
+        if key not in store.teachers:
+            raise MissingFeatures(f"{args.store} has no features '{key}'; it has {', '.join(store.teachers) or 'none'}")
+    return store
+
+
+def _named(findings: list[Finding]) -> list[str]:
+    rest = [f"... and {len(findings) - SHOWN} more; --json lists them all"] if len(findings) > SHOWN else []
+    return [str(f) for f in findings[:SHOWN]] + rest
+
+
+def _held(done: list) -> list[str]:
+    held = sum(t.held for t in done)
+    return [f"{held} shards are being written by another; run the same command again"] if held else []
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
 
 
 if __name__ == "__main__":

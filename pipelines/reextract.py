@@ -1,0 +1,176 @@
+"""The teachers once more: on a few rows to compare with what is stored, and on the shards that are broken.
+
+What is needed to load a teacher is on its card, and where the images were, and in which batches they went, is in the
+record of the extraction (STORE/runs). Both can be given anew, for a store that has moved to another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import secrets
+from pathlib import Path
+
+import numpy as np
+
+from olavlm.cache import BadImage, FeatureStore, Finding, ImageRoots, StoreBuilder, TeacherFeatures, pending
+from olavlm.cache import files as cache_files
+from olavlm.cache.display import extracted_from
+from olavlm.cache.images import decode_rgb
+from olavlm.teachers import Teacher
+from olavlm.teachers.base import resolve_device
+
+from .cli import JobFailed, UsageError
+from .extractor import TeacherSpec
+
+LIVE_COSINE = 0.999  # of a stored row with the teacher's answer of now
+BATCH = 8
+
+
+def compare_live(store: FeatureStore, args: argparse.Namespace) -> tuple[dict, list[Finding]]:
+    """Run every wanted teacher on `args.live` random valid rows; what is less alike than `LIVE_COSINE` is a finding.
+
+    An image whose bytes are not those of the extraction, or that cannot be read now, is one too.
+    """
+    seed = args.seed if args.seed is not None else secrets.randbits(32)
+    roots, answer, wrong = image_roots(store, args.images), {"seed": seed, "teachers": {}}, []
+    for key in args.teacher or store.teachers:
+        group, rng = store[key], np.random.default_rng(seed)
+        rows = group.plan.rows[group.ledger().covered(group.plan.rows)]
+        rows = rows[~np.isin(rows, group.ledger().failures.rows)]
+        rows = np.sort(rng.choice(rows, min(args.live, len(rows)), replace=False)) if len(rows) else rows
+        teacher = load_again(group, args) if len(rows) else None
+        worst = 1.0
+        for start in range(0, len(rows), BATCH):
+            alike, found = _compare(group, teacher, roots, rows[start : start + BATCH].tolist())
+            worst, wrong = min([worst, *alike]), wrong + found
+        answer["teachers"][key] = {"rows": len(rows), "worst": worst}
+    return answer, wrong
+
+
+def _compare(
+    group: TeacherFeatures, teacher: Teacher, roots: ImageRoots, rows: list[int]
+) -> tuple[list[float], list[Finding]]:
+    pictures, alike, found = {}, [], []
+
+    def tell(row: int, detail: str) -> None:
+        shard = group.layout.shard_of(row)
+        found.append(Finding(group.key, shard, "live", f"row {row} ({group.plan.image_of(row)}): {detail}"))
+
+    for row in rows:
+        image, record = group.plan.image_of(row), group.record(group.layout.shard_of(row))
+        try:
+            data = roots.read(image)
+            pictures[row] = decode_rgb(data, image)
+        except BadImage as e:
+            tell(row, f"the image cannot be read now: {e.reason}")
+            continue
+        if hashlib.sha256(data).hexdigest() != record.images_sha256[row - record.rows[0]]:
+            tell(row, "the image is not the one that was extracted")
+    answers = teacher.encode(list(pictures.values())).numpy() if pictures else ()
+    for row, answer in zip(pictures, answers, strict=True):
+        stored, fresh = group[row].ravel().astype(np.float64), answer.ravel().astype(np.float64)
+        norms = np.linalg.norm(stored) * np.linalg.norm(fresh)
+        cosine = float(stored @ fresh / norms) if norms else float(np.array_equal(stored, fresh))
+        alike.append(cosine)
+        if cosine < LIVE_COSINE:
+            tell(row, f"cosine {cosine:.6f} with the teacher's answer of now, at least {LIVE_COSINE} is expected")
+    return alike, found
+
+
+def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Namespace) -> dict[str, list[int]]:
+    """Withdraw the shards with findings and extract them again; the shards done, by teacher.
+
+    Raises `JobFailed` for what extracting again does not mend, and for a teacher that is not the one of the card.
+    Nothing is withdrawn before the teachers and the image roots are known to be there.
+    """
+    from .extract import run_tasks
+    from .extraction_summary import Tally
+
+    beyond = [f for f in findings if f.shard is None]
+    if beyond:
+        raise JobFailed(
+            f"{beyond[0]}: this is not mended by extracting again; restore the file from a copy, or olavlm-cache drop "
+            f"{args.store} {beyond[0].key} and extract it anew"
+        )
+    broken: dict[str, set[int]] = {}
+    for finding in findings:
+        broken.setdefault(finding.key, set()).add(finding.shard)
+    image_roots(store, args.images)
+    device, specs, batches = str(resolve_device(args.device)), [], set()
+    for key in broken:
+        load_again(store[key], args)
+        specs.append(spec_of(store[key], args))
+        batches.add(recorded_arguments(store, key).get("batch_size", 16))
+    if len(batches) > 1:
+        raise JobFailed(
+            f"the teachers {', '.join(broken)} were extracted in batches of {sorted(batches)}; repair one at a time, "
+            "with --teacher"
+        )
+    builder, tasks = StoreBuilder(args.store), []
+    for key, shards in broken.items():
+        for shard in sorted(shards):
+            builder.writer(store[key]).sweep(shard, withdraw_all=True)
+        tasks += [t for t in pending(FeatureStore(args.store)[key]) if t.shard in shards]
+    tally = Tally()
+    run = argparse.Namespace(
+        address=args.address,
+        workers=args.workers,
+        images=args.images or extracted_from(store),
+        store=args.store,
+        batch_size=batches.pop(),
+    )
+    run_tasks(run, specs, device, tasks, tally)
+    builder.index()
+    if tally.failed_shards:
+        raise JobFailed(f"{len(tally.failed_shards)} shards were given up: {tally.failed_shards[0]}")
+    return {key: sorted(shards) for key, shards in broken.items()}
+
+
+def image_roots(store: FeatureStore, given: list[str] | None) -> ImageRoots:
+    roots = given or extracted_from(store)
+    if not roots:
+        raise JobFailed(f"where the images of {store.path} are is not on record, or they have moved: give --images")
+    return ImageRoots(roots)
+
+
+def load_again(group: TeacherFeatures, args: argparse.Namespace) -> Teacher:
+    """The teacher of a group's card; `JobFailed` if what loads now is another."""
+    teacher = spec_of(group, args).load(str(resolve_device(args.device)))
+    if teacher.card.fingerprint() != group.fingerprint:
+        raise JobFailed(
+            f"{teacher.card.model} is not the teacher that filled {group.folder} ({group.card['model']}): its weights, "
+            f"recipe or geometry differ; name the right one with --model {group.key}=MODEL"
+        )
+    return teacher
+
+
+def spec_of(group: TeacherFeatures, args: argparse.Namespace) -> TeacherSpec:
+    card, models = group.card, {}
+    for text in args.model:
+        key, eq, model = text.partition("=")
+        if not (eq and key and model):
+            raise UsageError(f"--model {text}: give KEY=MODEL, as in --model {group.key}=checkpoints/{group.key}")
+        models[key] = str(Path(model).absolute()) if Path(model).exists() else model
+    moved = group.key in models
+    return TeacherSpec(
+        group.key,
+        card["name"],
+        models.get(group.key, card["model"]),
+        None if moved else card.get("revision"),
+        card["recipe"]["name"],
+        card["geometry"],
+    )
+
+
+def recorded_arguments(store: FeatureStore, key: str) -> dict:
+    """The arguments of the newest extraction of a teacher; {} if there is no record of one."""
+    for name in reversed(cache_files.names(store.path / "runs")):
+        try:
+            run = json.loads(cache_files.read(store.path / "runs" / name))
+            if any(t["key"] == key for t in run["teachers"]):
+                return run["arguments"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    return {}

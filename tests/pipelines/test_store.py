@@ -1,0 +1,240 @@
+"""olavlm-cache as its users see it: answers, exit status, and what it leaves behind."""
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from olavlm.cache import FeatureStore, StoreBuilder, pending
+from olavlm.pipelines.store import main, running_job
+
+BATCH = 4  # rows a shard of the shared stores, and their batch
+
+
+@pytest.fixture
+def store(store32, tmp_path):
+    """A copy of the shared store, depth, gen and seg in float32."""
+    return shutil.copytree(store32, tmp_path / "features")
+
+
+@pytest.fixture
+def answer(capsys):
+    """answer(command, ...) -> (exit status, what it prints with --json)."""
+
+    def ask(*words) -> tuple[int, dict]:
+        status = main([str(w) for w in (*words, "--json")])
+        return status, json.loads(capsys.readouterr().out)
+
+    return ask
+
+
+def shard_files(folder) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.glob("*/*/c/**/*")) if f.is_file()}
+
+
+def flip(file, at: int = 100) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+def commit_anew(folder, key: str, shard: int, change) -> None:
+    """Replace a shard by other features, with all its checksums right."""
+    group = FeatureStore(folder)[key]
+    record, rows = group.record(shard), list(range(*group.record(shard).rows))
+    values, _ = group.read(rows)
+    with StoreBuilder(folder).writer(group).begin(shard, record.rows, record.segment) as new:
+        for row, sha256 in zip(rows, record.images_sha256, strict=True):
+            new.append(change(values[row - rows[0]]), image_sha256=sha256)
+        new.commit()
+
+
+class TestStatusAndInfo:
+    def test_what_they_say(self, store, answer, capsys):
+        status, value = answer("status", store)
+        assert status == 0
+        assert value["images"] == 10
+        depth = value["teachers"]["depth"]
+        assert (depth["valid"], depth["missing"], depth["complete"], depth["running"]) == (10, 0, True, None)
+        assert depth["bytes"] == sum(len(b) for name, b in shard_files(store).items() if name.startswith("depth"))
+        _, about = answer("info", store)
+        depth = about["teachers"]["depth"]
+        assert depth["shape"] == [10, 576, 32]
+        assert (depth["dtype"], depth["compress"], depth["shards"]) == ("float32", "none", 3)
+        assert depth["statistics"]["cosine_mean"] == 1.0
+        assert depth["card"] == FeatureStore(store)["depth"].card
+        assert main(["status", str(store)]) == main(["info", str(store)]) == 0
+        text = capsys.readouterr().out
+        assert "shape (10, 576, 32), float32, 4 rows a shard" in text
+
+    def test_damage_is_told_and_counts_as_missing(self, store, answer, capsys):
+        (store / "depth" / "commits" / "000001.0.json").write_bytes(b"{")
+        (store / "gen" / "zarr.json").write_bytes(b"{")
+        status, value = answer("status", store)
+        assert status == 0
+        assert value["teachers"]["depth"]["missing"] == 4
+        assert list(value["teachers"]["depth"]["damaged_shards"]) == ["1"]
+        assert "damaged" in value["teachers"]["gen"]
+        assert value["teachers"]["seg"]["complete"]
+        main(["status", str(store)])
+        assert "commits/000001.0.json is damaged" in capsys.readouterr().out
+
+    def test_a_running_job_has_a_rate_and_an_eta(self, store, monkeypatch):
+        builder = StoreBuilder(store)
+        group = FeatureStore(store)["depth"]
+        assert running_job(group) is None
+        for shard in range(3):
+            builder.writer(group).sweep(shard, withdraw_all=True)
+        tasks = pending(FeatureStore(store)["depth"])
+        for task in tasks[:2]:
+            with builder.writer(group).begin(task.shard, (task.start, task.stop), task.segment) as shard:
+                for _ in range(task.num_rows):
+                    shard.append(np.zeros((576, 32), np.float32), image_sha256=None)
+                shard.commit()
+        with builder.writer(group).begin(2, (8, 10), tasks[2].segment):
+            ledger = group.ledger()
+            ledger.times.update({0: time.time() - 10, 1: time.time() - 8})  # 4 rows in these two seconds
+            monkeypatch.setattr(type(group), "ledger", lambda self: ledger)
+            job = running_job(group)
+        assert job["shards"] == 1
+        assert job["rows_per_second"] == pytest.approx(2, rel=0.05)
+        assert job["eta_seconds"] == pytest.approx(1, rel=0.05)  # two rows are missing
+
+
+class TestVerify:
+    def test_sound(self, store, answer):
+        for options in ([], ["--fast"], ["--teacher", "gen"]):
+            status, value = answer("verify", store, *options)
+            assert (status, value["sound"], value["findings"]) == (0, True, [])
+        assert list(value["checked"]) == ["gen"]
+
+    def test_a_flipped_bit_is_found_and_not_by_fast(self, store, answer, capsys):
+        flip(store / "seg" / "features" / "c" / "1" / "0" / "0")
+        status, value = answer("verify", store)
+        assert status == 1
+        assert {(f["key"], f["shard"], f["kind"]) for f in value["findings"]} == {("seg", 1, "row"), ("seg", 1, "file")}
+        assert answer("verify", store, "--fast")[0] == 0
+        assert main(["verify", str(store)]) == 1
+        assert "seg shard 1: row: features of row 4" in capsys.readouterr().out
+
+    def test_live_finds_what_no_checksum_can(self, store, sample_images, answer):
+        live = ["--live", 10, "--images", sample_images, "--teacher", "gen"]
+        status, value = answer("verify", store, *live)
+        assert (status, value["live"]["teachers"]["gen"]["rows"]) == (0, 10)
+        assert value["live"]["teachers"]["gen"]["worst"] > 0.9999
+        commit_anew(store, "gen", 1, lambda row: np.roll(row, 1, axis=-1))
+        assert answer("verify", store)[0] == 0  # the control: every checksum is right
+        status, value = answer("verify", store, *live, "--seed", 7)
+        assert (status, value["live"]["seed"]) == (1, 7)
+        assert {(f["shard"], f["kind"]) for f in value["findings"]} == {(1, "live")}
+        assert len(value["findings"]) == 4
+
+    def test_live_finds_an_image_that_changed_and_one_that_is_gone(self, store, sample_images, tmp_path, answer):
+        images = shutil.copytree(sample_images, tmp_path / "images")
+        plan = FeatureStore(store).rows
+        (images / plan.image_of(2)).unlink()
+        shutil.copy(images / plan.image_of(4), images / plan.image_of(3))
+        status, value = answer("verify", store, "--live", 10, "--images", images, "--teacher", "gen")
+        assert status == 1
+        details = " ".join(f["detail"] for f in value["findings"])
+        assert "the image cannot be read now: missing" in details
+        assert "the image is not the one that was extracted" in details
+        assert {f"row {r} " in details for r in (2, 3)} == {True}
+
+    def test_another_teacher_is_not_compared_with(self, store, sample_images, tiny, tmp_path, capsys):
+        from olavlm.teachers.tiny import make_tiny
+
+        other = make_tiny(tmp_path / "other", seed=1)["gen"]
+        words = ["verify", store, "--live", "2", "--images", sample_images, "--teacher", "gen"]
+        assert main([str(w) for w in [*words, "--model", f"gen={other}"]]) == 1
+        assert "is not the teacher that filled" in capsys.readouterr().err
+        assert main([str(w) for w in [*words, "--model", "gen"]]) == 2
+        assert main([str(w) for w in [*words, "--model", f"gen={tiny['gen']}"]]) == 0
+
+
+def test_repair_does_again_exactly_what_is_broken(store, sample_images, answer, capsys):
+    before = shard_files(store)
+    untouched = store / "depth" / "commits" / "000001.0.json"
+    record = untouched.read_bytes()
+    flip(store / "depth" / "features" / "c" / "0" / "0" / "0")
+    (store / "depth" / "commits" / "000002.0.json").unlink()
+    (store / "gen" / "features" / "c" / "1" / "0" / "0").unlink()
+    assert main(["repair", str(store), "--images", str(sample_images), "--teacher", "gen", "--workers", "1"]) == 0
+    capsys.readouterr()
+    assert answer("verify", store, "--teacher", "gen")[0] == 0
+    assert answer("verify", store, "--teacher", "depth")[0] == 1  # the control: not asked for
+    status, value = answer("repair", store, "--images", sample_images, "--workers", 1)
+    assert (status, value["sound"], value["left"]) == (0, True, [])
+    assert value["repaired"] == {"depth": [0, 2]}
+    assert shard_files(store) == before
+    assert untouched.read_bytes() == record
+    assert answer("repair", store) == (0, {"findings": [], "repaired": {}, "sound": True})
+
+
+def test_repair_withdraws_nothing_that_it_cannot_make_again(store, sample_images, capsys):
+    flip(store / "depth" / "features" / "c" / "0" / "0" / "0")
+    everything = {f: f.read_bytes() for f in store.rglob("*") if f.is_file()}
+    assert main(["repair", str(store)]) == 1
+    assert "give --images" in capsys.readouterr().err
+    assert main(["repair", str(store), "--images", str(sample_images), "--model", "depth=nowhere"]) == 1
+    assert {f: f.read_bytes() for f in store.rglob("*") if f.is_file()} == everything
+    (store / "seg" / "zarr.json").write_bytes(b"{")
+    assert main(["repair", str(store), "--images", str(sample_images)]) == 1
+    assert "this is not mended by extracting again" in capsys.readouterr().err
+
+
+def test_convert_reports_what_it_saved_and_what_it_cost(store, tmp_path, answer):
+    status, value = answer("convert", store, tmp_path / "small", "--dtype", "int8", "--teacher", "depth")
+    depth = value["teachers"]["depth"]
+    assert (status, list(value["teachers"])) == (0, ["depth"])
+    assert depth["from"] == {"dtype": "float32", "compress": "none", "bytes": 3 * 68 + 10 * (576 * 32 * 4 + 4)}
+    assert depth["to"]["bytes"] == 2 * 3 * 68 + 10 * (576 * 32 + 4 + 576 * 4 + 4)
+    assert depth["saved"] == pytest.approx(1 - depth["to"]["bytes"] / depth["from"]["bytes"])
+    assert 0.999 < depth["fidelity"]["cosine_worst"] <= depth["fidelity"]["cosine_mean"] < 1
+    assert answer("verify", tmp_path / "small")[0] == 0
+    status, value = answer("convert", store, tmp_path / "archive", "--compress", "zstd")
+    assert value["teachers"]["seg"]["fidelity"]["cosine_worst"] == 1.0
+    assert main(["convert", str(tmp_path / "small"), str(tmp_path / "x"), "--dtype", "float16"]) == 1
+
+
+def test_merge_gc_and_drop(store, tmp_path, answer, capsys):
+    status, value = answer("merge", tmp_path / "new", store)
+    assert status == 0
+    assert {t["key"]: t["copied"] for t in value["transfers"]} == {"depth": 3, "gen": 3, "seg": 3}
+    assert shard_files(tmp_path / "new") == shard_files(store)
+    (tmp_path / "new" / "depth" / "commits" / ".000000.0.json.abc").write_bytes(b"half")
+    _, value = answer("gc", tmp_path / "new", "--older-than", 0, "--dry-run")
+    assert [(i["what"], i["bytes"]) for i in value["items"]] == [("private file", 4)]
+    _, value = answer("gc", tmp_path / "new", "--older-than", 0)
+    assert value["bytes"] == 4
+    assert answer("gc", tmp_path / "new", "--older-than", 0)[1]["items"] == []
+    status, value = answer("drop", tmp_path / "new", "seg")
+    assert (status, value["left"]) == (0, ["depth", "gen"])
+    assert main(["drop", str(tmp_path / "new"), "seg"]) == 1
+    assert "it has depth, gen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["status", "info", "verify", "repair", "gc"])
+def test_where_there_is_no_store(command, tmp_path, capsys):
+    assert main([command, str(tmp_path / "nothing")]) == 1
+    error = capsys.readouterr().err
+    assert "is not a feature store" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["verify"], ["convert", "a"], ["merge", "a"], ["drop", "a"], ["verify", "a", "--live", "x"], ["foo"]]
+)
+def test_wrong_usage(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+
+
+def test_a_teacher_that_is_not_there(store, capsys):
+    for command in (["verify"], ["repair"], ["convert", "out"]):
+        assert main([command[0], str(store), *command[1:], "--teacher", "depht"]) == 1
+        assert "has no features 'depht'; it has depth, gen, seg" in capsys.readouterr().err
