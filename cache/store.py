@@ -231,6 +231,7 @@ class _Shard:
     valid: bytes  # 1 or 0 a row
     chunks: dict[str, _Chunks]
     reasons: dict[int, dict[str, str]]
+    revision: int
     index_checked: bool = False
 
     def holds(self, row: int) -> bool:
@@ -399,6 +400,7 @@ class TeacherFeatures:
                 bytes(reason is None for reason in record.reasons),
                 {name: _Chunks(array, record) for name, array in self.layout.arrays.items()},
                 {i: reason for i, reason in enumerate(record.reasons) if reason is not None},
+                record.revision,
             )
         return known
 
@@ -477,10 +479,11 @@ class TeacherFeatures:
         """Fill `into` (storage dtypes, contiguous) with a committed row; False if it is quarantined.
 
         All parts are of one record. Checks a shard's index at its first reading, and looks again where what is read is
-        not what the record in hand says: the shard may have been replaced since.
+        not what the record in hand says: the shard may have been replaced since. It is damaged if a second look, at
+        files opened anew, is by the same record: one that was withdrawn does not come back.
         """
-        number, faults = self.layout.shard_of(row), []
-        for _ in range(2):
+        number, faulty = self.layout.shard_of(row), None
+        while True:
             shard, faults = self._committed(row), []
             if not shard.valid[row - shard.start]:
                 return False
@@ -499,10 +502,12 @@ class TeacherFeatures:
             self._shards.pop(number, None)
             for name in shard.chunks:
                 self._files.pop((name, number), None)
-        raise CorruptFeatures(
-            f"{self.folder}: row {row} ({self.plan.image_of(row)}) is damaged: {' and '.join(faults)} "
-            "do not match its commit record"
-        )
+            if shard.revision == faulty:
+                raise CorruptFeatures(
+                    f"{self.folder}: row {row} ({self.plan.image_of(row)}) is damaged: {' and '.join(faults)} "
+                    "do not match its commit record"
+                )
+            faulty = shard.revision
 
     def _read_range(self, name: str, shard: int, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a shard file; what is not there is empty."""

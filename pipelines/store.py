@@ -25,13 +25,13 @@ from dataclasses import asdict
 
 from olavlm.cache import Dataset, FeatureStore, Finding, StoreBuilder, TeacherFeatures, convert, merge, verify
 from olavlm.cache.codec import CODECS
-from olavlm.cache.errors import MissingFeatures, printable
+from olavlm.cache.errors import MissingFeatures, StoreError, printable
 from olavlm.cache.garbage import YOUNG_SECONDS, collect
 from olavlm.cache.lease import is_live, leased
 from olavlm.cache.shard import COMPRESSIONS
 from olavlm.cache.verify import open_teachers, shards_to_verify
 
-from .cli import JobFailed, Progress, command
+from .cli import JobFailed, Progress, UsageError, command
 
 RATE_SECONDS = 900.0  # a running job's rate is that of its shards committed in this time
 SHOWN = 20  # findings and failures printed a teacher; --json has them all
@@ -98,7 +98,8 @@ def arguments() -> argparse.ArgumentParser:
                      help=f"age of private files to remove (default {YOUNG_SECONDS:.0f})")  # fmt: skip
     sub.add_argument("--dry-run", action="store_true", help="only say what would go")
     sub = add("drop", "remove one teacher's features", drop)
-    sub.add_argument("teacher", metavar="KEY")
+    sub.add_argument("key", metavar="KEY", nargs="?", help="the teacher; --teacher KEY says the same")
+    sub.add_argument("--teacher", metavar="KEY", help=argparse.SUPPRESS)
     return p
 
 
@@ -322,11 +323,16 @@ def gc(args: argparse.Namespace) -> Answer:
 
 
 def drop(args: argparse.Namespace) -> Answer:
-    store = FeatureStore(args.store)
-    size = store[args.teacher].ledger().bytes if args.teacher in store.teachers else 0
-    StoreBuilder(args.store).drop(args.teacher)
-    value = {"store": args.store, "dropped": args.teacher, "bytes": size, "left": FeatureStore(args.store).teachers}
-    return value, f"{args.teacher}: dropped, {_size(size)}; left: {', '.join(value['left']) or 'none'}", True
+    if (args.key is None) == (args.teacher is None):
+        raise UsageError("drop removes one teacher: olavlm-cache drop STORE KEY")
+    store, key = FeatureStore(args.store), args.key or args.teacher
+    try:
+        size = store[key].ledger().bytes if key in store.teachers else 0
+    except StoreError:
+        size = 0  # damaged, which is a reason to drop it
+    StoreBuilder(args.store).drop(key)
+    value = {"store": args.store, "dropped": key, "bytes": size, "left": FeatureStore(args.store).teachers}
+    return value, f"{key}: dropped, {_size(size)}; left: {', '.join(value['left']) or 'none'}", True
 
 
 def _opened(args: argparse.Namespace) -> FeatureStore:

@@ -68,7 +68,7 @@ def row_of(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.nd
     elif kind == "some zeros":
         row[rng.random(row.shape) < 0.5] = 0
         row[rng.integers(len(row))] = 0
-    return row * np.float32({"tiny": 1e-20, "subnormal": 1e-42, "large": 3e4, "huge": 1e38}.get(kind, 1))
+    return row * np.float32({"tiny": 1e-20, "subnormal": 1e-42, "large": 3e4, "huge": 5e37}.get(kind, 1))
 
 
 class Written:

@@ -442,6 +442,29 @@ def test_a_row_s_features_and_scales_are_of_one_record(small, compress):
         assert (store.codec.encode(old[1])[0][array] != store.codec.encode(new[1])[0][array]).any()  # the control
 
 
+def test_a_shard_replaced_between_every_look_and_every_read_is_no_damage(small, monkeypatch):
+    """The reader looks again as often as there is a newer record, and not once more."""
+    store = small(rows=4).fill()
+    depth, features, left = store.group, store.features, [5]
+    read = TeacherFeatures._read_range
+
+    def replaced_first(self, *where):
+        if left[0]:
+            left[0] -= 1
+            store.commit(ShardTask("depth", 0, 0, 4, depth.plan.segments[0].hash), features=features + left[0])
+        return read(self, *where)
+
+    monkeypatch.setattr(TeacherFeatures, "_read_range", replaced_first)
+    np.testing.assert_array_equal(depth[1], features[1])
+    assert (left, store.group.record(0).revision) == ([0], 5)
+    flip(store.shard_file(0), 400)  # row 1: real damage
+    left[0] = 3
+    np.testing.assert_array_equal(store.group[1], features[1])
+    flip(store.shard_file(0), 500)
+    with pytest.raises(CorruptFeatures):
+        store.group[1]
+
+
 def test_a_reader_of_a_shard_that_is_replaced_again_and_again_sees_whole_versions(small, start):
     versions, rows = 30, range(4)
     store = small(rows=4, shape=(3, 64), dtype="int8").fill()

@@ -1,18 +1,17 @@
 """The commands with their store on S3: a real server on loopback, Ray, and training from it."""
 
-import contextlib
 import json
+import os
 import re
 import secrets
 import signal
-import subprocess
 import sys
-import time
+import threading
 
 import numpy as np
 import pytest
 
-from olavlm.cache import FeatureStore, files
+from olavlm.cache import FeatureStore
 from olavlm.cache.records import shards_on_record
 from olavlm.pipelines import extract, store, train
 from olavlm.student.metrics import read_metrics
@@ -38,6 +37,9 @@ class Bucket:
         """Every object, by its path below `prefix`."""
         found = self._bucket.objects.filter(Prefix=prefix)
         return {item.key.removeprefix(prefix).lstrip("/"): item.get()["Body"].read() for item in found}
+
+    def has(self, prefix: str) -> bool:
+        return any(True for _ in self._bucket.objects.filter(Prefix=prefix).limit(1))
 
     def upload(self, folder, prefix: str) -> None:
         for file in folder.rglob("*"):
@@ -92,18 +94,24 @@ def test_a_dry_run_says_that_the_free_space_is_unknown_and_writes_nothing(bucket
 def test_extraction_stopped_and_run_again_gives_the_bytes_of_a_local_one(bucket, words, make_store, capsys):
     url = bucket.url("features")
     arguments = words(url, "--shard-rows", 4, "--workers", 1, "--dtype", "int8", teachers=("depth", "gen"))
-    extraction = subprocess.Popen(
-        [sys.executable, "-m", "olavlm.pipelines.extract", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    folder, deadline = files.location(f"{url}/depth/commits"), time.monotonic() + 120
-    while not files.names(folder):  # said by nobody: the store is asked, as long as the extraction lives
-        assert time.monotonic() < deadline
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            raise AssertionError(f"it ended before a shard was committed: {extraction.communicate(timeout=0.02)[0]}")
-    extraction.send_signal(signal.SIGTERM)
-    said, _ = extraction.communicate(timeout=60)
-    assert extraction.returncode == 1, said
+
+    def stop_after_the_first_shard() -> None:
+        """Its commit is made by an actor and said by nobody: the store is asked, until the extraction has ended."""
+        while not ended.wait(0.02):
+            if bucket.has("features/depth/commits/"):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    ended, before = threading.Event(), signal.signal(signal.SIGTERM, lambda *_: None)  # for one that comes too late
+    watch = threading.Thread(target=stop_after_the_first_shard)
+    watch.start()
+    try:
+        assert extract.main(arguments) == 1
+    finally:
+        ended.set()
+        watch.join()
+        signal.signal(signal.SIGTERM, before)
+    said = "".join(capsys.readouterr())
     assert "stopped by SIGTERM" in said
     assert not [path for path in bucket.all("features") if "/leases/" in path]
     part = FeatureStore(url)["depth"].coverage().valid

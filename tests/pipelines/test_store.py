@@ -212,6 +212,8 @@ def test_merge_gc_and_drop(store, tmp_path, answer, capsys):
     assert answer("gc", tmp_path / "new", "--older-than", 0)[1]["items"] == []
     status, value = answer("drop", tmp_path / "new", "seg")
     assert (status, value["left"]) == (0, ["depth", "gen"])
+    for words in ([], ["seg", "--teacher", "gen"]):
+        assert main(["drop", str(tmp_path / "new"), *words]) == 2
     assert main(["drop", str(tmp_path / "new"), "seg"]) == 1
     assert "it has depth, gen" in capsys.readouterr().err
 
@@ -226,7 +228,7 @@ def test_where_there_is_no_store(command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["verify"], ["convert", "a"], ["merge", "a"], ["drop", "a"], ["verify", "a", "--live", "x"], ["foo"]]
+    "words", [[], ["verify"], ["convert", "a"], ["merge", "a"], ["verify", "a", "--live", "x"], ["foo"]]
 )
 def test_wrong_usage(words, capsys):
     with pytest.raises(SystemExit) as stop:
