@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from .store import FORMAT, RESERVED, FeatureStore, TeacherFeatures, card_checksu
 
 DEFAULT_SHARD_ROWS = 128
 DEFAULT_SHARD_ROWS_ONE_TOKEN = 4096  # a shard of rows of 2 KB would be a small file
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")
 _OF_A_GROUP = ("zarr.json", "commits", "leases", "staging", "index")
 _NOT_COMPARED = ("versions", "fingerprint")  # of cards, when they are shown side by side
 
@@ -79,8 +81,9 @@ class StoreBuilder:
         """
         while True:
             plan = self.plan()
+            groups, damage = self._groups(plan)
             try:
-                segment = plan.growth(images, [t.layout.shard_rows for t in self._groups(plan)])
+                segment = plan.growth(images, [t.layout.shard_rows for t in groups])
             except PlanError:
                 if not replace:
                     raise
@@ -89,22 +92,40 @@ class StoreBuilder:
                 self._drop_plan()
                 continue
             if segment is not None:
+                if damage is not None:
+                    raise damage  # where the new rows may begin depends on every teacher
                 try:
                     segment.write(self.path / "plan" / segment_name(len(plan.segments)))
                 except FileExistsError:
                     continue  # another builder was first: see what it added
-                plan = self.plan()
-            self._grow(self._groups(plan))
-            return plan, len(segment.images) if segment else 0
+            self.grow()
+            return self.plan(), len(segment.images) if segment else 0
 
-    def _groups(self, plan: Plan) -> list[TeacherFeatures]:
-        return [TeacherFeatures(self.path, key, plan) for key in FeatureStore(self.path).teachers]
+    def _groups(self, plan: Plan) -> tuple[list[TeacherFeatures], StoreError | None]:
+        """The teachers that can be opened, and what is wrong with the last one that cannot."""
+        groups, damage = [], None
+        for key in FeatureStore(self.path).teachers:
+            try:
+                groups.append(TeacherFeatures(self.path, key, plan))
+            except StoreError as e:
+                damage = e
+        return groups, damage
 
     def adopt_plan(self, plan: Plan) -> None:
-        """Give a store without a plan this one, segment by segment; another builder may be first with it."""
-        for number, segment in enumerate(plan.segments):
-            with contextlib.suppress(FileExistsError):
-                segment.write(self.path / "plan" / segment_name(number))
+        """Give a store whose plan is the beginning of this one the segments that it lacks; else do nothing.
+
+        Another builder may be first with any of them.
+        """
+        hashes, there = [s.hash for s in plan.segments], [s.hash for s in self.plan().segments]
+        if hashes[: len(there)] == there:
+            for number, segment in enumerate(plan.segments[len(there) :], len(there)):
+                with contextlib.suppress(FileExistsError):
+                    segment.write(self.path / "plan" / segment_name(number))
+            self.grow()
+
+    def grow(self) -> None:
+        """Give every teacher's arrays room for the plan, which a builder that died after extending it did not."""
+        self._grow(self._groups(self.plan())[0])
 
     def _drop_plan(self) -> None:
         if files.is_local(self.path):
@@ -143,7 +164,7 @@ class StoreBuilder:
         plan = self.plan()
         if not _is_key(key):
             raise StoreError(
-                f"store key {key!r} is not usable; a key is a folder name other than {', '.join(RESERVED)}"
+                f"store key {key!r} is not usable: letters, digits and ._+=@- are, and not {', '.join(RESERVED)}"
             )
         rows = shard_rows or (DEFAULT_SHARD_ROWS_ONE_TOKEN if card["tokens"] == 1 else DEFAULT_SHARD_ROWS)
         layout = Layout(rows, card["tokens"], card["dim"], dtype, compress)
@@ -152,19 +173,24 @@ class StoreBuilder:
             group = TeacherFeatures(self.path, key, plan)
             difference = self._difference(group, card, wanted)
             if not difference:
+                self._grow([group])
                 return group
             if not replace:
                 raise StoreError(
                     f"{self.path / key} holds other features: {difference}; use another --store, --as KEY, or --replace"
                 )
             self.drop(key)
-        for segment in plan.segments:
-            if segment.start % rows:
-                raise StoreError(
-                    f"--shard-rows {rows} does not divide the start of plan segment at row {segment.start}; "
-                    f"use a divisor of {segment.start}"
-                )
+        elif replace and self._is_left_over(key):
+            self.drop(key)
+        _check_alignment(rows, plan)
         self._create_group(key, card, layout, plan)
+        try:
+            _check_alignment(
+                rows, self.plan()
+            )  # it may have grown meanwhile, by segments that did not know of this one
+        except StoreError:
+            self.drop(key)
+            raise
         group = TeacherFeatures(self.path, key, plan)
         if difference := self._difference(group, card, wanted):
             raise StoreError(f"{self.path / key} was made meanwhile for other features: {difference}")
@@ -225,26 +251,41 @@ class StoreBuilder:
     def drop(self, key: str) -> None:
         """Remove a teacher's features; StoreError if there are none, or while a live writer is at work on them."""
         folder = self.path / key
-        if not _is_key(key) or not files.exists(folder / "zarr.json"):
+        if not _is_key(key) or not (files.exists(folder / "zarr.json") or self._is_left_over(key)):
             keys = FeatureStore(self.path).teachers
             raise StoreError(f"{self.path} has no features '{key}' to drop; it has {', '.join(keys) or 'none'}")
         busy = [shard for shard, lease in leased(folder / "leases").items() if is_live(lease)]
         if busy:
             raise StoreError(f"{folder} is being written (shard {busy[0]}); stop that extraction first")
-        files.remove(folder / "features" / "zarr.json")  # from here on it does not exist
-        files.remove_tree(folder)
+        # Where not all vanishes at once: first the records, that no shard comes back to life in a group made anew.
+        order = ["/commits/", "/features/zarr.json"]
+        files.remove_tree(folder, lambda name: [part not in name for part in order])
+
+    def _is_left_over(self, key: str) -> bool:
+        """Whether a folder without `features/zarr.json` is what a killed builder left of a teacher."""
+        there = {name for name in files.names(self.path / key) if name[0] != "."}
+        return bool(there) and there <= {"features", "scales", *_OF_A_GROUP}
 
     def writer(self, group: TeacherFeatures, on_step: Callable[[str], None] | None = None) -> ShardWriter:
         return ShardWriter(group.folder, group.layout, group.fingerprint, on_step)
 
     def index(self) -> None:
         """Bring every teacher's index of its records up to date; a job that has changed the store ends with it."""
-        for group in FeatureStore(self.path).values():
+        for group in self._groups(self.plan())[0]:
             write_index(group.folder, group.fingerprint, group.ledger())
 
 
 def _is_key(key: str) -> bool:
-    return bool(key) and not key.startswith(".") and "/" not in key and key not in RESERVED
+    return _KEY.fullmatch(key) is not None and key not in RESERVED
+
+
+def _check_alignment(shard_rows: int, plan: Plan) -> None:
+    for segment in plan.segments:
+        if segment.start % shard_rows:
+            raise StoreError(
+                f"--shard-rows {shard_rows} does not divide the start of plan segment at row {segment.start}; "
+                f"use a divisor of {segment.start}"
+            )
 
 
 def _json(metadata: dict) -> bytes:

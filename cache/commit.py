@@ -61,7 +61,7 @@ class ShardWriter:
         lease = acquire_lease(self.leases, shard)
         try:
             self.on_step("recover")
-            self._recover(shard)
+            self._recover(shard, segment=segment)
             self.on_step("stage")
             return OpenShard(self, lease, shard, rows, segment)
         except BaseException:
@@ -94,11 +94,14 @@ class ShardWriter:
         for file in self.shard_files(shard).values():
             files.remove(file)
 
-    def _recover(self, shard: int, keep: bool = True) -> None:
+    def _recover(self, shard: int, keep: bool = True, segment: str | None = None) -> None:
+        """Leave the shard's files and the record that counts, or nothing. One of another segment does not count."""
         if files.is_local(self.staging):
             for left in self.staging.glob(f"{shard:06d}.*"):
                 left.unlink(missing_ok=True)
         record = self.valid_record(shard) if keep else None
+        if record is not None and segment not in (None, record.segment):
+            record = None
         for file in revisions_of(self.commits, shard)[0]:
             if record is None or file.name != record.name:
                 withdraw(file)

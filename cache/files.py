@@ -300,22 +300,28 @@ def place(staged: Path, file: Location) -> None:
 def remove(file: Location) -> None:
     """If it is there."""
     if is_local(file):
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):
+            file.unlink(missing_ok=True)
         return
     with contextlib.suppress(FileNotFoundError):
         _ask(_remote(file).rm_file, file.path)
 
 
-def remove_tree(folder: Location) -> None:
-    """With all below it, if it is there. On a file system it vanishes at once, by a rename."""
+def remove_tree(folder: Location, first: Callable[[str], object] | None = None) -> None:
+    """With all below it, if it is there.
+
+    On a file system it vanishes at once, by a rename; on an object store object by object, in the order of `first`.
+    """
     if is_local(folder):
         dropped = folder.parent / f".dropped.{folder.name.lstrip('.')}.{secrets.token_hex(8)}"
         with contextlib.suppress(FileNotFoundError):
             folder.rename(dropped)
             shutil.rmtree(dropped)
         return
-    with contextlib.suppress(FileNotFoundError):
-        _ask(_remote(folder).rm, folder.path, recursive=True)
+    client = _remote(folder)
+    for name in sorted(_ask(client.find, folder.path), key=first or str):  # not `rm`, which takes a name for a pattern
+        with contextlib.suppress(FileNotFoundError):
+            _ask(client.rm_file, name)
 
 
 def changed_at(file: Location) -> float:

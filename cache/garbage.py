@@ -18,6 +18,7 @@ from .errors import LeaseHeld, StoreError
 from .files import Location
 from .lease import is_live, leased
 from .records import latest_records, revisions_of
+from .shard import read_metadata
 from .store import RESERVED, FeatureStore, TeacherFeatures
 from .verify import shards_to_verify
 
@@ -43,10 +44,8 @@ def collect(path: str, *, older_than: float = YOUNG_SECONDS, dry_run: bool = Fal
         yield from _private_files(folder, now, older_than, dry_run)
     for name in files.names(store.path):
         folder = store.path / name
-        begun = name[0] != "." and name not in RESERVED and name not in store.teachers
-        if (name.startswith(".dropped.") or (begun and files.exists(folder / "zarr.json"))) and _old(
-            folder, now, older_than
-        ):
+        begun = name[0] != "." and name not in RESERVED and name not in store.teachers and _is_unfinished(folder)
+        if (name.startswith(".dropped.") or begun) and _old(folder, now, older_than):
             yield Garbage("dropped or unfinished", str(folder), sum(files.sizes_below(folder).values()))
             if not dry_run:
                 files.remove_tree(folder)
@@ -73,6 +72,16 @@ def _private_files(folder: Location, now: float, older_than: float, dry_run: boo
                 files.remove(folder / name)
 
 
+def _is_unfinished(folder: Location) -> bool:
+    """Whether it is a teacher's group that was begun and holds nothing: not one whose metadata was lost."""
+    try:
+        ours = "card" in read_metadata(folder)["attributes"]
+    except (StoreError, KeyError):
+        return False
+    data = [name for part in ("commits", "features/c", "scales/c") for name in files.names(folder / part)]
+    return ours and not data
+
+
 def _old(path: Location, now: float, older_than: float) -> bool:
     try:
         if files.is_local(path) or files.exists(path):
@@ -85,9 +94,9 @@ def _old(path: Location, now: float, older_than: float) -> bool:
 
 
 def _of_teacher(group: TeacherFeatures, builder: StoreBuilder | None) -> Iterator[Garbage]:
-    leases = leased(group.folder / "leases")
     staged = files.listing(group.folder / "staging")
     latest = latest_records(files.names(group.folder / "commits"))
+    leases = leased(group.folder / "leases")  # last: what was staged before is its holder's
     damaged, sweep = group.ledger().damaged, set()
     for shard, file in leases.items():
         if not is_live(file):

@@ -193,7 +193,7 @@ def _shard_file_sizes(group: Location, layout: Layout, shards: dict[int, int]) -
 def _size(file: str) -> int | None:
     try:
         return os.stat(file).st_size  # noqa: PTH116 - a Path costs as much as the look-up, ten thousand times
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -215,7 +215,7 @@ def read_index(group: Location, fingerprint: str) -> pa.Table:
     """The columns kept in `group/index`; empty if there are none of this card, or they are damaged."""
     try:
         raw = files.read(group / "index")
-    except FileNotFoundError:
+    except OSError:  # none, or none that can be read: it only saves time
         return SCHEMA.empty_table()
     checksum, body = raw[:32], raw[32:]
     if hashlib.sha256(body).digest() != checksum:

@@ -46,9 +46,8 @@ from .plan import Plan
 from .records import Record, canonical_json, valid_record
 from .shard import CRC_BYTES, ArrayLayout, Layout, read_metadata
 
-_OPEN_FILES = min(
-    4096, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-)  # shard files kept open by one reader
+# Shard files kept open by one reader, of which a process may have several.
+_OPEN_FILES = min(1024, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16))
 FORMAT = 1
 RESERVED = ("plan", "runs", "zarr.json")  # names in a store that are no teacher's
 
@@ -526,7 +525,16 @@ class TeacherFeatures:
 
     def _file(self, name: str, shard: int) -> _OpenFile:
         key = name, shard
-        file = self._files.pop(key, None) or _OpenFile(self.layout.arrays[name].file(self.folder, shard))
+        file = self._files.pop(key, None)
+        if file is None:
+            path = self.layout.arrays[name].file(self.folder, shard)
+            try:
+                file = _OpenFile(path)
+            except OSError as e:
+                if e.errno != errno.EMFILE:
+                    raise
+                self._files.clear()
+                file = _OpenFile(path)
         if len(self._files) >= _OPEN_FILES:
             with contextlib.suppress(KeyError):  # emptied by another thread
                 self._files.popitem(last=False)

@@ -7,13 +7,12 @@ extracted one, so both jobs can be killed and run again, and several can run at 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .builder import StoreBuilder
 from .codec import CODECS
 from .commit import ShardWriter
-from .errors import LeaseHeld, LeaseLost, StoreError
-from .ledger import write_index
+from .errors import CorruptFeatures, LeaseHeld, LeaseLost, StoreError
 from .plan import Plan
 from .records import Record
 from .store import FeatureStore, TeacherFeatures
@@ -28,6 +27,8 @@ class Transfer:
     already_there: int = 0
     held: int = 0
     """by another writer, which is at work on them"""
+    damaged: list[str] = field(default_factory=list)
+    """What is wrong with the source's shards that could not be copied."""
 
 
 OnShard = Callable[[str, int], None]
@@ -38,7 +39,8 @@ def copy_shard(source: TeacherFeatures, record: Record, writer: ShardWriter, sup
     """Commit the source's shard of `record` through `writer`; False if another has committed it meanwhile.
 
     Rows of the same storage dtype are copied as they are stored, others are decoded and encoded. Raises
-    `CorruptFeatures` if the source is damaged, `LeaseHeld` and `LeaseLost`.
+    `CorruptFeatures` if the source is damaged, `LeaseHeld` and `LeaseLost`, and `StoreError` if it was replaced
+    meanwhile.
     """
     as_stored = source.layout.dtype == writer.layout.dtype
     with writer.begin(record.shard, record.rows, record.segment) as shard:
@@ -53,6 +55,7 @@ def copy_shard(source: TeacherFeatures, record: Record, writer: ShardWriter, sup
                 shard.append_stored({name: part[0] for name, part in parts.items()}, image_sha256=sha256)
             else:
                 shard.append(source[row], image_sha256=sha256)
+            shard.lease.renew()
         if source.record(record.shard) != record:
             raise StoreError(f"{source.folder}: shard {record.shard} was replaced while it was copied; run it again")
         shard.commit(timings=record.timings, host=record.host, like=record if as_stored else None)
@@ -62,8 +65,9 @@ def copy_shard(source: TeacherFeatures, record: Record, writer: ShardWriter, sup
 def merge(target: str, sources: Sequence[str], on_shard: OnShard = lambda key, rows: None) -> list[Transfer]:
     """Copy into `target` every shard that it lacks and one of `sources` has; it is made if it is not there.
 
-    All must have the same plan, and a teacher the same card and layout, or `StoreError` says what differs. Where two
-    have a shard, the one with more valid rows stands, the target's if they have as many.
+    All must have the same plan, or the target's is the beginning of it, and a teacher the same card and layout, or
+    `StoreError` says what differs. Where two have a shard, the target's stands unless the other covers its rows and
+    has more valid ones.
     """
     builder, opened = StoreBuilder(target), [FeatureStore(s) for s in sources]
     for source in opened:
@@ -78,7 +82,7 @@ def merge(target: str, sources: Sequence[str], on_shard: OnShard = lambda key, r
                 shard_rows=group.layout.shard_rows,
                 compress=group.layout.compress,
             )
-            done.append(_copy_all(group, into, builder, lambda there, here: _valid(here) > _valid(there), on_shard))
+            done.append(_copy_all(group, into, builder, _is_better, on_shard))
     builder.index()
     return done
 
@@ -117,21 +121,13 @@ def convert(
         )
         done.append(_copy_all(group, into, builder, lambda there, here: _covers_more(here, there), on_shard))
     builder.index()
-    write_index_of(opened)
     return done
 
 
-def write_index_of(store: FeatureStore) -> None:
-    for group in store.values():
-        write_index(group.folder, group.fingerprint, group.ledger())
-
-
 def _same_plan(builder: StoreBuilder, source: FeatureStore) -> None:
-    """Give a new store the source's plan, segment by segment; StoreError if it has another."""
+    """Give a new store, or one that has the beginning of it, the source's plan; StoreError if it has another."""
+    builder.adopt_plan(source.rows)
     plan = builder.plan()
-    if not plan.segments:
-        builder.adopt_plan(source.rows)
-        plan = builder.plan()
     if plan.hash != source.rows.hash:
         raise StoreError(
             f"{source.path} has another plan than {builder.path}: {_plan_words(source.rows)} there, "
@@ -151,12 +147,13 @@ def _copy_all(
     on_shard: OnShard,
 ) -> Transfer:
     done, writer = Transfer(source.key), builder.writer(target)
-    for shard in source.ledger().table["shard"].to_pylist():
-        here = source.record(shard)
-        there = writer.valid_record(shard)
-        if here is None:
-            continue
+    ledger = source.ledger()
+    done.damaged += ledger.damaged.values()
+    for shard in ledger.table["shard"].to_pylist():
         try:
+            here, there = source.record(shard), writer.valid_record(shard)
+            if here is None:
+                continue
             if there is not None and not better(there, here):
                 done.already_there += 1
             elif copy_shard(source, here, writer, there):
@@ -165,12 +162,16 @@ def _copy_all(
                 done.already_there += 1
         except (LeaseHeld, LeaseLost):
             done.held += 1
+        except CorruptFeatures as e:
+            done.damaged.append(str(e))
+            continue
         on_shard(source.key, here.rows[1] - here.rows[0])
     return done
 
 
-def _valid(record: Record) -> tuple[int, int]:
-    return record.num_valid, record.rows[1]
+def _is_better(there: Record, here: Record) -> bool:
+    """A committed row is never given up, and then more valid ones count."""
+    return here.rows[1] >= there.rows[1] and (here.num_valid, here.rows[1]) > (there.num_valid, there.rows[1])
 
 
 def _covers_more(here: Record, there: Record) -> bool:

@@ -22,9 +22,9 @@ import numpy as np
 from . import files
 from .errors import CorruptFeatures, StoreError
 from .lease import is_live, leased
-from .records import Record, latest_records, record_name, revisions_of
+from .records import Record, latest_records, record_name, revisions_of, valid_record
 from .shard import CRC_BYTES, ArrayLayout, crc32c, read_metadata
-from .store import FeatureStore, TeacherFeatures
+from .store import RESERVED, FeatureStore, TeacherFeatures
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Finding:
     shard: int | None
     """None for what is the whole teacher's."""
     kind: str
-    """metadata, record, no-record (a shard file that no record vouches for), size, row, index or file"""
+    """metadata, plan, record, no-record (a shard file that no record vouches for), size, row, index or file"""
     detail: str
 
     def __str__(self) -> str:
@@ -45,11 +45,18 @@ class Finding:
 
 def open_teachers(store: FeatureStore, keys: list[str] | None = None) -> Iterator[TeacherFeatures | Finding]:
     """The teachers of a store, or those of `keys`; a finding in place of one whose metadata is damaged."""
+    lost = [
+        name
+        for name in files.names(store.path)
+        if name not in (*store.teachers, *RESERVED) and name[0] != "." and files.names(store.path / name / "commits")
+    ]
     for key in keys or store.teachers:
         try:
             yield store[key]
         except StoreError as e:
             yield Finding(key, None, "metadata", str(e))
+    for key in lost if keys is None else ():
+        yield Finding(key, None, "metadata", f"{store.path / key} has commit records and no features/zarr.json")
 
 
 def shards_to_verify(group: TeacherFeatures) -> list[int]:
@@ -68,9 +75,13 @@ def verify(
     there = _files_by_shard(group)
     for shard in shards_to_verify(group):
         found = list(_shard(group, shard, there.get(shard, []), fast))
-        lease = leased(group.folder / "leases").get(shard) if found else None
-        if lease is None or not is_live(lease):
-            yield from found
+        if found:
+            lease = leased(group.folder / "leases").get(shard)
+            if lease is None or not is_live(lease):
+                # Once more, as things are now: the plan may have grown, and the shard been replaced, in between.
+                again = FeatureStore(group.folder.parent)[group.key]
+                arrays = [n for n, a in again.layout.arrays.items() if files.exists(a.file(again.folder, shard))]
+                yield from _shard(again, shard, arrays, fast)
         on_shard(shard)
 
 
@@ -83,6 +94,9 @@ def _shard(group: TeacherFeatures, shard: int, arrays: list[str], fast: bool) ->
         if not damaged:
             yield Finding(group.key, shard, "size" if "has size" in str(e) else "record", str(e))
         return
+    if record is None and (beyond := valid_record(group.folder, group.layout, shard, group.fingerprint)) is not None:
+        yield Finding(group.key, None, "plan", f"shard {shard} is of rows {beyond.rows}, which the plan does not hold")
+        return
     for name in arrays:
         if record is None or name not in record.files:
             yield Finding(group.key, shard, "no-record", f"{name} file that no valid record vouches for")
@@ -93,6 +107,10 @@ def _shard(group: TeacherFeatures, shard: int, arrays: list[str], fast: bool) ->
 def _extent(group: TeacherFeatures) -> Iterator[Finding]:
     for name in group.layout.arrays:
         rows = read_metadata(group.folder / name)["shape"][0]
+        if rows > group.layout.padded(group.plan.extent):  # a plan is extended before the arrays are
+            yield Finding(
+                group.key, None, "plan", f"{name} has {rows} rows, the plan {group.plan.extent}: a segment is lost"
+            )
         if rows < group.layout.padded(group.plan.extent):
             yield Finding(
                 group.key, None, "metadata", f"{name} has room for {rows} rows, the plan has {group.plan.extent}"
@@ -119,7 +137,12 @@ def _bytes(group: TeacherFeatures, record: Record, array: ArrayLayout) -> Iterat
     path, recorded = array.file(group.folder, record.shard), record.files[array.name]
     first, total, slots = record.rows[0], 0, []
     row = np.empty(array.row_shape, array.dtype)
-    with path.open("rb") if files.is_local(path) else io.BytesIO(files.read(path)) as file:
+    try:
+        opened = path.open("rb") if files.is_local(path) else io.BytesIO(files.read(path))
+    except FileNotFoundError:
+        yield Finding(group.key, record.shard, "size", f"{path} is gone")
+        return
+    with opened as file:
         for i, expected in enumerate(recorded.rows_crc32c):
             if expected is None:
                 continue

@@ -146,8 +146,8 @@ def main(argv: list[str] | None = None) -> int:
             stopped = str(e)
             sweep(builder, tasks)
         finally:
-            builder.index()
             record_run(builder.path, args, specs, tally, time.monotonic() - began)
+            builder.index()
     return summarise(builder.path, specs, args.limit, tally, time.monotonic() - began, stopped)
 
 

@@ -14,7 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from olavlm.cache import BadImage, FeatureStore, Finding, ImageRoots, StoreBuilder, TeacherFeatures, pending
+from olavlm.cache import (
+    BadImage,
+    CorruptFeatures,
+    FeatureStore,
+    Finding,
+    ImageRoots,
+    ShardTask,
+    StoreBuilder,
+    StoreError,
+    TeacherFeatures,
+    pending,
+)
 from olavlm.cache import files as cache_files
 from olavlm.cache.display import extracted_from
 from olavlm.cache.images import decode_rgb
@@ -36,7 +47,10 @@ def compare_live(store: FeatureStore, args: argparse.Namespace) -> tuple[dict, l
     seed = args.seed if args.seed is not None else secrets.randbits(32)
     roots, answer, wrong = image_roots(store, args.images), {"seed": seed, "teachers": {}}, []
     for key in args.teacher or store.teachers:
-        group, rng = store[key], np.random.default_rng(seed)
+        try:
+            group, rng = store[key], np.random.default_rng(seed)
+        except StoreError:
+            continue  # its metadata is damaged, which is a finding already
         rows = group.plan.rows[group.ledger().covered(group.plan.rows)]
         rows = rows[~np.isin(rows, group.ledger().failures.rows)]
         rows = np.sort(rng.choice(rows, min(args.live, len(rows)), replace=False)) if len(rows) else rows
@@ -70,7 +84,12 @@ def _compare(
             tell(row, "the image is not the one that was extracted")
     answers = teacher.encode(list(pictures.values())).numpy() if pictures else ()
     for row, answer in zip(pictures, answers, strict=True):
-        stored, fresh = group[row].ravel().astype(np.float64), answer.ravel().astype(np.float64)
+        try:
+            values = group[row]
+        except CorruptFeatures as e:
+            tell(row, str(e))
+            continue
+        stored, fresh = values.ravel().astype(np.float64), answer.ravel().astype(np.float64)
         norms = np.linalg.norm(stored) * np.linalg.norm(fresh)
         cosine = float(stored @ fresh / norms) if norms else float(np.array_equal(stored, fresh))
         alike.append(cosine)
@@ -80,23 +99,24 @@ def _compare(
 
 
 def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Namespace) -> dict[str, list[int]]:
-    """Withdraw the shards with findings and extract them again; the shards done, by teacher.
+    """Extract the shards with findings again, those rows and no others; the shards done, by teacher.
 
+    A shard stands, broken as it is, until its replacement is ready, so that a repair that was stopped can be run again.
     Raises `JobFailed` for what extracting again does not mend, and for a teacher that is not the one of the card.
-    Nothing is withdrawn before the teachers and the image roots are known to be there.
     """
     from .extract import run_tasks
     from .extraction_summary import Tally
 
     beyond = [f for f in findings if f.shard is None]
-    if beyond:
+    if {f.key for f in beyond} == {f.key for f in findings}:
         raise JobFailed(
             f"{beyond[0]}: this is not mended by extracting again; restore the file from a copy, or olavlm-cache drop "
             f"{args.store} {beyond[0].key} and extract it anew"
         )
     broken: dict[str, set[int]] = {}
     for finding in findings:
-        broken.setdefault(finding.key, set()).add(finding.shard)
+        if not any(f.key == finding.key for f in beyond):
+            broken.setdefault(finding.key, set()).add(finding.shard)
     image_roots(store, args.images)
     device, specs, batches = str(resolve_device(args.device)), [], set()
     for key in broken:
@@ -110,9 +130,7 @@ def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Na
         )
     builder, tasks = StoreBuilder(args.store), []
     for key, shards in broken.items():
-        for shard in sorted(shards):
-            builder.writer(store[key]).sweep(shard, withdraw_all=True)
-        tasks += [t for t in pending(FeatureStore(args.store)[key]) if t.shard in shards]
+        tasks += _tasks(FeatureStore(args.store)[key], shards)
     tally = Tally()
     run = argparse.Namespace(
         address=args.address,
@@ -126,6 +144,21 @@ def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Na
     if tally.failed_shards:
         raise JobFailed(f"{len(tally.failed_shards)} shards were given up: {tally.failed_shards[0]}")
     return {key: sorted(shards) for key, shards in broken.items()}
+
+
+def _tasks(group: TeacherFeatures, shards: set[int]) -> list[ShardTask]:
+    """Where a shard's record is whole, it says which rows there were; else all that the plan has."""
+    tasks, unknown = [], set()
+    for shard in sorted(shards):
+        try:
+            record = group.record(shard)
+        except CorruptFeatures:
+            record = None
+        if record is None:
+            unknown.add(shard)
+        else:
+            tasks.append(ShardTask(group.key, shard, *record.rows, record.segment, record.revision))
+    return tasks + [t for t in pending(group) if t.shard in unknown]
 
 
 def image_roots(store: FeatureStore, given: list[str] | None) -> ImageRoots:

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 
-from olavlm.cache import Dataset, FeatureStore, Finding, StoreBuilder, TeacherFeatures, convert, merge, verify
+from olavlm.cache import Dataset, FeatureStore, Finding, StoreBuilder, TeacherFeatures, Transfer, convert, merge, verify
 from olavlm.cache.codec import CODECS
 from olavlm.cache.errors import MissingFeatures, StoreError, printable
 from olavlm.cache.garbage import YOUNG_SECONDS, collect
@@ -72,15 +72,15 @@ def arguments() -> argparse.ArgumentParser:
     sub = add("verify", "find every byte that is not what was written; exit status 1 if there is one", verify_store)
     teachers(sub)
     sub.add_argument("--fast", action="store_true", help="records and sizes only, not every checksum")
-    sub.add_argument("--live", type=int, default=0, metavar="N",
+    sub.add_argument("--live", type=_count, default=0, metavar="N",
                      help="also run the teacher on N random rows and compare: cosine at least 0.999")  # fmt: skip
-    sub.add_argument("--seed", type=int, help="of the random rows (default: drawn, and printed)")
+    sub.add_argument("--seed", type=_count, help="of the random rows (default: drawn, and printed)")
     extraction(sub)
     sub = add("repair", "extract again exactly what verify finds broken", repair)
     teachers(sub)
     extraction(sub)
     sub.add_argument("--fast", action="store_true", help="what records and sizes show, not every checksum")
-    sub.add_argument("--workers", type=int, help="actors (default: one a GPU, or one a CPU core)")
+    sub.add_argument("--workers", type=_count, help="actors (default: one a GPU, or one a CPU core)")
     sub.add_argument("--address", help="of a Ray cluster")
     sub = add(
         "convert", "write the features to another store in another storage dtype, and say what it cost", convert_store
@@ -101,6 +101,13 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("key", metavar="KEY", nargs="?", help="the teacher; --teacher KEY says the same")
     sub.add_argument("--teacher", metavar="KEY", help=argparse.SUPPRESS)
     return p
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
 
 
 @command("olavlm-cache")
@@ -243,13 +250,15 @@ def find_damage(store: FeatureStore, keys: list[str] | None, *, fast: bool) -> t
 def repair(args: argparse.Namespace) -> Answer:
     from .reextract import repair_store
 
+    FeatureStore(args.store)  # is it one? a builder would make it
+    StoreBuilder(args.store).grow()
     store = _opened(args)
     findings, _ = find_damage(store, args.teacher, fast=args.fast)
     if not findings:
         return {"findings": [], "repaired": {}, "sound": True}, "sound: nothing to repair", True
     print("\n".join(_named(findings)), file=sys.stderr)
     repaired = repair_store(store, findings, args)
-    left, _ = find_damage(FeatureStore(args.store), sorted(repaired), fast=args.fast)
+    left, _ = find_damage(FeatureStore(args.store), args.teacher, fast=args.fast)
     value = {
         "findings": [asdict(f) for f in findings],
         "repaired": repaired,
@@ -289,7 +298,7 @@ def convert_store(args: argparse.Namespace) -> Answer:
                 else ""
             )
         )
-    return value, "\n".join(lines + _held(done)), not any(t.held for t in done)
+    return value, "\n".join(lines + _left(done)), not any(t.held or t.damaged for t in done)
 
 
 def merge_stores(args: argparse.Namespace) -> Answer:
@@ -306,7 +315,8 @@ def merge_stores(args: argparse.Namespace) -> Answer:
     }
     lines = [f"{t.key}: {t.copied} shards copied, {t.already_there} there already" for t in done]
     lines += [f"{key}: {group.coverage()}" for key, group in store.items()]
-    return value, "\n".join(lines + _held(done)), not any(t.held for t in done)
+    lost = any(t.held or t.damaged for t in done) and not all(g.coverage().complete for g in store.values())
+    return value, "\n".join(lines + _left(done)), not lost
 
 
 def gc(args: argparse.Namespace) -> Answer:
@@ -345,12 +355,13 @@ def _opened(args: argparse.Namespace) -> FeatureStore:
 
 def _named(findings: list[Finding]) -> list[str]:
     rest = [f"... and {len(findings) - SHOWN} more; --json lists them all"] if len(findings) > SHOWN else []
-    return [str(f) for f in findings[:SHOWN]] + rest
+    return [printable(str(f)) for f in findings[:SHOWN]] + rest
 
 
-def _held(done: list) -> list[str]:
-    held = sum(t.held for t in done)
-    return [f"{held} shards are being written by another; run the same command again"] if held else []
+def _left(done: list[Transfer]) -> list[str]:
+    held, damaged = sum(t.held for t in done), [d for t in done for d in t.damaged]
+    lines = [f"{held} shards are being written by another; run the same command again"] if held else []
+    return lines + [f"damaged in the source: {printable(d)}" for d in damaged[:SHOWN]]
 
 
 def _size(count: float) -> str:

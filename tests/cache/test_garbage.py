@@ -1,6 +1,7 @@
 """`gc` removes what nobody needs, and nothing else."""
 
 import os
+import shutil
 import time
 
 import pytest
@@ -44,7 +45,10 @@ def test_left_overs_of_killed_writers(small, start):
     (store.path / ".dropped.seg.0123").mkdir()
     (store.path / ".dropped.seg.0123" / "x").write_bytes(b"1234")
     (store.path / "seg").mkdir()
-    (store.path / "seg" / "zarr.json").write_bytes(b"{}")  # begun and never finished
+    shutil.copy(store.path / "depth" / "zarr.json", store.path / "seg" / "zarr.json")  # begun and never finished
+    (store.path / "mine").mkdir()
+    (store.path / "mine" / "zarr.json").write_bytes(b"{}")  # a user's own
+    good["mine/zarr.json"] = b"{}"
 
     expected = removed(store, dry_run=True)
     assert len(everything(store)) == len(good) + 10  # a dry run removes nothing
@@ -106,3 +110,11 @@ def test_damage_is_for_repair(small, damage):
     assert removed(store) == []
     assert everything(store) == before
     assert FeatureStore(store.path)["depth"].coverage().missing == 4
+
+
+def test_a_teacher_whose_metadata_was_lost_is_not_garbage(small):
+    store = small().fill()
+    (store.path / "depth" / "features" / "zarr.json").unlink()
+    before = everything(store)
+    assert removed(store) == []
+    assert everything(store) == before

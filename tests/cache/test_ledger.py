@@ -431,7 +431,7 @@ def test_any_flipped_bit_in_it_is_found_and_it_is_ignored(small, rng, parsed, dt
         damaged[at] ^= 1 << int(rng.integers(8))
         index_file(store).write_bytes(damaged)
         assert read_index(folder, store.card["fingerprint"]).num_rows == 0
-        if at % 100 == 0 or at < 40:
+        if at % 400 == 0 or at in (31, 32, len(sound) - 1):
             parsed.clear()
             assert by_the_ledger(store) == expected
             assert len(parsed) >= 3

@@ -201,7 +201,7 @@ def raised(group: TeacherFeatures, rows, expected: np.ndarray) -> dict[int, str]
 @pytest.mark.parametrize(("dtype", "compress"), STORAGE)
 def test_a_flipped_bit_in_any_byte_is_found_and_no_wrong_value_is_read(small, rng, dtype, compress):
     """In a row or its checksum by reading that row; in the index by reading any row of the shard, the first time."""
-    store = small(rows=8, dtype=dtype, compress=compress).fill({1: "missing"})
+    store = small(rows=8, shape=(2, 4), dtype=dtype, compress=compress).fill({1: "missing"})
     valid, expected = [0, 2, 3, 4, 5, 6, 7], store.expected
     assert raised(store.group, valid, expected) == {}  # the control
     for array in store.arrays:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from olavlm.cache import CorruptFeatures, FeatureStore, StoreError, convert, merge, pending, verify
+from olavlm.cache import FeatureStore, StoreError, convert, merge, pending, verify
 from olavlm.cache.codec import CODECS
 
 BAD = {5: "missing"}
@@ -48,6 +48,9 @@ def test_more_valid_rows_win_and_the_target_s_stand_otherwise(small):
     assert store.records()[1]["revision"] == 1
     merge(str(other.path), [str(small("c").fill(BAD).path)])
     assert other.records()[1]["revision"] == 0
+    fewer = small("e").fill(BAD, limit=6)  # its shard 1 has one valid row more than none of four
+    merge(str(small("f").fill(dict.fromkeys(range(4, 8), "missing")).path), [str(fewer.path)])
+    assert FeatureStore(fewer.path.parent / "f")["depth"].coverage().covered == 10  # no committed row is given up
     partial = small("d").fill(limit=9)
     merge(str(partial.path), [str(other.path)])
     assert partial.group.coverage().complete
@@ -76,8 +79,12 @@ def test_damage_in_a_source_is_not_passed_on(small):
     data = bytearray(other.shard_file(1).read_bytes())
     data[7] ^= 1
     other.shard_file(1).write_bytes(data)
-    with pytest.raises(CorruptFeatures, match=r"row 4 \(photos/00004.jpg\)"):
-        merge(str(store.path), [str(other.path)])
+    other.record_file(2).write_bytes(b"{")
+    (done,) = merge(str(store.path), [str(other.path)])
+    row, record = sorted(done.damaged)
+    assert "000002.0.json is damaged" in record
+    assert "row 4 (photos/00004.jpg)" in row
+    assert done.copied == 1
     assert sorted(store.records()) == [0]
     assert list(verify(store.group)) == []
     assert store.staged() == []

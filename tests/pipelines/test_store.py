@@ -181,8 +181,38 @@ def test_repair_withdraws_nothing_that_it_cannot_make_again(store, sample_images
     assert main(["repair", str(store), "--images", str(sample_images), "--model", "depth=nowhere"]) == 1
     assert {f: f.read_bytes() for f in store.rglob("*") if f.is_file()} == everything
     (store / "seg" / "zarr.json").write_bytes(b"{")
+    assert main(["repair", str(store), "--images", str(sample_images), "--teacher", "seg"]) == 1
+    assert "this is not mended by extracting again" in capsys.readouterr().err
+    assert main(["repair", str(store), "--images", str(sample_images), "--workers", "1"]) == 1  # of the rest it mends
+    said = capsys.readouterr().out
+    assert "extracted again: depth shards 0" in said
+    assert "seg: metadata" in said
+
+
+def test_repair_touches_nothing_that_a_lost_plan_hides(store, sample_images, answer, capsys):
+    everything = {f: f.read_bytes() for f in store.rglob("*") if f.is_file() and "plan" not in f.parts}
+    (store / "plan" / "00000.parquet").rename(store / "lost")
+    status, value = answer("verify", store)
+    assert status == 1
+    assert {f["kind"] for f in value["findings"]} == {"plan"}
     assert main(["repair", str(store), "--images", str(sample_images)]) == 1
     assert "this is not mended by extracting again" in capsys.readouterr().err
+    (store / "lost").rename(store / "plan" / "00000.parquet")
+    assert {f: f.read_bytes() for f in store.rglob("*") if f.is_file() and "plan" not in f.parts} == everything
+    assert answer("verify", store)[0] == 0
+
+
+def test_a_repair_that_was_stopped_is_run_again(store, sample_images, answer, monkeypatch, capsys):
+    from olavlm.pipelines import extract
+
+    before = shard_files(store)
+    flip(store / "gen" / "features" / "c" / "1" / "0" / "0")
+    with monkeypatch.context() as m:
+        m.setattr(extract, "run_tasks", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(["repair", str(store), "--images", str(sample_images), "--workers", "1"]) == 1
+    assert answer("verify", store)[0] == 1  # it is still known to be broken
+    assert answer("repair", store, "--images", sample_images, "--workers", 1)[0] == 0
+    assert shard_files(store) == before
 
 
 def test_convert_reports_what_it_saved_and_what_it_cost(store, tmp_path, answer):

@@ -1,0 +1,101 @@
+"""Measured figures: raw rounds to keep as JSON, and the tables made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from statistics import median
+
+
+@dataclass
+class Comparison:
+    """Arms that did the same to the same payload, by turns."""
+
+    title: str
+    rows: int  # a round
+    bytes: int  # of payload, a round
+    floor: str  # the arm that the others are compared with
+    seconds: dict[str, list[float]]  # of each arm, a round
+    checksums: dict[str, str] = field(default_factory=dict)  # what an arm verifies
+    must: dict[str, float] = field(default_factory=dict)  # speed over the floor that an arm is to reach
+    bytes_on_disk: dict[str, float] = field(default_factory=dict)  # for one byte of payload
+    notes: list[str] = field(default_factory=list)
+    kind: str = "comparison"
+
+    def ratios(self, arm: str) -> list[float]:
+        """Speed over the floor's, round by round."""
+        return [floor / own for floor, own in zip(self.seconds[self.floor], self.seconds[arm], strict=True)]
+
+    def markdown(self) -> str:
+        rounds = len(self.seconds[self.floor])
+        header = ["arm", "MB/s", "ms a row", "speed over the floor"]
+        header += ["must reach"] * bool(self.must) + ["checksum verified"] * bool(self.checksums)
+        header += ["bytes on disk"] * bool(self.bytes_on_disk)
+        lines = []
+        for arm, seconds in self.seconds.items():
+            taken = median(seconds)
+            line = [arm, f"{self.bytes / taken / 1e6:,.0f}", f"{taken / self.rows * 1e3:.3g}"]
+            line.append("1" if arm == self.floor else spread(self.ratios(arm)))
+            line += [f"{self.must[arm]}" if arm in self.must else ""] * bool(self.must)
+            line += [self.checksums.get(arm, "")] * bool(self.checksums)
+            if self.bytes_on_disk:
+                line.append(f"{self.bytes_on_disk[arm]:.4f}" if arm in self.bytes_on_disk else "")
+            lines.append(line)
+        about = f"**{self.title}**: {self.rows:,} rows, {number(self.bytes / 1e6)} MB a round, {rounds} rounds"
+        return "\n\n".join([about, table(header, lines), *self.notes])
+
+
+@dataclass
+class Measurement:
+    """What fresh processes measured of themselves; columns are named with their unit."""
+
+    title: str
+    values: dict[str, dict[str, list[float]]]  # subject -> column -> one value a process
+    rows: dict[str, int] = field(default_factory=dict)  # of subjects that are compared by the row
+    limits: dict[str, float] = field(default_factory=dict)  # column -> what it must stay below
+    notes: list[str] = field(default_factory=list)
+    kind: str = "measurement"
+
+    def markdown(self) -> str:
+        columns = list(next(iter(self.values.values())))
+        header = ["", *columns] + [f"{c} a million rows" for c in columns if self.rows and c.startswith("all")]
+        lines = []
+        for subject, values in self.values.items():
+            line = [subject, *(spread(values[c]) for c in columns)]
+            if self.rows:
+                per_million = [median(values[c]) / self.rows[subject] * 1e6 for c in columns if c.startswith("all")]
+                line += [f"{value:.3g}" for value in per_million]
+            lines.append(line)
+        if self.limits:
+            lines.append(["must stay below", *(f"{self.limits[c]:g}" if c in self.limits else "" for c in columns)])
+        rounds = len(next(iter(next(iter(self.values.values())).values())))
+        about = f"**{self.title}**: fresh processes, {rounds} for each line"
+        return "\n\n".join([about, table(header, lines), *self.notes])
+
+
+Figures = Comparison | Measurement
+
+
+def to_json(figures: Iterable[Figures]) -> list[dict]:
+    return [asdict(f) for f in figures]
+
+
+def from_json(figures: Iterable[dict]) -> list[Figures]:
+    kinds = {"comparison": Comparison, "measurement": Measurement}
+    return [kinds[f["kind"]](**f) for f in figures]
+
+
+def spread(values: list[float]) -> str:
+    """Median (lowest..highest)."""
+    if len(values) == 1:
+        return number(values[0])
+    return f"{number(median(values))} ({number(min(values))}..{number(max(values))})"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    rule = ["---"] + ["---:" if not h.startswith("checksum") else "---" for h in header[1:]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
