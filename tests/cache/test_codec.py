@@ -210,6 +210,10 @@ def test_int8_keeps_a_token_of_the_smallest_numbers():
     parts = CODECS["int8"].encode(np.array([[smallest, 0, -smallest, 0]], np.float32))[0]
     assert parts["scales"][0] > 0
     assert CODECS["int8"].decode(parts).tolist() == [[float(smallest), 0, float(-smallest), 0]]
+    # Of 190 times the smallest the scale is rounded down to it, and no value may leave -127 ... 127.
+    parts = CODECS["int8"].encode(np.array([[-190 * smallest, 190 * smallest]], np.float32))[0]
+    assert parts["scales"].tolist() == [smallest]
+    assert parts["features"].tolist() == [[-127, 127]]
 
 
 # int4

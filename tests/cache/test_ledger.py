@@ -128,7 +128,7 @@ def random_bad(rng, rows: np.ndarray, part: float) -> dict[int, str]:
 def test_the_index_says_what_the_records_say_whatever_happened_to_the_store(small, rng, dtype):
     """Shards with failures, partial ones, replaced ones, a plan that grows, damage; in any order, each with an index
     that is as old as chance has it."""
-    for trial in range(6):
+    for trial in range(4):
         count = int(rng.integers(1, 30))
         store = small(f"store {trial}", rows=count, dtype=dtype, shard_rows=int(rng.choice([1, 2, 4, 8])))
         events = rng.choice(["fill", "retry", "grow", "tear", "cut", "lose", "withdraw", "index"], 12)

@@ -16,7 +16,7 @@ from olavlm.cache import BadImage, FeatureStore, MissingFeatures, pending
 from olavlm.cache.codec import CODECS
 from olavlm.cache.shard import COMPRESSIONS
 
-EXAMPLES = int(os.environ.get("OLAVLM_TEST_EXAMPLES", 70))  # of each property; more of them in a long run
+EXAMPLES = int(os.environ.get("OLAVLM_TEST_EXAMPLES", 50))  # of each property; more of them in a long run
 ANY = settings(max_examples=EXAMPLES, deadline=None, print_blob=True)
 KINDS = (
     "normal",
