@@ -233,7 +233,7 @@ class StoreBuilder:
                     self._resume_creation(key, name, content)
         if files.is_local(self.path):
             for name in ("commits", "leases", "staging"):
-                (self.path / key / name).mkdir(exist_ok=True)
+                files.make_folder(self.path / key / name)
 
     def _resume_creation(self, key: str, name: str, content: bytes) -> None:
         """A builder died, or is at work, between two files of the group; what it wrote must be what we would."""

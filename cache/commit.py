@@ -91,7 +91,8 @@ class ShardWriter:
         return {name: array.file(self.group, shard) for name, array in self.layout.arrays.items()}
 
     def remove_files(self, shard: int) -> None:
-        for file in self.shard_files(shard).values():
+        """Scales go first and come last: to a plain Zarr reader features without scales are NaN, never zeros."""
+        for file in reversed(self.shard_files(shard).values()):
             files.remove(file)
 
     def _recover(self, shard: int, keep: bool = True, segment: str | None = None) -> None:

@@ -215,10 +215,21 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def make_folder(folder: Path) -> None:
+    """With its parents, each name durable; nothing if it is there."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        fsync_folder(new.parent)
+
+
 @contextlib.contextmanager
 def _private(file: Path, content: bytes | memoryview):
     """`content` on the disk under a private name beside `file`."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     private = file.parent / f".{file.name}.{secrets.token_hex(8)}"
     try:
         with private.open("xb") as f:
@@ -293,7 +304,7 @@ def place(staged: Path, file: Location) -> None:
         if (there := size(file)) != staged.stat().st_size:
             raise OSError(f"{file} has {there} bytes, {staged.stat().st_size} were sent")
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     os.link(staged, file)
 
 
