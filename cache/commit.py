@@ -61,7 +61,7 @@ class ShardWriter:
         lease = acquire_lease(self.leases, shard)
         try:
             self.on_step("recover")
-            self._recover(shard, segment=segment)
+            self._recover(lease, segment=segment)
             self.on_step("stage")
             return OpenShard(self, lease, shard, rows, segment)
         except BaseException:
@@ -75,7 +75,7 @@ class ShardWriter:
         """
         lease = acquire_lease(self.leases, shard)
         try:
-            self._recover(shard, keep=not withdraw_all)
+            self._recover(lease, keep=not withdraw_all)
         finally:
             lease.release()
 
@@ -95,8 +95,13 @@ class ShardWriter:
         for file in reversed(self.shard_files(shard).values()):
             files.remove(file)
 
-    def _recover(self, shard: int, keep: bool = True, segment: str | None = None) -> None:
-        """Leave the shard's files and the record that counts, or nothing. One of another segment does not count."""
+    def _recover(self, lease: Lease, keep: bool = True, segment: str | None = None) -> None:
+        """Leave the shard's files and the record that counts, or nothing. One of another segment does not count.
+
+        Who was taken for dead must not sweep up what its successor has placed.
+        """
+        shard = lease.shard
+        lease.check()
         if files.is_local(self.staging):
             for left in self.staging.glob(f"{shard:06d}.*"):
                 left.unlink(missing_ok=True)
@@ -105,8 +110,10 @@ class ShardWriter:
             record = None
         for file in revisions_of(self.commits, shard)[0]:
             if record is None or file.name != record.name:
+                lease.check()
                 withdraw(file)
         if record is None:
+            lease.check()
             self.remove_files(shard)
 
 
@@ -296,7 +303,8 @@ class OpenShard:
             raise LeaseLost(f"shard {self.shard} was committed by another writer; this work is dropped") from None
         if not self.lease.held() and not self._is_in_place(record):
             # Taken for dead between the last check and the record, which is of files that are gone.
-            withdraw(writer.commits / record.name)
+            # Removed and not withdrawn: the other publishes under this number, and `.withdrawn` would hide its record.
+            files.remove(writer.commits / record.name)
             raise LeaseLost(f"shard {self.shard} was taken over by another writer; this work is dropped")
         step("release")
         self.drop()
