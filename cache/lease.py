@@ -29,6 +29,7 @@ from .files import Location
 
 LEASE_SECONDS = 900.0  # without a sign of life for this long, a writer on another host is taken for dead
 RENEW_SECONDS = 30.0  # between two signs of life
+PATIENCE_SECONDS = 5.0  # that a holder gives a taker to either remove its lease or withdraw
 _NAME = re.compile(r"(\d{6}|[1-9]\d{6,})\.(0|[1-9]\d*)")
 
 
@@ -55,8 +56,16 @@ class Lease:
         return (_read(self.file) or {}).get("nonce") == self.nonce  # the number may have been used again
 
     def check(self) -> None:
-        """Raise `LeaseLost` if another writer has taken the shard over."""
-        if not self.held():
+        """Raise `LeaseLost` if another writer has taken the shard over.
+
+        A higher generation beside this one may be that of a slow taker, who judged an earlier holder and is about to
+        withdraw: it is given `PATIENCE_SECONDS`.
+        """
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while not self.held():
+            if self._is_own() and time.monotonic() < give_up:
+                time.sleep(0.02)
+                continue
             raise LeaseLost(f"lease {self.file} was taken over by another writer; this shard's work is dropped")
 
     def renew(self) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import threading
 import time
 
 import pytest
@@ -274,6 +275,23 @@ def test_older_leases_that_came_late_are_released_along(folder):
     taken.check()
     taken.release()
     assert names(folder) == []
+
+
+def test_a_holder_bears_with_a_slow_taker_that_withdraws(folder, monkeypatch):
+    """The slow one judged a holder before this one, and took the next generation; it withdraws when it looks again."""
+    held = acquire_lease(folder, SHARD)
+    slow = folder / "000003.1"
+    slow.write_text("{}")
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(LeaseLost):  # the control
+        held.check()
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 60.0)
+    threading.Timer(0.2, slow.unlink).start()
+    held.check()
+    slow.write_text("{}")
+    threading.Timer(0.2, held.file.unlink).start()  # one that does not withdraw removes the older ones
+    with pytest.raises(LeaseLost):
+        held.check()
 
 
 def test_a_woken_holder_whose_number_was_used_again(folder, start):
