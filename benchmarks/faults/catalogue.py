@@ -145,7 +145,6 @@ CATALOGUE = [
         "stopped (SIGSTOP) at a random step and taken for dead; wakes when another is done, or at a random step",
         stuck(),
         Control(skips.lease_looked_at_again, _WAKES_IN_BETWEEN, "both at `record`"),
-        undone_allowed=_BETWEEN_TWO_LOOKS,
         weight=3,
     ),
     Entry(
@@ -160,7 +159,6 @@ CATALOGUE = [
         "stopped just before its record gets its name",
         stuck(at_its_record=True),
         Control(skips.exclusive_record, stuck(at_its_record=True), ""),
-        undone_allowed=_BETWEEN_TWO_LOOKS,
     ),
     Entry(
         "a stuck writer, stale listings",
