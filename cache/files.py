@@ -14,6 +14,7 @@ is tried by `probe` before a store is written there.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import random
 import secrets
@@ -106,7 +107,11 @@ def read(file: Location) -> bytes:
     """The whole file; FileNotFoundError if there is none."""
     if is_local(file):
         return file.read_bytes()
-    return _ask(_remote(file).cat_file, file.path, max_concurrency=1)  # more would ask for the size first
+    client = _remote(file)
+    method = getattr(client, "_cat_file", client.cat_file)  # the asynchronous one tells its options
+    # Where a client can ask for parts at once (s3fs from 2026.3), it would ask for the size first.
+    one = {"max_concurrency": 1} if "max_concurrency" in inspect.signature(method).parameters else {}
+    return _ask(client.cat_file, file.path, **one)
 
 
 def read_ranges(files: Sequence[UPath], starts: Sequence[int], stops: Sequence[int]) -> list[bytes | Exception]:
