@@ -73,14 +73,14 @@ class TaskConfig:
     predictor_width: PredictorWidth = "target"
     """Inner width of the predictors: the teacher's, or the LLM's."""
     teacher: str | None = None
-    """Name of the teacher; by default the task's own."""
+    """Name of the teacher, such as timm:MODEL; by default the task's own."""
     recipe: str | None = None
     """Of the teacher's features, such as depth's mean4 or last; the teacher's default by default."""
     model: str | None = None
     """Teacher checkpoint, hub id or folder, for online targets; by default the one that filled the store, else the
     teacher's own."""
     key: str | None = None
-    """Where the store keeps the features; by default the task's name."""
+    """Where the store keeps the features; by default what `olavlm-extract` calls them."""
 
 
 def _paper_tasks() -> dict[str, TaskConfig]:
@@ -122,7 +122,8 @@ class TargetsConfig:
     source: Literal["cache", "online"] = "cache"
     """Whether targets are read from the store, or teachers run in the loop."""
     geometry: Literal["reference", "square", "pad"] = "reference"
-    """What the teachers saw, or see, of an image."""
+    """What the teachers saw, or see, of an image: `reference` is each teacher's own framing, as in the paper; `square`
+    and `pad` are the base encoder's, so that the grids lie over each other. Then model.geometry must be the same."""
 
 
 @dataclass
@@ -217,6 +218,10 @@ class Recipe:
     def task_order(self) -> list[str]:
         """The tasks that are on, in the order of insertion."""
         return [name for name in self.model.order if name in self.tasks]
+
+    def base_geometry(self, stage: Stage) -> Geometry:
+        """What the base encoder sees of an image in this stage."""
+        return self.model.geometry or ("square" if stage == "pt" else "pad")
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe, as it would stand in a file."""

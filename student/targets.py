@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 
 from olavlm.cache import BadImage, CacheError, Dataset, FeatureStore, ImageRoots, MissingFeatures, TeacherFeatures
 
-from .config import Recipe, TaskConfig
+from .config import Recipe, Stage, TaskConfig
 from .errors import RecipeError, TargetsError
 from .tokens import TaskSpec
 
@@ -97,6 +98,7 @@ class OnlineTargets:
             task_spec(name, recipe.tasks[name], teacher.card.tokens, teacher.card.dim)
             for name, teacher in self.teachers.items()
         ]
+        self._blanks = {name: teacher.prepare(Image.new("RGB", (1, 1))) for name, teacher in self.teachers.items()}
 
     def load(self, images: Sequence[str | None]) -> Loaded:
         pictures = []
@@ -107,7 +109,7 @@ class OnlineTargets:
                 pictures.append(None)
         loaded = {}
         for name, teacher in self.teachers.items():
-            pixels = np.zeros((len(images), 3, *teacher.card.size), np.uint8)
+            pixels = np.zeros((len(images), *self._blanks[name].shape), self._blanks[name].dtype)
             for row, picture in enumerate(pictures):
                 if picture is not None:
                     pixels[row] = teacher.prepare(picture)
@@ -139,6 +141,7 @@ def _load_teacher(recipe: Recipe, name: str, device: torch.device):
             recipe=task.recipe,
             geometry=recipe.targets.geometry,
             device=device,
+            compute_dtype=stored.get("compute_dtype", "float32"),
         )
     except TeacherError as e:
         raise TargetsError(f"tasks.{name}: {e}") from None
@@ -154,14 +157,21 @@ def task_spec(name: str, task: TaskConfig, tokens: int, dim: int) -> TaskSpec:
     return TaskSpec(name, tokens, dim, tuple(task.layers), task.weight, task.predictor_width)
 
 
-def check_targets(recipe: Recipe, dataset: Dataset) -> None:
+def check_targets(recipe: Recipe, dataset: Dataset, stage: Stage) -> None:
     """Refuse a store that cannot serve the recipe, before any model is loaded.
 
     Raises:
-        RecipeError: targets from the cache, and no store named.
+        RecipeError: targets from the cache, and no store named; teachers that are to see what the base encoder sees,
+            and do not in this stage.
         TargetsError: the store is not there, lacks a teacher, holds features of another recipe, teacher or geometry, or
             does not cover the dataset. Says what is missing and the command that makes it.
     """
+    seen, base = recipe.targets.geometry, recipe.base_geometry(stage)
+    if recipe.tasks and seen not in ("reference", base):
+        raise RecipeError(
+            f"targets.geometry is {seen}, and the base encoder sees {base} in {stage}, so that their grids do not line "
+            f"up; set model.geometry to {seen}, or targets.geometry to {base} or reference"
+        )
     if recipe.targets.source == "online" or not recipe.tasks:
         return
     if recipe.targets.store is None:
@@ -202,15 +212,17 @@ def check_targets(recipe: Recipe, dataset: Dataset) -> None:
 
 
 def _check_card(recipe: Recipe, name: str, card: dict[str, Any]) -> None:
-    from olavlm.teachers import TEACHERS  # names and recipes; no model library is imported
+    from olavlm.teachers import TeacherError, look_up  # names and recipes; no model library is imported
 
     task = recipe.tasks[name]
     teacher = task.teacher or name
-    if teacher not in TEACHERS:
-        raise RecipeError(f"tasks.{name}.teacher is {teacher}: use one of {', '.join(TEACHERS)}")
+    try:
+        _, features = look_up(teacher, task.recipe)
+    except TeacherError as e:
+        raise RecipeError(f"tasks.{name}: {e}") from None
     wanted = {
         "name": (card.get("name"), teacher),
-        "recipe": (card.get("recipe", {}).get("name"), task.recipe or TEACHERS[teacher].recipes[0]),
+        "recipe": (card.get("recipe", {}).get("name"), features),
         "geometry": (card.get("geometry"), recipe.targets.geometry),
     }
     for what, (there, here) in wanted.items():
@@ -226,10 +238,8 @@ def store_key_of(recipe: Recipe, name: str) -> str:
     from olavlm.teachers import TeacherError, store_key
 
     task = recipe.tasks[name]
-    if task.key or not task.recipe:
-        return task.key or name
     try:
-        return store_key(task.teacher or name, task.recipe)
+        return task.key or store_key(task.teacher or name, task.recipe)
     except TeacherError as e:
         raise RecipeError(f"tasks.{name}: {e}") from None
 
@@ -237,14 +247,22 @@ def store_key_of(recipe: Recipe, name: str) -> str:
 def extract_command(recipe: Recipe, names: Sequence[str], store: str | None = None) -> str:
     """The command that makes, or finishes, the features of these tasks, by the recipe's store unless another is named.
 
-    Where the recipe's store has them in part, model and dtype are those it was begun with.
+    Several commands, where a task needs flags that go with one teacher alone. Where the recipe's store has the features
+    in part, model and dtypes are those they were begun with.
     """
-    words, dtypes = [], set()
+    alone = [name for name in names if recipe.tasks[name].recipe or recipe.tasks[name].key]
+    groups = [[name for name in names if name not in alone], *([name] for name in alone)]
+    return " && ".join(_extract_command(recipe, group, store) for group in groups if group)
+
+
+def _extract_command(recipe: Recipe, names: Sequence[str], store: str | None) -> str:
+    words, dtypes, computed = [], set(), set()
     for name in names:
         task, model = recipe.tasks[name], recipe.tasks[name].model
         if store is None and (group := _stored(recipe, name)) is not None:
             model = model or group.card.get("model")
             dtypes.add(group.layout.dtype)
+            computed.add(group.card.get("compute_dtype", "float32"))
         words += ["--teacher", f"{task.teacher or name}={model}" if model else task.teacher or name]
     if len(names) == 1:
         task = recipe.tasks[names[0]]
@@ -253,6 +271,7 @@ def extract_command(recipe: Recipe, names: Sequence[str], store: str | None = No
     if recipe.targets.geometry != "reference":
         words += ["--geometry", recipe.targets.geometry]
     words += ["--dtype", *dtypes] if len(dtypes) == 1 and dtypes != {"float16"} else []
+    words += ["--compute-dtype", *computed] if len(computed) == 1 and computed != {"float32"} else []
     words += ["--data", *recipe.files, "--images", *recipe.image_roots]
     return shlex.join(["olavlm-extract", *words, "--store", store or recipe.targets.store or "STORE"])
 

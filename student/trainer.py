@@ -69,7 +69,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     check_samples(dataset, recipe.model.template)
     check_images(dataset, roots)
     if distil:
-        check_targets(recipe, dataset)
+        check_targets(recipe, dataset, stage)
 
     # Without `cpu`, accelerate would take several processes on a machine without an accelerator for one each.
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, cpu=not torch.accelerator.is_available())
@@ -244,7 +244,7 @@ def build_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """The recipe's model section as arguments of `OlaVLM.build`."""
     m = recipe.model
     return {
-        "geometry": m.geometry or ("square" if stage == "pt" else "pad"),
+        "geometry": recipe.base_geometry(stage),
         "select_layer": m.select_layer,
         "dtype": DTYPES[m.dtype],
         "attn_implementation": m.attention,

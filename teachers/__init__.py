@@ -2,7 +2,8 @@
 
     from olavlm.teachers import load_teacher
 
-    teacher = load_teacher("depth", device="cuda")   # or seg, gen; model= a hub id or a local checkpoint folder
+    teacher = load_teacher("depth", device="cuda")   # or seg, gen, timm:MODEL, open_clip:MODEL/PRETRAINED; model= a hub
+                                                     # id or a local checkpoint
     teacher.card.tokens, teacher.card.dim            # 576, 1024
     teacher.encode([picture])                        # float32 CPU tensor [1, 576, 1024]
 
@@ -16,29 +17,32 @@ from typing import TYPE_CHECKING
 from olavlm.teachers.card import Card
 from olavlm.teachers.errors import TeacherError
 from olavlm.teachers.geometry import GEOMETRIES
-from olavlm.teachers.registry import TEACHERS, load_teacher, store_key
+from olavlm.teachers.registry import TEACHERS, Entry, load_teacher, look_up, store_key
 
 if TYPE_CHECKING:
-    from olavlm.teachers.base import Teacher
+    from olavlm.teachers.base import PixelTeacher, Teacher
     from olavlm.teachers.tiny import make_tiny
 
 __all__ = [
     "GEOMETRIES",
     "TEACHERS",
     "Card",
+    "Entry",
+    "PixelTeacher",
     "Teacher",
     "TeacherError",
     "load_teacher",
+    "look_up",
     "make_tiny",
     "store_key",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name == "Teacher":
-        from olavlm.teachers.base import Teacher
+    if name in ("PixelTeacher", "Teacher"):
+        from olavlm.teachers.base import PixelTeacher, Teacher
 
-        return Teacher
+        return {"PixelTeacher": PixelTeacher, "Teacher": Teacher}[name]
     if name == "make_tiny":
         from olavlm.teachers.tiny import make_tiny
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -49,13 +50,23 @@ class PixelTeacher:
     the size of float32 and the preparing threads only resize.
 
     Subclasses say how a picture becomes pixels (`resize`) and pixels become features (`features`).
+
+    Args:
+        card: its compute dtype says what the network computes in: `bfloat16` and `float16` are autocast, so that norms,
+            position embeddings and, on CUDA, the residual stream stay float32.
+        network: with float32 weights.
+        device: where it is put.
     """
 
     def __init__(self, card: Card, network: torch.nn.Module, device: torch.device) -> None:
         self.card = card
         self.device = device
+        self.network = network.to(device).eval().requires_grad_(False)
         self._dtype = COMPUTE_DTYPES[card.compute_dtype]
-        self._network = network.to(device=device, dtype=self._dtype).eval().requires_grad_(False)
+        for module in network.modules():
+            # Autocast would round these weights again in every forward. A subclass may compute with its weights first.
+            if type(module) in (torch.nn.Linear, torch.nn.Conv2d):
+                module.to(self._dtype)
         self._mean = torch.tensor(card.mean, device=device).view(3, 1, 1)
         self._std = torch.tensor(card.std, device=device).view(3, 1, 1)
 
@@ -64,7 +75,7 @@ class PixelTeacher:
         raise NotImplementedError
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels [B, 3, H, W] in the compute dtype -> [B, tokens, dim]."""
+        """Normalised float32 pixels [B, 3, H, W] -> [B, tokens, dim], under autocast where the card says so."""
         raise NotImplementedError
 
     def prepare(self, image: Image.Image) -> np.ndarray:
@@ -86,8 +97,9 @@ class PixelTeacher:
             )
         pixels = batch.to(self.device, non_blocking=True).float().div_(255).sub_(self._mean).div_(self._std)
         # The card's compute dtype holds inside a trainer's autocast region too.
-        with torch.autocast(self.device.type, enabled=False):
-            return self.features(pixels.to(self._dtype)).float()
+        reduced = self._dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self._dtype if reduced else None, enabled=reduced):
+            return self.features(pixels).float()
 
     def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Pictures of any size and mode -> [B, tokens, dim] float32 on the CPU."""
@@ -113,9 +125,6 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what resizes the pictures and runs the networks, for the card."""
-    import PIL
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "pillow": PIL.__version__}
+def library_versions(*libraries: str) -> dict[str, str]:
+    """Versions, for the card, of what resizes the pictures and runs the networks: Pillow, PyTorch and `libraries`."""
+    return {name: version(name) for name in ("pillow", "torch", *libraries)}

@@ -13,7 +13,7 @@ from typing import Any
 
 from olavlm.teachers.errors import TeacherError
 
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, WEIGHTS_INDEX, SAFETENSORS = "model.safetensors", "model.safetensors.index.json", ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _read_json(path: Path, model: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TeacherError(f"{model}: {path.name} cannot be read ({_one_line(error)}); fetch it again") from error
+        raise TeacherError(f"{model}: {path.name} cannot be read ({one_line(error)}); fetch it again") from error
     if not isinstance(values, dict):
         raise TeacherError(f"{model}: {path.name} is not a JSON object; fetch it again")
     return values
@@ -113,12 +113,12 @@ def _weight_files(folder: Path, model: str) -> tuple[Path, ...]:
 def _from_hub(repository: str, revision: str | None, subfolder: str) -> tuple[Path, str]:
     """Folder in the hub's cache with the files a teacher needs, and the commit it is a snapshot of."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def fetch(filename: str) -> Path:
         return Path(hf_hub_download(repository, filename, subfolder=subfolder or None, revision=revision))
 
-    try:
+    with _hub_errors(repository):
         folder = fetch("config.json").parent
         # The repository's root in the cache is .../snapshots/COMMIT; later files are pinned to that commit.
         revision = (folder.parent if subfolder else folder).name
@@ -135,8 +135,18 @@ def _from_hub(repository: str, revision: str | None, subfolder: str) -> tuple[Pa
             else:
                 for shard in set(_read_json(index, repository).get("weight_map", {}).values()):
                     fetch(shard)
+    return folder, revision
+
+
+@contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    """What goes wrong with the hub, as one line for the user."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
     except HFValidationError as error:
-        raise TeacherError(f"{repository}: no such folder, and not a hub id; give one of the two") from error
+        raise TeacherError(f"{repository}: no such folder or file, and not a hub id; give one of them") from error
     except TeacherError:
         raise
     except Exception as error:  # the hub client's errors and its transport's share no base class
@@ -144,18 +154,86 @@ def _from_hub(repository: str, revision: str | None, subfolder: str) -> tuple[Pa
             f"{repository}: no such folder, and not to be had from the Hugging Face hub or its cache "
             f"({type(error).__name__}); check the name and the network, or name a folder"
         ) from error
-    return folder, revision
 
 
-def load_model(cls: type, checkpoint: Checkpoint, *, dtype: Any, part: str = "", unused: tuple[str, ...] = ()) -> Any:
-    """`cls.from_pretrained` on the folder, with every tensor of the part we run taken from the file.
+def open_weights(model: str, *, revision: str | None, config: str, weights: tuple[str, ...], marker: str) -> Checkpoint:
+    """Find a checkpoint that is one safetensors file, as timm and open_clip keep theirs: a file, a folder or a hub id.
+
+    Args:
+        model: file, folder or hub id.
+        revision: branch, tag or commit of a hub repository.
+        config: what the library calls its configuration. A folder or repository must have it; beside a file named
+            itself it counts where it is there.
+        weights: what the library calls the weights, best first.
+        marker: a key of the configuration without which it is not the library's.
+
+    Raises:
+        TeacherError: nothing there, no configuration of the library, no safetensors.
+    """
+    path = Path(model).expanduser()
+    if not path.exists() and path.suffix != SAFETENSORS:
+        file, revision = fetch_weights(model, revision, weights, config=config)
+    elif revision is not None:
+        raise TeacherError(f"{model}: a file has no revision {revision!r}; leave the revision out or name a hub id")
+    elif path.is_dir():
+        file = next((path / name for name in weights if (path / name).is_file()), None)
+    else:
+        file = path
+    if file is None or file.suffix != SAFETENSORS:
+        raise TeacherError(
+            f"{model}: no {' or '.join(weights)}, and only safetensors are read; write the tensors with "
+            "safetensors.torch.save_file"
+        )
+    if not file.is_file():
+        raise TeacherError(f"{model}: no such file; check the path")
+    described = _read_json(file.parent / config, model) if (file.parent / config).is_file() else {}
+    if marker not in described:
+        if not path.is_file():
+            raise TeacherError(f"{model}: no {config} with {marker!r} in it; name the file of weights itself")
+        described = {}
+    return Checkpoint(model, file.parent, described, (file,), revision)
+
+
+def fetch_weights(
+    repository: str, revision: str | None, names: tuple[str, ...], *, config: str | None = None
+) -> tuple[Path | None, str | None]:
+    """The first of the files `names` that a hub repository has, None for none, and the commit it is of.
+
+    Args:
+        config: another file, fetched first; it must be there.
+
+    Raises:
+        TeacherError: no such repository, no `config` in it, or the hub is not reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def fetch(filename: str) -> Path:
+        return Path(hf_hub_download(repository, filename, revision=revision))
+
+    with _hub_errors(repository):
+        if config is not None:
+            revision = fetch(config).parent.name
+        absent: EntryNotFoundError | None = None
+        for name in names:
+            try:
+                file = fetch(name)
+                return file, file.parent.name
+            except EntryNotFoundError as error:
+                absent = error
+        if isinstance(absent, LocalEntryNotFoundError):
+            raise absent  # the hub was not reached, so nobody knows what it has
+    return None, revision
+
+
+def load_model(cls: type, checkpoint: Checkpoint, *, part: str = "", unused: tuple[str, ...] = ()) -> Any:
+    """`cls.from_pretrained` on the folder, in float32, with every tensor of the part we run taken from the file.
 
     from_pretrained draws tensors that the file lacks at random and goes on; here that is an error.
 
     Args:
         cls: a transformers model class.
         checkpoint: what `open_checkpoint` found.
-        dtype: torch dtype of the parameters.
         part: prefix of the parameters the teacher runs.
         unused: pieces of parameter names inside that part which the features do not depend on.
 
@@ -166,7 +244,7 @@ def load_model(cls: type, checkpoint: Checkpoint, *, dtype: Any, part: str = "",
         with quiet():
             model, report = cls.from_pretrained(
                 checkpoint.folder,
-                dtype=dtype,
+                dtype="float32",
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -174,7 +252,7 @@ def load_model(cls: type, checkpoint: Checkpoint, *, dtype: Any, part: str = "",
             )
     except Exception as error:  # a damaged file fails in any of three libraries, each with errors of its own
         raise TeacherError(
-            f"{checkpoint.model}: {cls.__name__} cannot load it ({_one_line(error)}); fetch or save it again"
+            f"{checkpoint.model}: {cls.__name__} cannot load it ({one_line(error)}); fetch or save it again"
         ) from error
     drawn = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     drawn = sorted(name for name in drawn if name.startswith(part) and not any(piece in name for piece in unused))
@@ -186,7 +264,7 @@ def load_model(cls: type, checkpoint: Checkpoint, *, dtype: Any, part: str = "",
     return model
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return shorten(str(error), 300) or type(error).__name__
 
 

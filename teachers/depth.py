@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from olavlm.teachers.base import COMPUTE_DTYPES, PixelTeacher, library_versions
+from olavlm.teachers.base import PixelTeacher, library_versions
 from olavlm.teachers.card import Card
 from olavlm.teachers.checkpoint import load_model, open_checkpoint, weights_digest
 from olavlm.teachers.errors import TeacherError
@@ -26,11 +26,13 @@ class DepthTeacher(PixelTeacher):
         return squash(image, SIDE, Image.Resampling.BICUBIC)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        # hidden_states[i + 1] is the output of block i before the final LayerNorm, whatever the config says about
-        # applying it to, or reshaping, the backbone's own feature maps.
-        hidden_states = self._network(pixels, output_hidden_states=True).hidden_states
-        layers = self.card.recipe["layers"]
-        total = sum(self._network.layernorm(hidden_states[layer + 1]).float() for layer in layers)
+        # Block by block: the backbone's own forward would keep the output of every block, and make feature maps.
+        layers, total = self.card.recipe["layers"], 0
+        hidden = self.network.embeddings(pixels)
+        for index, block in enumerate(self.network.encoder.layer):
+            hidden = block(hidden)
+            if index in layers:
+                total = total + self.network.layernorm(hidden).float()
         return total[:, -self.card.tokens :] / len(layers)
 
 
@@ -48,7 +50,6 @@ def load_depth(
     backbone = load_model(
         DepthAnythingForDepthEstimation,
         checkpoint,
-        dtype=COMPUTE_DTYPES[compute_dtype],
         part="backbone.",
         unused=("mask_token",),
     ).backbone
@@ -62,6 +63,7 @@ def load_depth(
         layers = [index - 1 for index in backbone.out_indices]  # index 0 is the embeddings, i the output of block i - 1
     else:
         layers = [config.num_hidden_layers - 1]
+    del backbone.encoder.layer[max(layers) + 1 :]  # what comes after the last layer that is read
     rows = SIDE // config.patch_size
     card = Card(
         name=name,
@@ -84,6 +86,6 @@ def load_depth(
         tokens=rows * rows,
         dim=config.hidden_size,
         grid=(rows, rows),
-        versions=library_versions(),
+        versions=library_versions("transformers"),
     )
     return DepthTeacher(card, backbone, device)

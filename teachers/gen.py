@@ -1,6 +1,7 @@
 """The gen teacher: the CLIP image embedding that conditions Stable Diffusion unCLIP (an OpenCLIP ViT-H/14).
 
-One token a picture: the projected embedding, not L2-normalised, as the target of OLA-VLM (arXiv 2412.09585).
+One token a picture: the projected embedding, not L2-normalised, as the target of OLA-VLM (arXiv 2412.09585). The same
+weights in open_clip's layout give the same features as `open_clip:ViT-H-14/laion2b_s32b_b79k`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from olavlm.teachers.base import COMPUTE_DTYPES, PixelTeacher, library_versions
+from olavlm.teachers.base import PixelTeacher, library_versions
 from olavlm.teachers.card import Card
 from olavlm.teachers.checkpoint import load_model, open_checkpoint, weights_digest
 from olavlm.teachers.geometry import CLIP_MEAN, CLIP_STD, short_edge_crop
@@ -21,7 +22,7 @@ class GenTeacher(PixelTeacher):
         return short_edge_crop(image, self.card.size[0])
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._network(pixels).image_embeds[:, None]
+        return self.network(pixels).image_embeds[:, None]
 
 
 def load_gen(
@@ -37,7 +38,7 @@ def load_gen(
     checkpoint = open_checkpoint(
         model, revision=revision, model_types=("clip_vision_model",), subfolder="image_encoder"
     )
-    network = load_model(CLIPVisionModelWithProjection, checkpoint, dtype=COMPUTE_DTYPES[compute_dtype])
+    network = load_model(CLIPVisionModelWithProjection, checkpoint)
     side = network.config.image_size
     card = Card(
         name=name,
@@ -59,6 +60,6 @@ def load_gen(
         tokens=1,
         dim=network.config.projection_dim,
         grid=(1, 1),
-        versions=library_versions(),
+        versions=library_versions("transformers"),
     )
     return GenTeacher(card, network, device)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Literal
+
 from PIL import Image
 
 from olavlm.teachers.errors import TeacherError
 
 GEOMETRIES = ("reference", "square", "pad")
+
+ResizeMode = Literal["short edge", "long edge", "squash"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -60,26 +65,74 @@ def squash(image: Image.Image, side: int, resample: Image.Resampling) -> Image.I
     return image.resize((side, side), resample)
 
 
-def short_edge_crop(image: Image.Image, side: int) -> Image.Image:
-    """Bicubic resize of the shorter edge to `side`, then the centre square: the CLIP transform.
+def short_edge_crop(
+    image: Image.Image,
+    side: int,
+    *,
+    edge: int | None = None,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Image.Image:
+    """Resize the shorter edge to `edge`, by default `side`, then cut the centre square of `side`: the CLIP transform.
 
     Rounding and crop offsets are those of the CLIP image processor: the longer edge is rounded down, and so is
     half of what is cut. Beyond `LONGEST_SIDE` only the part that is kept is resized, which differs at most in rounding.
     """
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    resized_long = int(side * long / short)
-    if resized_long > LONGEST_SIDE:
-        scale = long / resized_long
-        start = (resized_long - side) // 2 * scale
-        end = start + side * scale
-        box = (0, start, width, end) if width <= height else (start, 0, end, height)
-        return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
-    size = (side, resized_long) if width <= height else (resized_long, side)
-    return centre_crop(image.resize(size, Image.Resampling.BICUBIC), side)
+    edge = edge or side
+    short, long = min(image.size), max(image.size)
+    resized_long = int(edge * long / short)
+    width, height = (edge, resized_long) if image.width <= image.height else (resized_long, edge)
+    if resized_long <= LONGEST_SIDE:
+        return centre_crop(image.resize((width, height), resample), side)
+    left, top = (width - side) // 2, (height - side) // 2
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, (left + side) * across, (top + side) * down)
+    return image.resize((side, side), resample, box=box)
 
 
 def centre_crop(image: Image.Image, side: int) -> Image.Image:
     """The (side, side) square in the middle of a picture at least that large."""
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
+
+
+def long_edge_fit(
+    image: Image.Image, side: int, *, edge: int, resample: Image.Resampling, fill: tuple[int, int, int]
+) -> Image.Image:
+    """Resize the longer edge to `edge`, then cut, or fill up with the colour `fill`, to the centre square of `side`."""
+    ratio = max(image.size) / edge
+    image = image.resize((max(1, round(image.width / ratio)), max(1, round(image.height / ratio))), resample)
+    canvas = Image.new("RGB", (side, side), fill)
+    canvas.paste(image, (int((side - image.width) / 2), int((side - image.height) / 2)))
+    return canvas
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """How a network that is described by a configuration wants its pictures; `str` is the text for a card."""
+
+    mode: ResizeMode
+    side: int
+    """Of the square input, in pixels."""
+    edge: int
+    """What `mode` says is resized to this; at least `side`, of which the centre is then cut."""
+    resample: Image.Resampling
+    fill: tuple[int, int, int] = (0, 0, 0)
+    """Beside a picture whose longer edge was fitted."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """A picture of any size, RGB, as (side, side)."""
+        if self.mode == "short edge":
+            return short_edge_crop(image, self.side, edge=self.edge, resample=self.resample)
+        if self.mode == "long edge":
+            return long_edge_fit(image, self.side, edge=self.edge, resample=self.resample, fill=self.fill)
+        return centre_crop(squash(image, self.edge, self.resample), self.side)
+
+    def __str__(self) -> str:
+        text = f"{self.mode} to {self.edge} {self.resample.name.lower()}"
+        if self.mode == "long edge":
+            return f"{text}, centred on {self.fill}"
+        return text if self.mode == "squash" and self.edge == self.side else f"{text}, centre crop {self.side}"
+
+    def within(self, geometry: str) -> Resizing:
+        """This resizing behind a `frame`: with `square` and `pad` all of the frame is kept, for grids to be aligned."""
+        return self if geometry == "reference" else replace(self, mode="squash", edge=self.side)

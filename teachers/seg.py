@@ -10,13 +10,14 @@ Only the backbone is kept, and the processor's class is never built: a preproces
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from olavlm.teachers.base import COMPUTE_DTYPES, PixelTeacher, library_versions
+from olavlm.teachers.base import PixelTeacher, library_versions
 from olavlm.teachers.card import Card
 from olavlm.teachers.checkpoint import load_model, open_checkpoint, weights_digest
 from olavlm.teachers.errors import TeacherError
@@ -38,9 +39,14 @@ class SegTeacher(PixelTeacher):
         return image if side == SIDE else squash(image, side, self._resample)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        maps = self._network(pixels).feature_maps[-1].float()
-        if maps.shape[2:] != self.card.grid:
-            maps = F.interpolate(maps, size=self.card.grid, mode="bilinear", align_corners=False)
+        # The backbone's own forward would normalise and keep the maps of the other stages too.
+        swin = self.network.swin
+        hidden = swin.encoder(*swin.embeddings(pixels), always_partition=True).last_hidden_state
+        tokens = self.network.hidden_states_norms[self.card.recipe["layers"][0]](hidden).float()
+        if tokens.shape[1] == self.card.tokens:
+            return tokens
+        maps = tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
+        maps = F.interpolate(maps, size=self.card.grid, mode="bilinear", align_corners=False)
         return maps.flatten(2).transpose(1, 2).contiguous()
 
 
@@ -59,13 +65,16 @@ def load_seg(
     backbone = load_model(
         OneFormerModel,
         checkpoint,
-        dtype=COMPUTE_DTYPES[compute_dtype],
         part="pixel_level_module.encoder.",
         unused=("swin.layernorm.",),  # the classifier's norm; each stage has its own
     ).pixel_level_module.encoder
     config = backbone.config
     if config.model_type != "swin":
         raise TeacherError(f"{model}: its backbone is a {config.model_type}, seg runs a swin; name a Swin OneFormer")
+    if backbone.out_features[-1] != (last := backbone.stage_names[-1]):
+        raise TeacherError(
+            f"{model}: its backbone ends with {backbone.out_features[-1]}, not {last}; name another model"
+        )
     stride = config.patch_size * 2 ** (len(config.depths) - 1)
     processor = checkpoint.json("preprocessor_config.json")
     resample = Image.Resampling(processor.get("resample", Image.Resampling.BILINEAR))
@@ -78,7 +87,7 @@ def load_seg(
         weights_sha256=weights_digest(checkpoint.weights),
         recipe={
             "name": recipe,
-            "layers": [backbone.out_features[-1]],
+            "layers": [last],
             "layer_norm": "stage",
             "averaging": "none",
             "resize": f"squash to {SIDE} bicubic"
@@ -93,7 +102,7 @@ def load_seg(
         tokens=rows * rows,
         dim=backbone.channels[-1],
         grid=(rows, rows),
-        versions=library_versions(),
+        versions=library_versions("transformers"),
     )
     return SegTeacher(card, backbone, device, resample)
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from olavlm.cache import FeatureStore, convert
+from olavlm.cache import Dataset, FeatureStore, StoreBuilder, convert, pending
+from olavlm.pipelines.extractor import ShardExtractor, TeacherSpec
+from olavlm.student.errors import RecipeError, TargetsError
 from olavlm.student.metrics import read_metrics
-from olavlm.student.targets import CachedTargets
+from olavlm.student.targets import CachedTargets, OnlineTargets, check_targets, extract_command
 from olavlm.student.trainer import train
 
 
@@ -47,3 +49,80 @@ def test_losses_stay_near_those_of_exact_targets(recipe, small_store, tmp_path):
         assert len([k for k in ours if "smooth_l1" in k]) >= 3
         assert ours == pytest.approx(theirs, rel=within)
     assert close != exact  # the control: they are other targets
+
+
+@pytest.fixture
+def gen_store(tiny, pt_json, sample_images, tmp_path):
+    """gen_store(geometry=..., compute_dtype=...) -> folder of a finished store of the tiny gen teacher."""
+
+    def make(**options) -> str:
+        folder, spec = str(tmp_path / "store"), TeacherSpec("gen", "gen", str(tiny["gen"]), **options)
+        builder = StoreBuilder(folder)
+        builder.extend_plan(Dataset([pt_json]).images())
+        builder.ensure_teacher("gen", spec.load("cpu").card.to_dict(), dtype="float16", shard_rows=16)
+        worker = ShardExtractor(folder, [spec], [str(sample_images)], batch_size=4, device="cpu", threads=1)
+        worker.load()
+        worker.extract(pending(FeatureStore(folder)["gen"]))
+        return folder
+
+    return make
+
+
+class TestGeometry:
+    """The store's must be the recipe's, and one that is to line up with the base encoder's must be the same as its."""
+
+    @pytest.mark.parametrize("source", ["cache", "online"])
+    @pytest.mark.parametrize(
+        ("stage", "targets", "model", "base"),
+        [("pt", "pad", "null", "square"), ("pt", "square", "pad", "pad"), ("ift", "square", "null", "pad")],
+    )
+    def test_grids_that_do_not_line_up(self, recipe, pt_json, source, stage, targets, model, base):
+        made = recipe(stage, **{"targets.geometry": targets, "model.geometry": model, "targets.source": source})
+        with pytest.raises(RecipeError, match=rf"is {targets}, and the base encoder sees {base} in {stage}.*set model"):
+            check_targets(made, Dataset([pt_json]), stage)
+
+    def test_the_papers_own_is_reference(self, recipe, pt_json):
+        assert recipe().targets.geometry == "reference"
+        check_targets(recipe(), Dataset([pt_json]), "pt")
+
+    @pytest.mark.parametrize(("targets", "model"), [("square", "null"), ("pad", "pad")])
+    def test_a_store_of_the_geometry_is_taken(self, recipe, gen_store, pt_json, targets, model):
+        settings = {"targets.store": gen_store(geometry=targets), "tasks.depth": "null", "tasks.seg": "null"}
+        check_targets(
+            recipe(**{"targets.geometry": targets, "model.geometry": model}, **settings), Dataset([pt_json]), "pt"
+        )
+        with pytest.raises(TargetsError, match=rf"geometry is '{targets}', the recipe wants 'reference'.*make another"):
+            check_targets(recipe(**settings), Dataset([pt_json]), "pt")
+
+
+def test_online_teachers_compute_as_those_that_filled_the_store(recipe, gen_store):
+    store = gen_store(compute_dtype="bfloat16")
+    settings = {"targets.store": store, "tasks.depth": "null", "tasks.seg": "null"}
+    made = recipe(**{"targets.source": "online", **settings})
+    teacher = OnlineTargets(made, torch.device("cpu")).teachers["gen"]
+    assert teacher.card.compute_dtype == "bfloat16"
+    assert " --compute-dtype bfloat16 " in extract_command(made, ["gen"])
+
+
+class TestExtractCommand:
+    def test_flags_of_one_teacher_make_a_command_of_their_own(self, recipe):
+        made = recipe(**{"tasks.depth.recipe": "last", "tasks.seg.key": "mine", "targets.store": "new"})
+        together, depth, seg = extract_command(made, ["gen", "depth", "seg"]).split(" && ")
+        assert [word in together for word in ("--teacher gen=", "--recipe", "--as")] == [True, False, False]
+        assert ("--teacher depth=" in depth, "--recipe last" in depth) == (True, True)
+        assert ("--teacher seg=" in seg, "--as mine" in seg) == (True, True)
+
+    def test_a_generic_teacher(self, recipe):
+        settings = {"teacher": "timm:test_vit", "model": "vit.safetensors", "recipe": "embedding"}
+        made = recipe(**{f"tasks.gen.{key}": value for key, value in settings.items()}, **{"targets.store": "new"})
+        command = extract_command(made, ["gen"])
+        assert "--teacher timm:test_vit=vit.safetensors --recipe embedding" in command
+        assert "--as" not in command
+
+
+def test_a_task_without_a_key_is_where_extract_puts_it(recipe):
+    made = recipe(**{"tasks.gen.teacher": "timm:test_vit", "tasks.depth": "null", "tasks.seg": "null"})
+    with pytest.raises(KeyError, match="timm-test_vit"):
+        CachedTargets(made)
+    with pytest.raises(RecipeError, match=r"tasks.gen: teacher 'tim:vit': unknown; use one of depth, "):
+        CachedTargets(recipe(**{"tasks.gen.teacher": "tim:vit"}))

@@ -422,7 +422,7 @@ class TestRefusalBeforeAnyModelIsLoaded:
         with pytest.raises(TargetsError, match=r"lacks depth-last .*--recipe last --data"):
             run(recipe(**{"tasks.depth.recipe": "last"}))
         with pytest.raises(TargetsError, match=r"geometry is 'reference', the recipe wants 'pad'.*--geometry pad"):
-            run(recipe(**{"targets.geometry": "pad"}))
+            run(recipe(**{"targets.geometry": "pad", "model.geometry": "pad"}))
         with pytest.raises(TargetsError, match="'depth': name is 'depth', the recipe wants 'seg'"):
             run(recipe(**{"tasks.seg.key": "depth", "tasks.depth": "null", "tasks.gen": "null"}))
 

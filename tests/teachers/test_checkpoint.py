@@ -5,7 +5,6 @@ import json
 import shutil
 
 import pytest
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModelWithProjection
 
@@ -23,23 +22,6 @@ def refused(name: str, model, **options) -> str:
     line = str(caught.value)
     assert "\n" not in line
     return line
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """An offline hub cache; returns a function that puts a repository into it."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-    def add(repository: str, source, subfolder: str = "", leave_out: tuple[str, ...] = ()):
-        root = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
-        snapshot = root / "snapshots" / COMMIT
-        shutil.copytree(source, snapshot / subfolder, ignore=shutil.ignore_patterns(*leave_out))
-        (root / "refs").mkdir()
-        (root / "refs" / "main").write_text(COMMIT)
-        return snapshot
-
-    return add
 
 
 @pytest.mark.parametrize(("name", "subfolder"), [("depth", ""), ("seg", ""), ("gen", "image_encoder")])

@@ -13,17 +13,30 @@ import torch
 from PIL import Image
 
 import olavlm.teachers
-from olavlm.teachers import TEACHERS, Teacher, TeacherError, load_teacher
+from olavlm.teachers import TEACHERS, Teacher, TeacherError, load_teacher, look_up
 
+NAMES = [
+    "depth",
+    "seg",
+    "gen",
+    "timm:vit_small_patch14_reg4_dinov2",
+    "timm:swin_tiny_patch4_window7_224",
+    "timm:convnext_tiny",
+    "open_clip:tiny",
+]
 every_recipe = pytest.mark.parametrize(
-    ("name", "recipe"), [(name, recipe) for name, entry in TEACHERS.items() for recipe in entry.recipes]
+    ("name", "recipe"), [(name, recipe) for name in NAMES for recipe in look_up(name)[0].recipes]
 )
-every_teacher = pytest.mark.parametrize("name", TEACHERS)
+every_teacher = pytest.mark.parametrize("name", NAMES)
+
+
+def test_every_kind_of_teacher_is_tried():
+    assert {name.partition(":")[0] for name in NAMES} == TEACHERS.keys()
 
 
 @every_recipe
-def test_shapes_and_types_are_the_cards(name, recipe, tiny, pictures):
-    teacher = load_teacher(name, model=tiny[name], recipe=recipe, device="cpu")
+def test_shapes_and_types_are_the_cards(name, recipe, checkpoints, pictures):
+    teacher = load_teacher(name, model=checkpoints[name], recipe=recipe, device="cpu")
     assert isinstance(teacher, Teacher)
     features = teacher.encode(pictures[:2])
     assert features.shape == (2, teacher.card.tokens, teacher.card.dim)
@@ -35,8 +48,8 @@ def test_shapes_and_types_are_the_cards(name, recipe, tiny, pictures):
 
 
 @every_recipe
-def test_one_by_one_equals_a_batch(name, recipe, tiny, pictures):
-    teacher = load_teacher(name, model=tiny[name], recipe=recipe, device="cpu")
+def test_one_by_one_equals_a_batch(name, recipe, checkpoints, pictures):
+    teacher = load_teacher(name, model=checkpoints[name], recipe=recipe, device="cpu")
     batch = teacher.encode(pictures)
     alone = torch.cat([teacher.encode([image]) for image in pictures])
     torch.testing.assert_close(alone, batch, atol=1e-5, rtol=0)
@@ -92,8 +105,8 @@ def test_autocast_of_the_caller_does_not_change_features(name, teachers, picture
 
 
 @every_teacher
-def test_half_precision_is_close_and_another_teacher(name, tiny, teachers, pictures):
-    half = load_teacher(name, model=tiny[name], device="cpu", compute_dtype="bfloat16")
+def test_half_precision_is_close_and_another_teacher(name, checkpoints, teachers, pictures):
+    half = load_teacher(name, model=checkpoints[name], device="cpu", compute_dtype="bfloat16")
     exact = teachers[name].encode(pictures)
     features = half.encode(pictures)
     assert features.dtype == torch.float32
@@ -103,17 +116,37 @@ def test_half_precision_is_close_and_another_teacher(name, tiny, teachers, pictu
 
 
 @every_teacher
+@torch.no_grad()
+def test_half_precision_is_autocast(name, checkpoints, teachers, pictures):
+    """To the bit, though the weights are rounded once, at load."""
+    half = load_teacher(name, model=checkpoints[name], device="cpu", compute_dtype="bfloat16")
+    exact, pixels = teachers[name], torch.from_numpy(half.prepare(pictures[0]))[None]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (half.card.mean, half.card.std))
+    normalised = (pixels / 255 - mean) / std
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = exact.features(normalised).float()
+    assert torch.equal(half.forward(pixels), expected)
+
+
+@every_teacher
 @pytest.mark.parametrize("geometry", ["square", "pad"])
-def test_geometry_is_applied_before_the_teachers_own_resize(name, geometry, tiny, teachers, pictures):
-    framed = load_teacher(name, model=tiny[name], device="cpu", geometry=geometry)
+def test_all_of_the_frame_is_seen(name, geometry, checkpoints, teachers, pictures):
+    """Also by a model whose own preprocessing would cut the edges off."""
+    framed = load_teacher(name, model=checkpoints[name], device="cpu", geometry=geometry)
     wide, reference = pictures[0], teachers[name]
     if geometry == "square":
         by_hand = wide.crop((80, 0, 560, 480))
     else:
         by_hand = Image.new("RGB", (640, 640), tuple(int(255 * mean) for mean in reference.card.mean))
         by_hand.paste(wide, (0, 80))
-    np.testing.assert_array_equal(framed.prepare(wide), reference.prepare(by_hand))
-    assert framed.card == dataclasses.replace(reference.card, geometry=geometry)
+    if name == "seg":
+        by_hand = by_hand.resize((768, 768), Image.Resampling.BICUBIC).resize((800, 800), Image.Resampling.BILINEAR)
+    expected = np.asarray(by_hand.resize(reference.card.size, Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(framed.prepare(wide), expected)
+    assert framed.card.geometry == geometry
+    assert framed.card.fingerprint() != reference.card.fingerprint()
+    rest = {"geometry": geometry, "recipe": framed.card.recipe}
+    assert framed.card == dataclasses.replace(reference.card, **rest)
 
 
 @every_teacher
@@ -129,11 +162,11 @@ def test_a_batch_that_prepare_did_not_make_is_refused(name, teachers):
 
 
 @every_teacher
-def test_loading_does_not_touch_the_callers_random_numbers(name, tiny):
+def test_loading_does_not_touch_the_callers_random_numbers(name, checkpoints):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    load_teacher(name, model=tiny[name], device="cpu")
+    load_teacher(name, model=checkpoints[name], device="cpu")
     assert torch.equal(torch.rand(1), expected)
 
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 
@@ -84,6 +85,24 @@ def test_layers_are_the_models_own(backbone, tiny, pictures, tmp_path):
     with torch.no_grad():
         expected = torch.stack([backbone.layernorm(outputs[block])[:, 1:] for block in range(4)]).mean(0)
     torch.testing.assert_close(teacher.encode(pictures[:1]), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_autocast_is_nearer_to_float32_than_a_network_cast_whole(backbone, tiny, teachers, pictures):
+    """The residual stream stays float32, which counts more the more blocks there are."""
+    half = load_teacher("depth", model=tiny["depth"], device="cpu", compute_dtype="bfloat16")
+    exact, whole = teachers["depth"].encode(pictures), copy.copy(half)
+    whole.network = copy.deepcopy(backbone).bfloat16()
+    cast = whole.features(squashed(pictures).bfloat16()).float()
+    assert (half.encode(pictures) - exact).norm() < 0.8 * (cast - exact).norm()
+
+
+def test_only_the_blocks_up_to_the_last_layer_are_there(tiny, teachers, tmp_path):
+    folder = with_backbone_config(
+        tiny["depth"], tmp_path, out_indices=[1, 2, 3, 4], out_features=["stage1", "stage2", "stage3", "stage4"]
+    )
+    assert len(load_teacher("depth", model=folder, device="cpu").network.encoder.layer) == 4
+    assert len(teachers["depth"].network.encoder.layer) == 6
 
 
 def test_a_patch_size_that_does_not_divide_the_input(tiny, tmp_path):

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from olavlm.teachers import TeacherError, geometry
-from olavlm.teachers.geometry import frame, short_edge_crop
+from olavlm.teachers.geometry import Resizing, frame, long_edge_fit, short_edge_crop
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 
@@ -66,3 +66,46 @@ def test_resizing_only_what_is_kept_is_the_same(size, monkeypatch):
 def test_a_picture_one_pixel_wide_fits_in_memory(size):
     assert max(frame(Image.new("RGB", size), "pad", MEAN).size) == 8192
     assert short_edge_crop(Image.new("RGB", size, (1, 2, 3)), 224).getcolors() == [(224 * 224, (1, 2, 3))]
+
+
+def test_a_longer_edge_than_the_side_is_cut_on_all_sides():
+    # 12x6 to an edge of 6 (twice that long), of which the middle 4x4 is kept: 4 columns left and right, 1 row each.
+    image = columns(12, 6)
+    expected = np.asarray(image.resize((12, 6), Image.Resampling.BILINEAR))[1:5, 4:8]
+    got = short_edge_crop(image, 4, edge=6, resample=Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(np.asarray(got), expected)
+
+
+def test_the_long_edge_is_fitted_and_filled():
+    # 8x2 to a long edge of 4 is 4x1; of the three rows to fill one goes above.
+    image = columns(8, 2)
+    fitted = np.asarray(long_edge_fit(image, 4, edge=4, resample=Image.Resampling.NEAREST, fill=(7, 8, 9)))
+    np.testing.assert_array_equal(fitted[1], np.asarray(image.resize((4, 1), Image.Resampling.NEAREST))[0])
+    assert (fitted[[0, 2, 3]] == (7, 8, 9)).all()
+
+
+def test_a_long_edge_beyond_the_side_is_cut():
+    image = columns(6, 6)
+    cut = long_edge_fit(image, 3, edge=6, resample=Image.Resampling.NEAREST, fill=(0, 0, 0))
+    np.testing.assert_array_equal(np.asarray(cut), np.asarray(image)[1:4, 1:4])  # half of three, rounded down
+
+
+@pytest.mark.parametrize(
+    ("resizing", "text"),
+    [
+        (Resizing("short edge", 224, 248, Image.Resampling.BICUBIC), "short edge to 248 bicubic, centre crop 224"),
+        (Resizing("squash", 336, 336, Image.Resampling.BILINEAR), "squash to 336 bilinear"),
+        (Resizing("squash", 224, 256, Image.Resampling.BICUBIC), "squash to 256 bicubic, centre crop 224"),
+        (
+            Resizing("long edge", 8, 8, Image.Resampling.LANCZOS, (1, 2, 3)),
+            "long edge to 8 lanczos, centred on (1, 2, 3)",
+        ),
+    ],
+)
+def test_a_resizing_says_what_it_does(resizing, text):
+    assert str(resizing) == text
+    assert resizing(columns(20, 10)).size == (resizing.side, resizing.side)
+    assert resizing.within("reference") is resizing
+    whole = resizing.within("pad")
+    assert str(whole) == f"squash to {resizing.side} {resizing.resample.name.lower()}"
+    assert whole.within("square") == whole

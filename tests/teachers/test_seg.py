@@ -73,6 +73,24 @@ def test_the_whole_models_backbone_gives_the_same(backbone, teachers, pictures):
     torch.testing.assert_close(teachers["seg"].forward(pixels), expected, atol=1e-5, rtol=0)
 
 
+def test_no_other_stage_is_normalised(teachers, pictures, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("computed for nothing")
+
+    network, expected = teachers["seg"].network, teachers["seg"].encode(pictures[:1])
+    for norm in (*(network.hidden_states_norms[f"stage{stage}"] for stage in (1, 2, 3)), network.swin.layernorm):
+        monkeypatch.setattr(norm, "forward", refuse)
+    assert torch.equal(teachers["seg"].encode(pictures[:1]), expected)
+
+
+def test_a_backbone_that_ends_early(seg_folder):
+    config = json.loads((seg_folder / "config.json").read_text())
+    config["backbone_config"] |= {"out_features": ["stage1", "stage2", "stage3"], "out_indices": [1, 2, 3]}
+    (seg_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TeacherError, match="ends with stage3, not stage4"):
+        load_teacher("seg", model=seg_folder, device="cpu")
+
+
 def test_a_folder_that_names_class_info_file_loads_offline(seg_folder, teachers):
     """With that entry, building OneFormer's processor asks the hub even for a local folder."""
     entries = {"class_info_file": "coco_panoptic.json", "repo_path": "shi-labs/oneformer_demo", "num_text": 134}
