@@ -25,11 +25,12 @@ import socket
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from google_crc32c import extend
 
 from . import files
 from .codec import Fidelity
@@ -38,6 +39,8 @@ from .files import Location
 from .lease import Lease, acquire_lease
 from .records import Record, ShardFile, revisions_of, valid_record, withdraw
 from .shard import CRC_BYTES, ArrayLayout, Layout, crc32c
+
+_SMALL_ROW = 2**16  # bytes; smaller rows are written and read many at a time
 
 
 class ShardWriter:
@@ -140,6 +143,22 @@ class _Staged:
         self.file.write(chunk)
         self.file.write(checksum.to_bytes(CRC_BYTES, "little"))
 
+    def add_batch(self, rows: np.ndarray, valid: np.ndarray) -> None:
+        """As `add` for each of `rows` (n, *row_shape), where `valid` (n,) is False for None; small rows cost less."""
+        if self.layout.compress != "none" or self.layout.row_bytes > _SMALL_ROW:
+            for row, is_valid in zip(rows, valid, strict=True):
+                self.add(row if is_valid else None)
+            return
+        rows = rows[valid].reshape(-1).view(np.uint8).reshape(-1, self.layout.row_bytes)
+        slots = np.empty(len(rows), [("row", np.uint8, (self.layout.row_bytes,)), ("crc32c", "<u4")])
+        slots["row"] = rows
+        checksums = [extend(0, row) for row in rows]
+        slots["crc32c"] = checksums
+        self.file.write(slots)
+        upcoming = iter(checksums)
+        self.rows_crc32c += (next(upcoming) if is_valid else None for is_valid in valid)
+        self.rows_bytes += (self.layout.row_bytes if is_valid else None for is_valid in valid)
+
     def close_with_index(self, first_offset: int) -> None:
         """`first_offset` is that of the first row in the shard."""
         valid = [(first_offset + i, n + CRC_BYTES) for i, n in enumerate(self.rows_bytes) if n is not None]
@@ -152,14 +171,15 @@ class _Staged:
 
         Raises `CorruptFeatures`, or FileNotFoundError if it was swept up.
         """
+        buffer = np.empty(max(n for n in self.rows_bytes if n is not None) + CRC_BYTES, np.uint8)
         total = size = 0
-        with self.path.open("rb", buffering=2**20) as staged:
+        with self.path.open("rb", buffering=_SMALL_ROW) as staged:
             for expected, length in zip(self.rows_crc32c, self.rows_bytes, strict=True):
                 if expected is None:
                     continue
-                slot, trailer = staged.read(length + CRC_BYTES), expected.to_bytes(CRC_BYTES, "little")
-                chunk = np.frombuffer(slot, np.uint8)[:-CRC_BYTES]  # not a copy, as a slice of bytes would be
-                if crc32c(chunk) != expected or slot[-CRC_BYTES:] != trailer:
+                slot, trailer = buffer[: length + CRC_BYTES], expected.to_bytes(CRC_BYTES, "little")
+                whole = staged.readinto(slot) == len(slot) and slot[length:].tobytes() == trailer
+                if not whole or extend(0, slot[:length]) != expected:
                     raise CorruptFeatures(f"{self.path}: reads back differently than written")
                 total, size = zlib.crc32(slot, total), size + len(slot)
             index = staged.read()
@@ -228,15 +248,41 @@ class OpenShard:
         fidelity: Fidelity | None = None,
     ) -> None:
         """As `append`, for a row that is encoded already: its part of each array, contiguous, in the array's dtype."""
-        if parts is None and reason not in BadImage.REASONS:
-            raise ValueError(f"a row without features has a reason of {', '.join(BadImage.REASONS)}, not {reason}")
-        detail = detail.encode(errors="backslashreplace").decode()  # of a path that is no Unicode
-        self._images.append(image_sha256)
-        self._reasons.append({"reason": reason, "detail": detail} if parts is None else None)
-        if fidelity is not None:
-            self._fidelity.append(fidelity)
+        self._note(image_sha256, None if parts is not None else (reason, detail), fidelity)
         for name, staged in self._staged.items():
             staged.add(None if parts is None else parts[name])
+
+    def append_batch(
+        self,
+        parts: Mapping[str, np.ndarray],
+        *,
+        images_sha256: Sequence[str | None],
+        rejections: Sequence[tuple[str, str] | None],
+        fidelity: Sequence[Fidelity | None],
+    ) -> None:
+        """As `append_stored` for the next rows, whose parts have a leading row axis.
+
+        `rejections` has (reason, detail) for a row that is quarantined, whose parts are not looked at, else None.
+        """
+        for row in zip(images_sha256, rejections, fidelity, strict=True):
+            self._note(*row)
+        valid = np.array([rejection is None for rejection in rejections])
+        for name, staged in self._staged.items():
+            staged.add_batch(parts[name], valid)
+
+    def _note(self, sha256: str | None, rejection: tuple[str | None, str] | None, fidelity: Fidelity | None) -> None:
+        """What the record will say of the next row."""
+        if rejection is not None:
+            reason, detail = rejection
+            if reason not in BadImage.REASONS:
+                raise ValueError(f"a row without features has a reason of {', '.join(BadImage.REASONS)}, not {reason}")
+            detail = detail.encode(errors="backslashreplace").decode()  # of a path that is no Unicode
+            self._reasons.append({"reason": reason, "detail": detail})
+        else:
+            self._reasons.append(None)
+        self._images.append(sha256)
+        if fidelity is not None:
+            self._fidelity.append(fidelity)
 
     def commit(
         self,

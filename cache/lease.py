@@ -89,13 +89,7 @@ class Lease:
 def acquire_lease(folder: Location, shard: int) -> Lease:
     """Take the lease of a shard, from a dead holder if need be; raises `LeaseHeld` if its holder lives."""
     nonce = secrets.token_hex(16)
-    me = {
-        "nonce": nonce,
-        "host": socket.gethostname(),
-        "boot": _boot_id(),
-        "pid": os.getpid(),
-        "started": _process_start(os.getpid()),
-    }
+    me = {"nonce": nonce, **this_process()}
     for _ in range(8):
         known = generations(folder, shard)
         if known:
@@ -163,10 +157,22 @@ def _read(file: Location) -> dict | None:
 def _is_dead(file: Location, holder: dict, clock: Callable[[Location], float] = files.clock) -> bool:
     if not holder:  # damaged: published whole, so nobody is writing it
         return True
-    here = holder.get("host") == socket.gethostname() and holder.get("boot") == _boot_id()
-    if here and holder.get("started") is not None:
-        return _process_start(holder.get("pid")) != holder["started"]
-    return clock(file.parent) - files.changed_at(file) > LEASE_SECONDS
+    running = is_running(holder)
+    return clock(file.parent) - files.changed_at(file) > LEASE_SECONDS if running is None else not running
+
+
+def this_process() -> dict[str, object]:
+    """What others need to tell whether this process still runs, as JSON."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "started": _process_start(pid)}
+
+
+def is_running(process: dict) -> bool | None:
+    """Whether the process that `this_process` told of runs; None where that cannot be looked up, as on another host."""
+    here = process.get("host") == socket.gethostname() and process.get("boot") == _boot_id()
+    if not here or process.get("started") is None:
+        return None
+    return _process_start(process.get("pid")) == process["started"]
 
 
 def _process_start(pid: int) -> str | None:

@@ -1,13 +1,14 @@
 """The commit protocol: killed at any step, or taken for dead at any step, a shard is whole or does not exist."""
 
 import gc
+import hashlib
 import os
 from functools import partial
 
 import numpy as np
 import pytest
 
-from olavlm.cache import BadImage, CorruptFeatures, LeaseHeld, LeaseLost, MissingFeatures, pending
+from olavlm.cache import BadImage, CorruptFeatures, LeaseHeld, LeaseLost, MissingFeatures, commit, pending
 from olavlm.cache.lease import leased
 
 DTYPES = ["float32", "int8"]  # a shard of one file, and of two
@@ -217,6 +218,49 @@ def test_what_append_refuses(small):
             shard.append(None, image_sha256=None, reason=reason)
         shard.commit()
     assert [e.reason for _, e in store.group.failures()] == list(BadImage.REASONS[:4])
+
+
+def append_in_batches(store, task, size: int, bad: dict[int, str]):
+    """As `SmallStore.commit`, of rows that were encoded before."""
+    with store.writer().begin(task.shard, (task.start, task.stop), task.segment) as shard:
+        for start in range(task.start, task.stop, size):
+            rows = range(start, min(start + size, task.stop))
+            encoded = [store.codec.encode(store.features[row]) for row in rows]
+            shard.append_batch(
+                {name: np.stack([parts[name] for parts, _, _ in encoded]) for name in store.arrays},
+                images_sha256=[None if r in bad else hashlib.sha256(b"image %d" % r).hexdigest() for r in rows],
+                rejections=[(bad[r], f"detail of {r}") if r in bad else None for r in rows],
+                fidelity=[None if r in bad else fidelity for r, (_, _, fidelity) in zip(rows, encoded, strict=True)],
+            )
+        return shard.commit()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compress", "small_row"),
+    [("float16", "none", 0), ("float32", "none", 2**16), ("int8", "none", 2**16), ("int8", "zstd", 2**16)],
+)
+def test_rows_appended_in_batches_are_the_same_bytes_and_record(small, monkeypatch, dtype, compress, small_row):
+    """Written one by one or many at once, with rejected rows among them, or nothing but those."""
+    monkeypatch.setattr(commit, "_SMALL_ROW", small_row)
+    options = {"rows": 11, "shard_rows": 11, "dtype": dtype, "compress": compress}
+    for bad in ({}, {0: "missing", 4: "empty", 5: "truncated", 10: "overflow"}, dict.fromkeys(range(11), "missing")):
+        one_by_one = small(f"one by one {len(bad)}", **options)
+        one_by_one.commit(one_by_one.task(0), bad)
+        for size in (4, 11):
+            batches = small(f"{len(bad)} in {size}", **options)
+            append_in_batches(batches, batches.task(0), size, bad)
+            assert batches.shards() == one_by_one.shards()
+            assert batches.records() == one_by_one.records()
+
+
+def test_what_a_batch_refuses(small):
+    store = small()
+    with store.writer().begin(0, (0, 4), store.task(0).segment) as shard:
+        parts = {"features": store.features[:2]}
+        with pytest.raises(ValueError, match="a row without features has a reason of missing, empty"):
+            shard.append_batch(parts, images_sha256=[None] * 2, rejections=[None, ("odd", "")], fidelity=[None] * 2)
+        with pytest.raises(ValueError, match="zip"):
+            shard.append_batch(parts, images_sha256=[None] * 2, rejections=[None], fidelity=[None] * 2)
 
 
 @pytest.mark.parametrize("compress", ["none", "zstd"])
