@@ -79,31 +79,49 @@ def _stop(number: int, frame: object) -> None:
 
 
 class Progress:
-    """A bar with rate and ETA on a terminal, a plain line every `seconds` otherwise."""
+    """A bar with rate and ETA on a terminal, a plain line every `seconds` otherwise; on standard error."""
 
     def __init__(self, total: int, unit: str, title: str, *, seconds: float = 15.0) -> None:
         self.total, self.unit, self.title, self.seconds = total, unit, title, seconds
         self.done, self.began = 0, time.monotonic()
         self._printed = self.began
-        self._bar = tqdm(total=total, unit=unit, desc=title, smoothing=0.05) if sys.stderr.isatty() else None
+        shown = sys.stderr.isatty()
+        self._bar = tqdm(total=total, unit=unit, desc=title, smoothing=0.05, miniters=0) if shown else None
 
-    def update(self, n: int) -> None:
+    def begin(self) -> None:
+        """Now the work begins: what went before, such as the loading of models, is no part of the rate."""
+        self.began = time.monotonic()
+        if self._bar is not None:
+            self._bar.reset()
+
+    def update(self, n: int, note: str = "") -> None:
+        """So many more are done (0 only shows that time goes by); `note` is what else there is to say now."""
         self.done += n
         if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(n)
         elif time.monotonic() - self._printed >= self.seconds:
             self._printed = time.monotonic()
             rate = self.done / (self._printed - self.began)
-            eta = (self.total - self.done) / rate if rate else float("inf")
-            print(
-                f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.2f} {self.unit}/s, ETA {eta:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            eta = f"ETA {tqdm.format_interval((self.total - self.done) / rate)}" if rate else "ETA unknown"
+            pace = f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.2f} {self.unit}/s, {eta}"
+            print(", ".join(filter(None, (pace, note))), file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def quiet_models() -> None:

@@ -7,35 +7,36 @@ On a laptop, with the tiny checkpoints of `olavlm-tiny tiny`:
 
     olavlm-extract --teacher depth=tiny/depth --data pt.json --images images --store features
 
-The plan's shards are pulled by Ray actors (`extractor.py`); a shard is the unit of work, retry and resume. Running the
-same command again finishes what a crash left, and does nothing when all is done.
+The plan's shards are shared out in blocks (`blocks.py`, `scheduler.py`) to workers (`extractor.py`), which are Ray
+actors (`cluster.py`); a shard is the unit of retry and resume. Running the same command again finishes what a crash
+left, and does nothing when all is done.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
 from olavlm.cache import Dataset, FeatureStore, ImageRoots, LeaseHeld, ShardTask, StoreBuilder, pending
 from olavlm.cache.codec import CODECS
-from olavlm.cache.files import is_local, location
+from olavlm.cache.files import location
 from olavlm.cache.lease import leased
 from olavlm.cache.shard import COMPRESSIONS
-from olavlm.student.signals import stop_requests
 from olavlm.teachers import GEOMETRIES, TeacherError, store_key
-from olavlm.teachers.base import resolve_device
+from olavlm.teachers.base import COMPUTE_DTYPES, resolve_device
 
-from .cli import JobFailed, Progress, Stopped, UsageError, command
-from .extraction_summary import Tally, dry_run, record_run, summarise
-from .extractor import ShardExtractor, ShardResult, TeacherSpec
+from .cli import JobFailed, Stopped, UsageError, command
+from .extraction_record import RunRecord
+from .extraction_summary import Tally, summarise
+from .extractor import TeacherSpec
+from .places import Job, find_cluster
+from .preflight import dry_run
+from .scheduler import STALL_SECONDS
 
-ATTEMPTS = 3  # of one shard, before it is given up
-WAIT_SECONDS = 0.5  # between two looks at whether to stop
-HELD_SECONDS = 2.0  # before a shard that another writer holds is tried again
+SWEEP_SECONDS = 10.0  # for killed workers to be gone
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -61,15 +62,27 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=list(CODECS), default="float16", help="of the stored features (default float16)")
     p.add_argument("--compress", choices=COMPRESSIONS, default="none", help="zstd, row by row, for archives")
     p.add_argument("--geometry", choices=GEOMETRIES, default="reference", help="what a teacher sees of an image")
+    p.add_argument("--compute-dtype", choices=list(COMPUTE_DTYPES), default="float32",
+                   help="of the teachers (default float32); it is on the card, as the geometry is")  # fmt: skip
     p.add_argument("--shard-rows", type=_positive, help="rows a shard (default 128; 4096 for one-token teachers)")
-    p.add_argument("--batch-size", type=_positive, default=16, help="images a forward (default 16)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--address", help="of a Ray cluster (default: a Ray of this machine, for this run)")
-    p.add_argument("--workers", type=_positive, help="actors (default: one a GPU, or one a CPU core)")
     p.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows of the full plan")
     p.add_argument("--retry-failed", action="store_true", help="try quarantined rows again")
     p.add_argument("--replace", action="store_true", help="drop features of another card, plan or dtype first")
     p.add_argument("--dry-run", action="store_true", help="print rows, bytes, speed and ETA; write nothing")
+    run = p.add_argument_group(
+        "workers", "On a cluster, run this on one of its nodes; image roots, store and models must be at the same "
+        "paths on all of them."
+    )  # fmt: skip
+    run.add_argument("--batch-size", type=_positive, default=16, help="images a forward (default 16)")
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run.add_argument("--compile", action="store_true", help="torch.compile the teachers: minutes first, then faster")
+    run.add_argument("--address", help="of a running Ray cluster, HOST:PORT or auto (default: this machine alone)")
+    run.add_argument("--workers", type=_positive, help="at most so many (default: one a GPU, or one a CPU core)")
+    run.add_argument("--worker-gpus", type=_part, metavar="X", help="GPUs a worker: 1, or a part of one (default 1)")
+    run.add_argument("--worker-cpus", type=_amount, metavar="X",
+                     help="CPUs a worker, for images (default: its share of a GPU node, or 1)")  # fmt: skip
+    run.add_argument("--stall", type=_amount, default=STALL_SECONDS, metavar="SECONDS",
+                     help=f"without progress until a worker counts as stuck (default {STALL_SECONDS:.0f})")  # fmt: skip
     return p
 
 
@@ -78,6 +91,19 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
     return value
+
+
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _part(text: str) -> float:
+    if _amount(text) > 1:
+        raise argparse.ArgumentTypeError(f"{text}: a worker computes on one GPU; give 1, or less to share it")
+    return float(text)
 
 
 def teacher_specs(args: argparse.Namespace) -> list[TeacherSpec]:
@@ -96,10 +122,17 @@ def teacher_specs(args: argparse.Namespace) -> list[TeacherSpec]:
         except TeacherError as e:
             raise UsageError(str(e)) from None
         model = _absolute_folder(model or args.model)
-        specs.append(TeacherSpec(args.key or key, name, model, args.revision, args.recipe, args.geometry))
+        specs.append(
+            TeacherSpec(args.key or key, name, model, args.revision, args.recipe, args.geometry, args.compute_dtype)
+        )
     if len({s.key for s in specs}) < len(specs):
         raise UsageError(f"two teachers want the same store key: {', '.join(s.key for s in specs)}")
     return specs
+
+
+def _absolute_folder(model: str | None) -> str | None:
+    """A local folder by its full path: workers have another working directory, and so has who reads the card later."""
+    return str(Path(model).absolute()) if model and Path(model).exists() else model
 
 
 @command("olavlm-extract")
@@ -107,17 +140,28 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     specs = teacher_specs(args)
     location(args.store)  # can it be opened here at all? teachers take long to load
-    dataset = Dataset(args.data)
-    images = dataset.images()
+    images = Dataset(args.data).images()
     if not len(images):
         raise JobFailed(f"{', '.join(args.data)}: no sample has an image; there is nothing to extract")
-    roots = ImageRoots(args.images)
-    device = str(resolve_device(args.device))
-    teachers = {spec.key: spec.load(device) for spec in specs}
+    ImageRoots(args.images)
+    if args.address:
+        find_cluster(args.address)
+    job = Job(
+        args.store,
+        args.images,
+        specs,
+        args.batch_size,
+        args.device if args.address else str(resolve_device(args.device)),
+        args.compile,
+        args.address,
+        args.workers,
+        args.worker_gpus,
+        args.worker_cpus,
+        args.stall,
+    )
     if args.dry_run:
-        return dry_run(args, teachers, images, roots, device)
-    cards = {key: teacher.card.to_dict() for key, teacher in teachers.items()}
-    del teachers  # the actors load their own
+        return dry_run(args, specs, images, job)
+    cards = {spec.key: spec.load("cpu").card.to_dict() for spec in specs}  # the workers load their own
 
     builder = StoreBuilder(args.store)
     plan, added = builder.extend_plan(images, replace=args.replace)
@@ -137,107 +181,34 @@ def main(argv: list[str] | None = None) -> int:
         doing = f"{len(todo)} shards to do" if todo else "all committed, nothing to do"
         print(f"{spec.key}: {group.layout.tokens} x {group.layout.dim} {args.dtype}, {rows} rows wanted, {doing}")
         tasks += todo
-
-    began, tally, stopped = time.monotonic(), Tally(), None
-    if tasks:
-        try:
-            run_tasks(args, specs, device, tasks, tally)
-        except Stopped as e:
-            stopped = str(e)
-            sweep(builder, tasks)
-        finally:
-            record_run(builder.path, args, specs, tally, time.monotonic() - began)
-            builder.index()
-    return summarise(builder.path, specs, args.limit, tally, time.monotonic() - began, stopped)
+    tally, stopped, seconds = extract(builder, job, tasks, args) if tasks else (Tally(), None, 0.0)
+    return summarise(builder.path, specs, args.limit, tally, seconds, stopped)
 
 
-def run_tasks(args: argparse.Namespace, specs: list[TeacherSpec], device: str, tasks: list[ShardTask], tally: Tally):
-    """Let actors pull `tasks` until all are done or given up. Raises `Stopped` on SIGINT and SIGTERM."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
+def extract(
+    builder: StoreBuilder, job: Job, tasks: list[ShardTask], args: argparse.Namespace
+) -> tuple[Tally, str | None, float]:
+    """Do `tasks`, leave nothing half-done, and keep a record; what was done, the signal it was stopped by, seconds."""
+    from .cluster import run_tasks  # Ray takes long to import
 
-    ray.init(address=args.address or "local", include_dashboard=None if args.address else False, log_to_driver=False,
-             logging_level="ERROR")  # fmt: skip
+    tally, stopped, outcome = Tally(), None, "failed"
+    record = RunRecord(builder.path, args, list(job.specs))
     try:
-        with stop_requests() as stop:  # after ray.init, which sets handlers of its own
-            slots = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1))
-            num_workers = min(args.workers or slots, len(tasks))
-            needs = {"num_gpus": 1} if device == "cuda" else {"num_cpus": min(1, slots / num_workers)}
-            actor = ray.remote(ShardExtractor).options(**needs)
-            threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
-            settings = {"batch_size": args.batch_size, "device": device, "threads": threads}
-            images, store = [_absolute_root(i) for i in args.images], _absolute_store(args.store)
-
-            def new_worker():
-                return actor.remote(store, specs, images, **settings)
-
-            idle = deque(new_worker() for _ in range(num_workers))
-            queue, attempts, held = deque(tasks), dict.fromkeys(tasks, 0), {}
-            running: dict[object, tuple[object, ShardTask]] = {}
-            progress = Progress(sum(t.num_rows for t in tasks), "rows", "extracting")
-            while queue or running or held:
-                if stop:  # noted, not raised: an exception in the middle of Ray's own code would be Ray's
-                    raise Stopped(stop[0])
-                queue.extend(t for t, due in held.items() if due <= time.monotonic())
-                held = {t: due for t, due in held.items() if due > time.monotonic()}
-                while queue and idle:
-                    worker, task = idle.popleft(), queue.popleft()
-                    running[worker.extract.remote(task)] = worker, task
-                if not running:
-                    time.sleep(min(HELD_SECONDS, 0.1))
-                    continue
-                done, _ = ray.wait(list(running), timeout=WAIT_SECONDS)
-                for reference in done:
-                    worker, task = running.pop(reference)
-                    try:
-                        result: ShardResult = ray.get(reference)
-                    except ray.exceptions.RayError as e:
-                        dead = isinstance(e, ray.exceptions.RayActorError)
-                        idle.append(new_worker() if dead else worker)
-                        attempts[task] += 1
-                        reason = " ".join(str(getattr(e, "cause", None) or e).split())[:300]
-                        print(f"{task.key} shard {task.shard}, attempt {attempts[task]} of {ATTEMPTS}: {reason}",
-                              file=sys.stderr, flush=True)  # fmt: skip
-                        if attempts[task] < ATTEMPTS:
-                            queue.append(task)
-                        else:
-                            tally.failed_shards.append(f"{task.key} shard {task.shard}, {ATTEMPTS} times: {reason}")
-                            progress.update(task.num_rows)
-                        continue
-                    idle.append(worker)
-                    if result.outcome == "committed":
-                        tally.add(result)
-                        progress.update(task.num_rows)
-                    elif result.outcome == "done":
-                        progress.update(task.num_rows)
-                    else:
-                        held[task] = time.monotonic() + HELD_SECONDS
-            progress.close()
+        run_tasks(job, tasks, tally)
+        outcome = "broken off" if tally.broken_off else "shards given up" if tally.given_up else "done"
+    except Stopped as e:
+        stopped, outcome = str(e), f"stopped by {e}"
     finally:
-        ray.shutdown()  # actors do not outlive their driver
-
-
-def _absolute_folder(model: str | None) -> str | None:
-    """A local folder by its full path: actors have another working directory, and so has who reads the card later."""
-    return str(Path(model).absolute()) if model and Path(model).exists() else model
-
-
-def _absolute_store(text: str) -> str:
-    where = location(text)
-    return str(where.absolute() if is_local(where) else where)
-
-
-def _absolute_root(text: str) -> str:
-    prefix, eq, root = text.partition("=")
-    if not eq or "://" in prefix or os.path.exists(text):  # noqa: PTH110 - a long URL is no error here
-        prefix, eq, root = "", "", text
-    return text if "://" in root else f"{prefix}{eq}{Path(root).absolute()}"
+        if outcome != "done":
+            sweep(builder, tasks)
+        seconds = record.end(tally, outcome)
+        builder.index()
+    return tally, stopped, seconds
 
 
 def sweep(builder: StoreBuilder, tasks: list[ShardTask]) -> None:
-    """Drop what stopped actors had in flight: their staged files and leases."""
-    deadline = time.monotonic() + 10  # for killed actors to be gone
+    """Drop what killed workers had in flight: their staged files and leases."""
+    deadline = time.monotonic() + SWEEP_SECONDS
     for key in {t.key for t in tasks}:
         group = FeatureStore(builder.path)[key]
         for shard in sorted(leased(group.folder / "leases").keys() & {t.shard for t in tasks if t.key == key}):
@@ -247,7 +218,7 @@ def sweep(builder: StoreBuilder, tasks: list[ShardTask]) -> None:
                     break
                 except LeaseHeld:
                     if time.monotonic() > deadline:
-                        break  # a writer of another run; it is at work
+                        break  # a writer of another run is at work, or a worker on a node that cannot be asked
                     time.sleep(0.1)
 
 

@@ -32,8 +32,11 @@ from olavlm.cache.images import decode_rgb
 from olavlm.teachers import Teacher
 from olavlm.teachers.base import resolve_device
 
-from .cli import JobFailed, UsageError
+from .cli import JobFailed, Stopped, UsageError
+from .extract import sweep
+from .extraction_summary import Tally
 from .extractor import TeacherSpec
+from .places import Job
 
 LIVE_COSINE = 0.999  # of a stored row with the teacher's answer of now
 BATCH = 8
@@ -104,8 +107,7 @@ def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Na
     A shard stands, broken as it is, until its replacement is ready, so that a repair that was stopped can be run again.
     Raises `JobFailed` for what extracting again does not mend, and for a teacher that is not the one of the card.
     """
-    from .extract import run_tasks
-    from .extraction_summary import Tally
+    from .cluster import run_tasks  # Ray takes long to import
 
     beyond = [f for f in findings if f.shard is None]
     if {f.key for f in beyond} == {f.key for f in findings}:
@@ -132,17 +134,25 @@ def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Na
     for key, shards in broken.items():
         tasks += _tasks(FeatureStore(args.store)[key], shards)
     tally = Tally()
-    run = argparse.Namespace(
+    job = Job(
+        args.store,
+        args.images or extracted_from(store),
+        specs,
+        batches.pop(),
+        device,
         address=args.address,
         workers=args.workers,
-        images=args.images or extracted_from(store),
-        store=args.store,
-        batch_size=batches.pop(),
     )
-    run_tasks(run, specs, device, tasks, tally)
+    try:
+        run_tasks(job, tasks, tally)
+    except Stopped:
+        sweep(builder, tasks)
+        raise
     builder.index()
-    if tally.failed_shards:
-        raise JobFailed(f"{len(tally.failed_shards)} shards were given up: {tally.failed_shards[0]}")
+    if tally.broken_off:
+        raise JobFailed(tally.broken_off)
+    if tally.given_up:
+        raise JobFailed(f"{len(tally.given_up)} shards were given up: {tally.given_up[0]}")
     return {key: sorted(shards) for key, shards in broken.items()}
 
 
@@ -194,6 +204,7 @@ def spec_of(group: TeacherFeatures, args: argparse.Namespace) -> TeacherSpec:
         None if moved else card.get("revision"),
         card["recipe"]["name"],
         card["geometry"],
+        card["compute_dtype"],
     )
 
 

@@ -32,6 +32,7 @@ from olavlm.cache.shard import COMPRESSIONS
 from olavlm.cache.verify import open_teachers, shards_to_verify
 
 from .cli import JobFailed, Progress, UsageError, command
+from .extraction_record import Running, running_extractions
 
 RATE_SECONDS = 900.0  # a running job's rate is that of its shards committed in this time
 SHOWN = 20  # findings and failures printed a teacher; --json has them all
@@ -140,12 +141,14 @@ def status(args: argparse.Namespace) -> Answer:
     store = FeatureStore(args.store)
     value: dict = {"images": store.rows.num_images, "teachers": {}}
     lines = [f"{args.store}: {store.rows.num_images} images, {len(store)} teachers"]
+    extractions = running_extractions(store.path)
     for group in open_teachers(store):
         if isinstance(group, Finding):
             value["teachers"][group.key] = {"damaged": group.detail}
             lines.append(str(group))
             continue
-        ledger, coverage, job = group.ledger(), group.coverage(), running_job(group)
+        ledger, coverage = group.ledger(), group.coverage()
+        job = running_job(group, extractions.get(group.key))
         failures = [
             {"row": row, "image": f.image, "reason": f.reason, "detail": f.detail} for row, f in group.failures()
         ]
@@ -161,29 +164,35 @@ def status(args: argparse.Namespace) -> Answer:
         }
         lines.append(f"{group.key}: {coverage}, {_size(ledger.bytes)} in {ledger.table.num_rows} shards")
         if job:
-            rate, eta = job["rows_per_second"], job["eta_seconds"]
-            pace = f"{rate:.2f} rows/s, ETA {eta / 3600:.2f} h" if rate else "no shard committed lately"
-            lines.append(f"  running: {job['shards']} shards at work, {pace}")
+            rate, eta, wanted = job["rows_per_second"], job["eta_seconds"], job["rows_wanted"]
+            pace = f", {rate:.2f} rows/s, ETA {eta / 3600:.2f} h" if rate else ", none committed lately"
+            of = f"an extraction of {wanted} rows{pace}" if wanted is not None else "no extraction that is on record"
+            lines.append(f"  running: {job['shards']} shards being written by {of}")
         lines += [f"  damaged: {why}" for why in list(ledger.damaged.values())[:SHOWN]]
         lines += [f"  row {f['row']} {printable(f['image'])}: {f['reason']}" for f in failures]
     return value, "\n".join(lines), True
 
 
-def running_job(group: TeacherFeatures) -> dict | None:
-    """Shards at work, rows/s of those committed lately, and seconds until the whole plan is covered at that rate."""
+def running_job(group: TeacherFeatures, extraction: Running | None) -> dict | None:
+    """Shards that somebody writes, and of a running extraction rows/s, and seconds until all that it wants is there.
+
+    The rate is that of the shards committed since it began, `RATE_SECONDS` ago at most. Others, such as `merge`, write
+    shards without saying how many there will be.
+    """
     shards = [shard for shard, lease in leased(group.folder / "leases").items() if is_live(lease)]
     if not shards:
         return None
-    ledger = group.ledger()
-    rows = dict(zip(ledger.table["shard"].to_pylist(), (ledger.stops - ledger.starts).tolist(), strict=True))
-    now = time.time()
-    lately = sorted((at, rows[s]) for s, at in ledger.times.items() if s in rows and now - at < RATE_SECONDS)
-    rate = None
-    if len(lately) > 1 and lately[-1][0] > lately[0][0]:  # the first one's rows were done before the time began
-        rate = sum(n for _, n in lately[1:]) / (lately[-1][0] - lately[0][0])
-    missing = group.coverage().missing
+    rate = missing = None
+    if extraction is not None:
+        ledger, now = group.ledger(), time.time()
+        rows = dict(zip(ledger.table["shard"].to_pylist(), (ledger.stops - ledger.starts).tolist(), strict=True))
+        since = max(extraction.began, now - RATE_SECONDS)
+        rate = sum(rows[s] for s, at in ledger.times.items() if s in rows and at > since) / max(now - since, 1e-9)
+        missing = group.coverage(group.plan.rows[: extraction.limit]).missing
     return {
+        "what": "extraction" if extraction else "another command",
         "shards": len(shards),
+        "rows_wanted": None if extraction is None else len(group.plan.rows[: extraction.limit]),
         "rows_per_second": rate,
         "eta_seconds": missing / rate if rate else None,
     }

@@ -96,7 +96,7 @@ def dry_run(recipe: Recipe, stage: str) -> int:
     steps = recipe.train.max_steps or math.ceil(recipe.train.epochs * math.ceil(len(dataset) / per_process))
     print(f"{stage} with one process: global batch {per_process}, {steps} steps")
     if stage in recipe.losses.stages and recipe.tasks:
-        check_targets(recipe, dataset)
+        check_targets(recipe, dataset, stage)
         where = recipe.targets.store if recipe.targets.source == "cache" else "teachers in the loop"
         for name in recipe.task_order:
             print(

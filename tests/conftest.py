@@ -72,9 +72,9 @@ def make_store(tiny, pt_json, tmp_path_factory):
         for spec in specs:
             builder.ensure_teacher(spec.key, spec.load("cpu").card.to_dict(), dtype=dtype, shard_rows=4)
         worker = ShardExtractor(str(folder), specs, [str(images)], batch_size=4, device="cpu", threads=2)
+        worker.load()
         for spec in specs:
-            for task in pending(FeatureStore(folder)[spec.key]):
-                assert worker.extract(task).outcome == "committed"
+            assert {r.outcome for r in worker.extract(pending(FeatureStore(folder)[spec.key]))} == {"committed"}
         return folder
 
     return make

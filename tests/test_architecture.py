@@ -57,14 +57,14 @@ def test_imports_point_downwards(folder):
     assert [w for f in files for w in wrong(folder, str(f.relative_to(ROOT)), f.read_text())] == []
 
 
-def test_only_extract_needs_ray():
+def test_one_file_knows_of_ray():
     users = [
         str(f.relative_to(ROOT))
         for folder in ALLOWED
         for f in (ROOT / folder).rglob("*.py")
         if any(name.split(".")[0] == "ray" for name, _ in imports(f.read_text()))
     ]
-    assert users == ["pipelines/extract.py"]
+    assert users == ["pipelines/cluster.py"]
 
 
 @pytest.mark.parametrize(

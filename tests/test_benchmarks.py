@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -16,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "benchmarks" / "cache"
+EXTRACT = ROOT / "benchmarks" / "extract"
 
 
 @pytest.fixture
@@ -29,12 +31,14 @@ def module(monkeypatch: pytest.MonkeyPatch):
     return load
 
 
-def test_the_tables_are_those_of_the_results(module):
-    assert (CACHE / "README.md").read_text() == module("cache.readme").rendered(CACHE)
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT])
+def test_the_tables_are_those_of_the_results(module, folder):
+    assert (folder / "README.md").read_text() == module("readme").rendered(folder)
 
 
-def test_results_are_small():
-    assert all(file.stat().st_size < 1e6 for file in CACHE.glob("results/*"))
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT])
+def test_results_are_small(folder):
+    assert all(file.stat().st_size < 1e6 for file in folder.glob("results/*"))
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +68,13 @@ def test_every_benchmark_runs(toy_run, module):
 
 
 def test_the_run_renders_its_tables_and_leaves_nothing_else(toy_run, module):
-    assert (toy_run / "README.md").read_text() == module("cache.readme").rendered(toy_run)
+    assert (toy_run / "README.md").read_text() == module("readme").rendered(toy_run)
     assert "## Results: toy" in (toy_run / "README.md").read_text()
     assert list((toy_run / "work").iterdir()) == []
 
 
 def test_ratios_are_of_the_same_round(module):
-    comparison = module("cache.figures").Comparison(
+    comparison = module("figures").Comparison(
         title="t", rows=10, bytes=4_000_000, floor="f", seconds={"f": [1.0, 2.0, 4.0], "a": [2.0, 2.0, 2.0]}
     )
     assert comparison.ratios("a") == [0.5, 1.0, 2.0]
@@ -78,7 +82,7 @@ def test_ratios_are_of_the_same_round(module):
 
 
 def test_figures_survive_json(module):
-    figures = module("cache.figures")
+    figures = module("figures")
     measured = figures.Measurement("m", {"s": {"all s": [1.0, 3.0, 2.0]}}, rows={"s": 500_000}, limits={"all s": 5.0})
     (back,) = figures.from_json(json.loads(json.dumps(figures.to_json([measured]))))
     assert back == measured
@@ -148,3 +152,138 @@ def test_an_unknown_benchmark_is_named(module, capsys):
         module("cache.__main__").main(["comit"])
     assert stopped.value.code == 2
     assert "comit" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def toy_extraction(tmp_path_factory):
+    """All benchmarks of extraction at toy size; the folder that they wrote results and tables to."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    shutil.copy(EXTRACT / "README.md", folder)
+    (folder / "work").mkdir()
+    options = ["--size", "toy", "--device", "cpu", "--dir", folder / "work", "--name", "toy", "--results", folder]
+    subprocess.run([sys.executable, "-m", "benchmarks.extract", *map(str, options)], cwd=ROOT, check=True)
+    return folder
+
+
+def test_every_benchmark_of_extraction_runs(toy_extraction, module):
+    run = json.loads((toy_extraction / "results" / "toy.json").read_text())
+    size = module("extract.sizes").size_of("toy", "cpu")
+    figures = {name: module("figures").from_json(found) for name, found in run["figures"].items()}
+    assert {name: len(found) for name, found in figures.items()} == {
+        "forward": len(size.forwards),
+        "free": len(size.frees),
+        "decode": 3,
+        "public": len(size.publics),
+        "same": len(size.sames),
+        "driver": 1,
+    }
+    for found in itertools.chain(*(figures[name] for name in ("forward", "free", "decode", "public"))):
+        rounds = size.free_rounds if found.title.startswith("nothing") else size.rounds
+        assert all(len(s) == rounds and min(s) > 0 for s in found.seconds.values())
+    assert all(found.gflop > 0 for found in figures["forward"])
+
+
+def test_workers_threads_and_company_change_no_byte_and_batch_sizes_hardly_a_value(toy_extraction):
+    run = json.loads((toy_extraction / "results" / "toy.json").read_text())
+    for found in run["figures"]["same"]:
+        assert found["equal"]
+        assert all(found["equal"].values()), found["title"]
+        assert min(min(cosines) for cosines in found["cosines"].values()) >= 0.99999, found["title"]
+
+
+def test_extraction_renders_its_tables_and_leaves_nothing_else(toy_extraction, module):
+    assert (toy_extraction / "README.md").read_text() == module("readme").rendered(toy_extraction)
+    assert "## Results: toy" in (toy_extraction / "README.md").read_text()
+    assert list((toy_extraction / "work").iterdir()) == []
+
+
+def test_an_extraction_that_leaves_a_row_ends_the_run(module, tmp_path):
+    job = _free_job(module, tmp_path)
+    (tmp_path / "images" / job.images[5]).unlink()
+    with pytest.raises(RuntimeError, match="1 rows quarantined"):
+        job.prepare(tmp_path / "store")()
+
+
+def test_other_bytes_and_other_values_are_seen(module, tmp_path):
+    """The control of `same`: features that depend on the run."""
+    same, job = module("extract.same"), _free_job(module, tmp_path)
+    job.prepare(tmp_path / "one")()
+    (teacher,) = job.teachers.values()
+    teacher._block[2, 3, 4] += 10
+    job.prepare(tmp_path / "two")()
+    one, two = same.Got(tmp_path / "one"), same.Got(tmp_path / "two")
+    assert one.files != two.files
+    cosines = one.cosines(two)
+    assert cosines[0] == pytest.approx(1, abs=1e-12)
+    assert cosines[2] < 0.99
+    assert same.cosine(np.array([3.0, 0.0]), np.array([3.0, 4.0])) == pytest.approx(0.6)
+
+
+def _free_job(module, folder: Path):
+    """An extraction of eight rows in two shards, by a teacher that costs nothing, under the key that `same` reads."""
+    shape = module("cache.sizes").Shape("free", 4, 8, 4)
+    images = module("extract.photographs").specks(folder / "images", 8)
+    teacher = module("extract.free").FreeTeacher(shape, 4, "cpu")
+    extraction = module("extract.extraction")
+    return extraction.Job(
+        {module("extract.same").KEY: teacher}, folder / "images", images, 4, 4, "cpu", dtype="float32"
+    )
+
+
+def test_agreement_rounds_no_worst_row_up(module):
+    figures = module("figures")
+    agreement = figures.Agreement("t", 2, {"a": True, "b": False}, {"c": [1.0, 0.99998999999]}, {"c": 0.99999})
+    assert agreement.markdown().splitlines()[-3:] == [
+        "| a | equal |  | equal |",
+        "| b | DIFFERENT |  | equal |",
+        "| c |  | 0.999989999 | 0.99999 |",
+    ]
+    assert figures.from_json(json.loads(json.dumps(figures.to_json([agreement])))) == [agreement]
+
+
+def test_rates_stand_in_for_bytes_where_rows_count(module):
+    comparison = module("figures").Comparison("t", 10, 0, "f", {"f": [2.0], "a": [4.0]}, must={"a": 0.95}, gflop=30.0)
+    assert comparison.markdown().splitlines()[-3:] == [
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| f | 5 | 200 | 1 | 150 |  |",
+        "| a | 2.5 | 400 | 0.5 | 75 | 0.95 |",
+    ]
+
+
+def test_sizes_counts_and_hours_by_hand(module):
+    a = module("extract.arithmetic")
+    depth, gen = a.TEACHERS["depth"], a.TEACHERS["gen"]
+    assert a.row_bytes(depth, "float16") == 576 * 1024 * 2 + 4 + 16
+    assert a.row_bytes(depth, "int8") == (576 * 1024 + 4 + 16) + (576 * 4 + 4 + 16)
+    assert a.row_bytes(gen, "int4") == (512 + 20) + (4 + 20)
+    assert a.image_bytes("float16") == 2_951_168 + 3 * 20
+    assert (a.shards(depth, 558_128), a.shards(gen, 558_128), a.all_shards(558_128)) == (4361, 137, 8859)
+    assert a.objects(558_128, "float16") == 8859 * 2
+    assert a.objects(558_128, "int8") == 8859 * 3
+    assert a.listings(558_128) == 5 + 5 + 1
+    assert a.gpu_rate(989.0) == pytest.approx(400)  # 989e12 x 0.4 / 989e9
+    assert a.gpu_hours(989.0, 1_440_000) == pytest.approx(1.0)
+    assert a.storage_price(1_000_000, "float16") == pytest.approx(2.951228 * 20)
+
+
+def test_the_sizes_are_those_that_a_store_has(module, tmp_path):
+    """A shard file is its rows as counted, and the checksum of its index."""
+    a, cache = module("extract.arithmetic"), module("cache.olavlm_store")
+    shape = module("cache.sizes").SIZES["toy"].depth.shape
+    cache.OlavlmStore().write(tmp_path / "store", module("cache.payload").Payload(shape, 1))
+    (file,) = module("cache.plain_files").shard_files(tmp_path / "store")
+    assert file.stat().st_size == shape.shard_rows * a.row_bytes(shape, "float16") + 4
+
+
+def test_the_page_of_scale_is_that_of_the_results(module):
+    scale = module("extract.scale")
+    assert scale.DOCUMENT.read_text() == scale.render(module("extract.facts").load())
+
+
+def test_a_gpu_that_was_measured_stands_beside_the_one_that_is_computed(module):
+    scale, facts = module("extract.scale"), module("extract.facts")
+    loaded = facts.load()
+    rates = {"depth": 100.0, "seg": 50.0, "gen": 100.0}
+    gpu = facts.Device("my-gpu", "A GPU, bfloat16", rates, rates, loaded.cpu.gflop)
+    page = scale.render(dataclasses.replace(loaded, gpus=[gpu]))
+    assert "| **the three together** | A GPU, bfloat16 (`my-gpu`) | 25 | 6.2 | 111 | 11,111 |" in page

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
+from ..figures import Comparison
 from ..rounds import Arm, alternate
-from .figures import Comparison
 from .olavlm_store import OlavlmStore
 from .payload import Payload
 from .plain_files import ByHand, PlainFiles

@@ -1,4 +1,4 @@
-"""Starts work of `tasks.py` in a process of its own, where seconds and memory above the imports can be told."""
+"""Starts work of a `tasks.py` in a process of its own, where seconds and memory above the imports can be told."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def start(task: str, **options: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", f"{__package__}.tasks", task, json.dumps(options)]
+def start(task: str, module: str = f"{__package__}.tasks", **options: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", module, task, json.dumps(options)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
@@ -23,8 +23,8 @@ def result(process: subprocess.Popen) -> dict:
     return json.loads(output.splitlines()[-1])
 
 
-def run(task: str, **options: object) -> dict:
-    return result(start(task, **options))
+def run(task: str, module: str = f"{__package__}.tasks", **options: object) -> dict:
+    return result(start(task, module, **options))
 
 
 class Peak:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from .figures import Measurement
+from ..figures import Measurement
 from .opening import opened
 from .sizes import Size
 from .tiny_store import index, make

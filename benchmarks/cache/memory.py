@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..figures import Measurement
 from . import fresh
-from .figures import Measurement
 from .formats import ZARR, installed
 from .olavlm_store import KEY, OlavlmStore
 from .payload import Payload

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..figures import Measurement
 from . import fresh
-from .figures import Measurement
 from .sizes import Size
 from .tiny_store import index, make
 

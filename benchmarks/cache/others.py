@@ -12,9 +12,9 @@ from time import perf_counter
 
 import numpy as np
 
+from ..figures import Comparison
 from ..rounds import Arm, alternate
 from .commit import write_arm
-from .figures import Comparison
 from .formats import ZARR, Format, Reader, bytes_on_disk, installed
 from .olavlm_store import KEY, OlavlmStore
 from .payload import Payload

@@ -15,8 +15,8 @@ from time import perf_counter
 
 import numpy as np
 
+from ..figures import Comparison
 from ..rounds import alternate
-from .figures import Comparison
 from .olavlm_store import OlavlmStore
 from .payload import Payload
 from .plain_files import PlainFiles, PlainReader, shard_files

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,13 +25,15 @@ SAMPLE_ROWS = 10
 
 
 @pytest.fixture
-def words(tiny, pt_json, sample_images, tmp_path):
-    """Arguments of an extraction of one teacher into tmp_path/store."""
+def words(tiny, pt_json, sample_images, tmp_path, request):
+    """Arguments of an extraction of one teacher into tmp_path/store; with `own_ray` as a user starts it."""
 
-    def make(*more, teachers=("depth",), data=pt_json, roots=sample_images, store=tmp_path / "store"):
+    def make(*more, teachers=("depth",), data=pt_json, roots=sample_images, store=tmp_path / "store", own_ray=False):
         named = [w for t in teachers for w in ("--teacher", f"{t}={tiny[t]}")]
         fixed = ["--data", data, "--images", roots, "--store", store, "--batch-size", 4, "--device", "cpu"]
-        return [str(w) for w in (*named, *fixed, *more)]
+        one = () if "--workers" in more else ("--workers", 1)  # more of them import for longer than they work
+        where = () if own_ray else ("--address", request.getfixturevalue("ray_address"))
+        return [str(w) for w in (*named, *fixed, *one, *where, *more)]
 
     return make
 
@@ -71,10 +74,20 @@ def wait_for_rows(number: int, store: Path, key: str, extraction: subprocess.Pop
 def test_all_teachers_at_once_equal_encode_and_a_second_run_does_nothing(
     words, tiny, pt_json, sample_images, tmp_path, capsys
 ):
-    arguments = words("--shard-rows", 4, "--dtype", "float32", teachers=("depth", "seg", "gen"))
+    arguments = words("--shard-rows", 4, "--dtype", "float32", teachers=("depth", "seg", "gen"), own_ray=True)
     assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "extracted 30 rows" in out
+    assert "is the bottleneck" in out
     store = FeatureStore(tmp_path / "store")
     assert store.teachers == ["depth", "gen", "seg"]
+    (run,) = (json.loads(f.read_text()) for f in (tmp_path / "store" / "runs").glob("*.json"))
+    cost = run["cost"]
+    assert (run["outcome"], run["arguments"]["batch_size"], len(run["teachers"])) == ("done", 4, 3)
+    assert (cost["rows"], cost["quarantined"], cost["workers"], cost["nodes"], cost["deaths"]) == (30, 0, 1, 1, 0)
+    assert cost["bytes"] == sum(f.stat().st_size for f in (tmp_path / "store").glob("*/features/c/*/0/0"))
+    assert cost["rows_per_second"] == pytest.approx(30 / (3600 * cost["hours"]))
+    assert 0 < sum(cost["shares"].values()) <= 1
     from olavlm.cache import ImageRoots
 
     image = store.plan["image"][7].as_py()
@@ -100,7 +113,7 @@ def test_one_teacher_at_a_time_and_any_number_of_workers_give_the_same_bytes(wor
 
 
 def test_killed_half_way_then_run_again_ends_with_the_same_bytes(words, tmp_path):
-    arguments = words("--shard-rows", 1, "--workers", 1, teachers=("seg",), store=tmp_path / "killed")
+    arguments = words("--shard-rows", 1, "--workers", 1, teachers=("seg",), store=tmp_path / "killed", own_ray=True)
     process = subprocess.Popen(
         [sys.executable, "-m", "olavlm.pipelines.extract", *arguments],
         start_new_session=True,
@@ -123,7 +136,7 @@ def test_killed_half_way_then_run_again_ends_with_the_same_bytes(words, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal_it_drops_what_is_in_flight_and_exits_1(words, tmp_path, number):
-    arguments = words("--shard-rows", 1, "--workers", 1, teachers=("seg",))
+    arguments = words("--shard-rows", 1, "--workers", 1, teachers=("seg",), own_ray=True)
     process = subprocess.Popen(
         [sys.executable, "-m", "olavlm.pipelines.extract", *arguments], stderr=subprocess.PIPE, text=True
     )
@@ -191,12 +204,34 @@ def test_limit_then_all(words, tmp_path):
 
 
 def test_dry_run_writes_nothing(words, tmp_path, capsys):
-    assert main(words("--dry-run", teachers=("depth", "gen"))) == 0
+    assert main(words("--dry-run", teachers=("depth", "gen"), own_ray=True)) == 0
     out = capsys.readouterr().out
-    assert "10 rows" in out
-    assert "rows/s a worker, ETA" in out
+    assert "10 rows, 0 of 10 images tried cannot be read" in out
+    assert re.search(r"^depth: 576 x 32 float16, 0.000 GB, 0 rows done; alone [\d.]+ rows/s a worker, ETA", out, re.M)
     assert "GB free" in out
+    assert "with 1 cpu worker" in out
     assert not (tmp_path / "store").exists()
+
+
+def test_dry_run_tells_what_is_done_and_what_would_be_refused(words, sample_images, tmp_path, capsys):
+    assert main(words("--shard-rows", 4, "--limit", 6, teachers=("gen",))) == 0
+    capsys.readouterr()
+    everything = {f: f.stat().st_mtime_ns for f in (tmp_path / "store").rglob("*")}
+    assert main(words("--dry-run", "--workers", 2, "--limit", 7, teachers=("depth", "gen"), own_ray=True)) == 0
+    out = capsys.readouterr().out
+    assert "7 rows" in out
+    assert "depth: 576 x 32 float16, 0.000 GB, 0 rows done" in out
+    assert "gen: 1 x 48 float16, 0.000 GB, 6 rows done" in out
+    assert "cpu workers" in out
+    assert main(words("--dry-run", "--dtype", "int8", teachers=("gen",), own_ray=True)) == 1
+    assert "a run would be refused" in capsys.readouterr().err
+    assert main(words("--dry-run", "--dtype", "int8", "--replace", teachers=("gen",), own_ray=True)) == 0
+    assert main(words("--dry-run", "--worker-cpus", 10_000, teachers=("gen",), own_ray=True)) == 1
+    assert "there is no room for a cpu worker" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(words("--dry-run", roots=tmp_path / "empty", own_ray=True)) == 1
+    assert "none of 10 images can be read; the first: " in capsys.readouterr().err
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "store").rglob("*")} == everything
 
 
 def test_a_grown_dataset_is_appended(words, pt_json, tmp_path, capsys):
@@ -226,6 +261,8 @@ class TestErrors:
             ({"--images": "none"}, 1, "image root none does not exist"),
             ({"--dtype": "float8"}, 2, "invalid choice"),
             ({"--limit": "0"}, 2, "not a positive number"),
+            ({"--worker-gpus": "2"}, 2, "a worker computes on one GPU; give 1, or less to share it"),
+            ({"--stall": "0"}, 2, "not a positive number"),
             ({"--recipe": "mean5"}, 2, "recipe 'mean5': unknown to depth; use one of mean4, last"),
             ({"--teacher": "dpth", "--as": "x"}, 2, "teacher 'dpth': unknown; use one of depth, seg, gen"),
             ({"--recipe": "mean5", "--as": "x"}, 2, "recipe 'mean5': unknown to depth; use one of mean4, last"),
@@ -234,7 +271,7 @@ class TestErrors:
         ],
     )
     def test_one_line_and_the_right_status(self, words, tmp_path, change, status, message):
-        arguments = words()
+        arguments = words(own_ray=True)
         for flag, value in change.items():
             if flag in arguments:
                 arguments[arguments.index(flag) + 1] = value

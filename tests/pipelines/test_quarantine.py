@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from olavlm.cache import BadImage, FeatureStore, ImageRoots, StoreBuilder, pending
-from olavlm.pipelines.extraction_summary import Tally, record_run
+from olavlm.pipelines.extraction_record import RunRecord
+from olavlm.pipelines.extraction_summary import Tally
 from olavlm.pipelines.extractor import ShardExtractor, TeacherSpec
 from olavlm.teachers import load_teacher
 
@@ -129,8 +130,9 @@ def extract(tiny, tmp_path):
         builder.extend_plan(pa.array(images, pa.large_string()))
         builder.ensure_teacher("depth", spec.load("cpu").card.to_dict(), dtype="float32", shard_rows=8)
         worker = ShardExtractor(str(store), [spec], roots, batch_size=4, device="cpu", threads=2)
-        for task in pending(FeatureStore(store)["depth"], **options):
-            assert worker.extract(task).outcome == "committed"
+        worker.load()
+        results = worker.extract(pending(FeatureStore(store)["depth"], **options))
+        assert all(result.outcome == "committed" for result in results)
         return FeatureStore(store)
 
     return work
@@ -225,7 +227,7 @@ def test_a_store_holds_no_credentials_of_its_image_roots(guarded, extract, capfd
         workers=2,
         retry_failed=False,
     )
-    record_run(store.path, args, [], Tally(), 1.0)
+    RunRecord(store.path, args, []).end(Tally(), "done")
     (file,) = (store.path / "runs").glob("*.json")
     assert json.loads(file.read_text())["arguments"] == {
         "images": [f"coco=http://{guarded}", "plain=/data/images"],

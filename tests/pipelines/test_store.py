@@ -1,13 +1,19 @@
 """olavlm-cache as its users see it: answers, exit status, and what it leaves behind."""
 
+import argparse
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from olavlm.cache import FeatureStore, StoreBuilder, pending
+from olavlm.pipelines.extraction_record import Running, RunRecord, running_extractions
+from olavlm.pipelines.extraction_summary import Tally
+from olavlm.pipelines.extractor import TeacherSpec
+from olavlm.pipelines.reextract import spec_of
 from olavlm.pipelines.store import main, running_job
 
 BATCH = 4  # rows a shard of the shared stores, and their batch
@@ -84,7 +90,7 @@ class TestStatusAndInfo:
     def test_a_running_job_has_a_rate_and_an_eta(self, store, monkeypatch):
         builder = StoreBuilder(store)
         group = FeatureStore(store)["depth"]
-        assert running_job(group) is None
+        assert running_job(group, Running(0.0, None)) is None
         for shard in range(3):
             builder.writer(group).sweep(shard, withdraw_all=True)
         tasks = pending(FeatureStore(store)["depth"])
@@ -95,12 +101,41 @@ class TestStatusAndInfo:
                 shard.commit()
         with builder.writer(group).begin(2, (8, 10), tasks[2].segment):
             ledger = group.ledger()
-            ledger.times.update({0: time.time() - 10, 1: time.time() - 8})  # 4 rows in these two seconds
+            ledger.times.update({0: time.time() - 100, 1: time.time() - 8})
             monkeypatch.setattr(type(group), "ledger", lambda self: ledger)
-            job = running_job(group)
-        assert job["shards"] == 1
-        assert job["rows_per_second"] == pytest.approx(2, rel=0.05)
-        assert job["eta_seconds"] == pytest.approx(1, rel=0.05)  # two rows are missing
+            job = running_job(group, Running(time.time() - 10, None))  # one shard of 4 rows since it began
+            limited = running_job(group, Running(time.time() - 10, 9))
+            no_extraction = running_job(group, None)
+        assert (job["shards"], job["rows_wanted"]) == (1, 10)
+        assert job["rows_per_second"] == pytest.approx(0.4, rel=0.05)
+        assert job["eta_seconds"] == pytest.approx(5, rel=0.05)  # two rows are missing
+        assert limited["eta_seconds"] == pytest.approx(2.5, rel=0.05)  # of those that it wants, one
+        assert no_extraction["shards"] == 1
+        assert no_extraction["rows_per_second"] is no_extraction["eta_seconds"] is None
+
+    def test_which_extractions_run(self, store):
+        """Those whose record does not say that they ended, and whose process is there."""
+
+        def begin(key: str, **arguments) -> RunRecord:
+            return RunRecord(store, argparse.Namespace(**arguments), [TeacherSpec(key, key)])
+
+        assert running_extractions(store) == {}
+        begin("gen", limit=None).end(Tally(), "done")
+        begin("depth", limit=7)
+        first = running_extractions(store)["depth"]
+        assert (first.limit, time.time() - first.began) == (7, pytest.approx(0, abs=60))
+        second = begin("depth", limit=9)
+        assert list(running_extractions(store)) == ["depth"]
+        assert running_extractions(store)["depth"] == Running(first.began, 9)
+        second.end(Tally(), "stopped by SIGINT")
+        assert running_extractions(store)["depth"].limit == 7
+        for file in (store / "runs").glob("*.json"):
+            run = json.loads(file.read_text())
+            run["driver"]["started"] = "long ago"  # another process has its number now
+            file.write_text(json.dumps(run))
+        assert running_extractions(store) == {}
+        (store / "runs" / "notes.json").write_text("[]")
+        assert running_extractions(store) == {}
 
 
 class TestVerify:
@@ -154,23 +189,32 @@ class TestVerify:
         assert main([str(w) for w in [*words, "--model", f"gen={tiny['gen']}"]]) == 0
 
 
-def test_repair_does_again_exactly_what_is_broken(store, sample_images, answer, capsys):
+def test_repair_does_again_exactly_what_is_broken(store, sample_images, answer, capsys, ray_address):
     before = shard_files(store)
     untouched = store / "depth" / "commits" / "000001.0.json"
     record = untouched.read_bytes()
     flip(store / "depth" / "features" / "c" / "0" / "0" / "0")
     (store / "depth" / "commits" / "000002.0.json").unlink()
     (store / "gen" / "features" / "c" / "1" / "0" / "0").unlink()
-    assert main(["repair", str(store), "--images", str(sample_images), "--teacher", "gen", "--workers", "1"]) == 0
+    one = ["--images", str(sample_images), "--workers", "1", "--address", ray_address]
+    assert main(["repair", str(store), *one, "--teacher", "gen"]) == 0
     capsys.readouterr()
     assert answer("verify", store, "--teacher", "gen")[0] == 0
     assert answer("verify", store, "--teacher", "depth")[0] == 1  # the control: not asked for
-    status, value = answer("repair", store, "--images", sample_images, "--workers", 1)
+    status, value = answer("repair", store, *one)
     assert (status, value["sound"], value["left"]) == (0, True, [])
     assert value["repaired"] == {"depth": [0, 2]}
     assert shard_files(store) == before
     assert untouched.read_bytes() == record
     assert answer("repair", store) == (0, {"findings": [], "repaired": {}, "sound": True})
+
+
+def test_a_repair_computes_as_the_extraction_did():
+    card = {"name": "depth", "model": "tiny/depth", "recipe": {"name": "last"}, "geometry": "pad"}
+    group = SimpleNamespace(key="mine", card={**card, "revision": "abc", "compute_dtype": "bfloat16"})
+    spec = spec_of(group, argparse.Namespace(model=[]))
+    assert spec == TeacherSpec("mine", "depth", "tiny/depth", "abc", "last", "pad", "bfloat16")
+    assert spec_of(group, argparse.Namespace(model=["mine=elsewhere"])).model == "elsewhere"
 
 
 def test_repair_withdraws_nothing_that_it_cannot_make_again(store, sample_images, capsys):
@@ -203,12 +247,12 @@ def test_repair_touches_nothing_that_a_lost_plan_hides(store, sample_images, ans
 
 
 def test_a_repair_that_was_stopped_is_run_again(store, sample_images, answer, monkeypatch, capsys):
-    from olavlm.pipelines import extract
+    from olavlm.pipelines import cluster
 
     before = shard_files(store)
     flip(store / "gen" / "features" / "c" / "1" / "0" / "0")
     with monkeypatch.context() as m:
-        m.setattr(extract, "run_tasks", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(cluster, "run_tasks", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(["repair", str(store), "--images", str(sample_images), "--workers", "1"]) == 1
     assert answer("verify", store)[0] == 1  # it is still known to be broken
     assert answer("repair", store, "--images", sample_images, "--workers", 1)[0] == 0

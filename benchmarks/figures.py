@@ -13,12 +13,13 @@ class Comparison:
 
     title: str
     rows: int  # a round
-    bytes: int  # of payload, a round
+    bytes: int  # of payload, a round; 0 where the rows are what counts
     floor: str  # the arm that the others are compared with
     seconds: dict[str, list[float]]  # of each arm, a round
     checksums: dict[str, str] = field(default_factory=dict)  # what an arm verifies
     must: dict[str, float] = field(default_factory=dict)  # speed over the floor that an arm is to reach
     bytes_on_disk: dict[str, float] = field(default_factory=dict)  # for one byte of payload
+    gflop: float = 0.0  # a row, where arithmetic is the work
     notes: list[str] = field(default_factory=list)
     kind: str = "comparison"
 
@@ -26,22 +27,30 @@ class Comparison:
         """Speed over the floor's, round by round."""
         return [floor / own for floor, own in zip(self.seconds[self.floor], self.seconds[arm], strict=True)]
 
+    def rate(self, arm: str) -> float:
+        """Rows a second, by the median round."""
+        return self.rows / median(self.seconds[arm])
+
     def markdown(self) -> str:
         rounds = len(self.seconds[self.floor])
-        header = ["arm", "MB/s", "ms a row", "speed over the floor"]
+        header = ["arm", "MB/s" if self.bytes else "rows/s", "ms a row", "speed over the floor"]
+        header += ["GFLOP/s"] * bool(self.gflop)
         header += ["must reach"] * bool(self.must) + ["checksum verified"] * bool(self.checksums)
         header += ["bytes on disk"] * bool(self.bytes_on_disk)
         lines = []
         for arm, seconds in self.seconds.items():
-            taken = median(seconds)
-            line = [arm, f"{self.bytes / taken / 1e6:,.0f}", f"{taken / self.rows * 1e3:.3g}"]
+            taken, rate = median(seconds), self.rate(arm)
+            speed = f"{self.bytes / taken / 1e6:,.0f}" if self.bytes else number(rate)
+            line = [arm, speed, f"{taken / self.rows * 1e3:.3g}"]
             line.append("1" if arm == self.floor else spread(self.ratios(arm)))
+            line += [number(self.gflop * rate)] * bool(self.gflop)
             line += [f"{self.must[arm]}" if arm in self.must else ""] * bool(self.must)
             line += [self.checksums.get(arm, "")] * bool(self.checksums)
             if self.bytes_on_disk:
                 line.append(f"{self.bytes_on_disk[arm]:.4f}" if arm in self.bytes_on_disk else "")
             lines.append(line)
-        about = f"**{self.title}**: {self.rows:,} rows, {number(self.bytes / 1e6)} MB a round, {rounds} rounds"
+        payload = f", {number(self.bytes / 1e6)} MB" if self.bytes else ""
+        about = f"**{self.title}**: {self.rows:,} rows{payload} a round, {rounds} rounds"
         return "\n\n".join([about, table(header, lines), *self.notes])
 
 
@@ -73,7 +82,29 @@ class Measurement:
         return "\n\n".join([about, table(header, lines), *self.notes])
 
 
-Figures = Comparison | Measurement
+@dataclass
+class Agreement:
+    """The same rows got in different ways: whether their bytes are equal, or how near they are."""
+
+    title: str
+    rows: int
+    equal: dict[str, bool] = field(default_factory=dict)  # what was compared -> whether the files' bytes are equal
+    cosines: dict[str, list[float]] = field(default_factory=dict)  # what was compared -> of each row
+    must: dict[str, float] = field(default_factory=dict)  # what was compared -> what the worst row is to reach
+    notes: list[str] = field(default_factory=list)
+    kind: str = "agreement"
+
+    def markdown(self) -> str:
+        lines = [[what, "equal" if same else "DIFFERENT", "", "equal"] for what, same in self.equal.items()]
+        for what, cosines in self.cosines.items():
+            # Rounded down: 0.999989 is not 0.99999.
+            worst = f"{int(min(cosines) * 1e9) / 1e9:.9f}"
+            lines.append([what, "", worst, f"{self.must[what]}" if what in self.must else ""])
+        header = ["compared", "bytes", "cosine, worst row", "must be"]
+        return "\n\n".join([f"**{self.title}**: {self.rows:,} rows", table(header, lines), *self.notes])
+
+
+Figures = Comparison | Measurement | Agreement
 
 
 def to_json(figures: Iterable[Figures]) -> list[dict]:
@@ -81,7 +112,7 @@ def to_json(figures: Iterable[Figures]) -> list[dict]:
 
 
 def from_json(figures: Iterable[dict]) -> list[Figures]:
-    kinds = {"comparison": Comparison, "measurement": Measurement}
+    kinds = {"comparison": Comparison, "measurement": Measurement, "agreement": Agreement}
     return [kinds[f["kind"]](**f) for f in figures]
 
 

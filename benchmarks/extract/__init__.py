@@ -1,0 +1,1 @@
+"""What extraction costs beside the teachers' own forward; see README.md."""

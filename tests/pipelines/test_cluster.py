@@ -1,0 +1,202 @@
+"""Extractions on a cluster of several Ray nodes of this machine: killed at random, stopped, left by their driver."""
+
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from olavlm.cache import Dataset, FeatureStore, StoreBuilder, pending
+from olavlm.pipelines.extract import main
+from olavlm.pipelines.extraction_summary import Tally
+from olavlm.pipelines.extractor import ShardExtractor, TeacherSpec
+from olavlm.pipelines.places import Job, Place, find_places
+
+ROOT = Path(__file__).parents[2]
+ROWS = 240
+SECONDS = 120  # that anything here may take
+
+
+def node(name: str, alive: bool = True, **resources: float) -> dict:
+    """As `ray.nodes()` tells of one."""
+    return {"Alive": alive, "NodeID": name, "NodeManagerHostname": f"host-{name}", "Resources": resources}
+
+
+class TestPlaces:
+    def job(self, **options) -> Job:
+        return Job("store", ["images"], [], 4, **options)
+
+    def test_machines_need_not_be_alike(self):
+        nodes = [node("a", CPU=32.0, GPU=4.0), node("b", CPU=9.0, GPU=2.0), node("head", CPU=0.0), node("c", CPU=64.0),
+                 node("dead", alive=False, CPU=8.0, GPU=8.0)]  # fmt: skip
+        assert find_places(nodes, self.job(), "cuda") == [
+            Place("a", "host-a", 4, 1, 8.0),
+            Place("b", "host-b", 2, 1, 4.0),
+        ]
+        assert [(p.node, p.slots, p.cpus) for p in find_places(nodes, self.job(), "cpu")] == [
+            ("a", 32, 1.0),
+            ("b", 9, 1.0),
+            ("c", 64, 1.0),
+        ]
+
+    def test_what_a_worker_is_to_have(self):
+        nodes = [node("a", CPU=32.0, GPU=4.0), node("b", CPU=3.0, GPU=1.0)]
+        shared = find_places(nodes, self.job(worker_gpus=0.4), "cuda")
+        assert [(p.slots, p.gpus, p.cpus) for p in shared] == [(8, 0.4, 4.0), (2, 0.4, 1.0)], "two fit on one GPU"
+        assert [(p.node, p.slots) for p in find_places(nodes, self.job(worker_cpus=4), "cuda")] == [("a", 4)]
+        assert [(p.node, p.slots) for p in find_places(nodes, self.job(worker_cpus=12), "cuda")] == [("a", 2)]
+        assert [p.slots for p in find_places(nodes, self.job(worker_cpus=2), "cpu")] == [16, 1]
+        assert find_places(nodes, self.job(worker_cpus=33), "cpu") == []
+
+    @pytest.mark.parametrize(
+        ("cpus", "workers", "slots", "share"),
+        [([2.0], 2, [2], 1.0), ([2.0], 3, [3], 0.6666), ([2.0, 1.0], 4, [3, 1], 0.6666), ([1.0, 1.0], 1, [1, 1], 1.0)],
+    )
+    def test_more_cpu_workers_than_cpus_share_them(self, cpus, workers, slots, share):
+        places = find_places([node(str(i), CPU=c) for i, c in enumerate(cpus)], self.job(workers=workers), "cpu")
+        assert [p.slots for p in places] == slots
+        assert {p.cpus for p in places} == {share}
+
+    def test_a_node_without_cpus_to_share_still_has_its_gpus(self):
+        assert find_places([node("a", CPU=0.0, GPU=1.0)], self.job(), "cuda") == [Place("a", "host-a", 1, 1, 0.0)]
+
+
+@pytest.fixture(scope="module")
+def kills():
+    """The module `benchmarks.extract.kills`; benchmarks are no part of the installed package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        yield importlib.import_module("benchmarks.extract.kills")
+
+
+@pytest.fixture(scope="module")
+def site(kills, tiny, tmp_path_factory):
+    return kills.Site(tmp_path_factory.mktemp("site"), ROWS, tiny)
+
+
+@pytest.fixture(scope="module")
+def nodes(kills):
+    """A cluster of two nodes, of one CPU each."""
+    with kills.cluster(2) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def quiet(kills, site, tmp_path_factory) -> dict[str, bytes]:
+    """What an extraction without Ray gives."""
+    store = tmp_path_factory.mktemp("quiet") / "store"
+    builder, specs = StoreBuilder(store), [TeacherSpec(k, k, str(site.checkpoints[k])) for k in kills.TEACHERS]
+    builder.extend_plan(Dataset([site.folder / "data.json"]).images())
+    worker = ShardExtractor(str(store), specs, [str(site.folder / "images")], batch_size=4, device="cpu", threads=1)
+    worker.load()
+    for spec in specs:
+        group = builder.ensure_teacher(spec.key, spec.load("cpu").card.to_dict(), dtype="float16", shard_rows=4)
+        assert {result.outcome for result in worker.extract(pending(group))} == {"committed"}
+    return kills.shard_bytes(store)
+
+
+def wait_for_rows(kills, number: int, store: Path, driver: subprocess.Popen) -> None:
+    """Until so many are committed, which is done by workers and said by nobody: the store is asked again and again."""
+    deadline = time.monotonic() + SECONDS
+    while kills.committed_rows(store) < number:
+        assert time.monotonic() < deadline, f"fewer than {number} rows in {SECONDS} s"
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.05)
+
+
+def test_killed_at_random_it_ends_with_the_bytes_of_a_quiet_run(kills, site, nodes, quiet):
+    seed = str(random.randrange(2**32))
+    print(f"seed {seed}")
+    outcome = kills.run(site, nodes, quiet, seed, 2, pause=(0.2, 1.5))
+    assert outcome.sound, outcome
+    assert outcome.kills, "it ended before anybody was killed"
+
+
+def test_the_control_without_retries_something_is_lost(kills, site, nodes, quiet):
+    outcome = kills.run(site, nodes, quiet, "0", 1, kinds=("worker killed",), program=kills.WITHOUT_RETRIES)
+    assert outcome.status == 1
+    assert outcome.rows_lost > 0
+    assert "shards were given up" in outcome.said
+    assert (outcome.left, outcome.shards_twice) == ([], 0)
+
+
+def test_the_committed_thirty_kills_lost_nothing_and_the_control_did(kills):
+    results = json.loads(kills.RESULTS.read_text())
+    assert results["kills"] == sum(results["kinds"].values()) >= 30
+    assert min(results["kinds"].values()) > 0
+    assert all(kills.Outcome(**run).sound for run in results["runs"])
+    assert (results["rows_lost"], results["shards_twice"], results["not_ended"]) == (0, 0, 0)
+    assert results["control"]["rows_lost"] > 0
+
+
+def test_workers_do_not_outlive_a_driver_that_was_killed(kills, site, nodes, quiet, tmp_path):
+    driver = site.start(tmp_path / "store", "--address", nodes.address)
+    wait_for_rows(kills, 20, tmp_path / "store", driver)
+    workers = nodes.workers()
+    assert workers
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    _, alive = psutil.wait_procs(workers, timeout=SECONDS)
+    assert not alive
+    assert 20 <= kills.committed_rows(tmp_path / "store") < 2 * ROWS, "the control: it was killed half-way"
+    again = site.start(tmp_path / "store", "--address", nodes.address)
+    assert again.wait(SECONDS) == 0, again.stderr.read()
+    assert kills.shard_bytes(tmp_path / "store") == quiet
+    runs = [json.loads(f.read_text()) for f in sorted((tmp_path / "store" / "runs").glob("*.json"))]
+    assert [run["outcome"] for run in runs] == ["running", "done"]
+    assert (runs[1]["cost"]["workers"], runs[1]["cost"]["nodes"], runs[1]["cost"]["deaths"]) == (2, 2, 0)
+
+
+def test_control_c_reaches_the_whole_group_and_drops_what_is_in_flight(kills, site, nodes, tmp_path):
+    driver = site.start(tmp_path / "store", "--address", nodes.address, start_new_session=True)
+    wait_for_rows(kills, 20, tmp_path / "store", driver)
+    workers = nodes.workers()
+    os.killpg(driver.pid, signal.SIGINT)
+    _, errors = driver.communicate(timeout=SECONDS)
+    assert driver.returncode == 1
+    assert "stopped by SIGINT" in errors
+    assert "Traceback" not in errors
+    assert not psutil.wait_procs(workers, timeout=SECONDS)[1]
+    assert not [f for name in ("leases", "staging") for f in (tmp_path / "store").glob(f"*/{name}/[0-9]*")]
+    (run,) = (json.loads(f.read_text()) for f in (tmp_path / "store" / "runs").glob("*.json"))
+    assert run["outcome"] == "stopped by SIGINT"
+    assert 4 * (run["cost"]["teachers"]["depth"]["shards"] + run["cost"]["teachers"]["gen"]["shards"]) <= (
+        kills.committed_rows(tmp_path / "store")) < 2 * ROWS  # fmt: skip
+
+
+def test_a_model_that_its_nodes_do_not_have_is_named(kills, site, nodes, quiet, tmp_path, monkeypatch):
+    from olavlm.pipelines import cluster, scheduler
+
+    monkeypatch.setattr(scheduler, "JOIN_SECONDS", 0.0)
+    monkeypatch.setattr(cluster, "STRIKES", 1)
+    store, tally = tmp_path / "store", Tally()
+    builder = StoreBuilder(store)
+    builder.extend_plan(Dataset([site.folder / "data.json"]).images())
+    here = TeacherSpec("gen", "gen", str(site.checkpoints["gen"]))
+    group = builder.ensure_teacher("gen", here.load("cpu").card.to_dict(), dtype="float16")
+    gone = TeacherSpec("gen", "gen", str(tmp_path / "not there"))
+    job = Job(str(store), [str(site.folder / "images")], [gone], 4, "cpu", address=nodes.address, workers=1)
+    cluster.run_tasks(job, pending(group), tally)
+    assert tally.broken_off.startswith("no worker could be started: worker ")
+    assert "not there" in tally.broken_off
+    assert FeatureStore(store)["gen"].coverage().covered == 0
+
+
+def test_a_dry_run_counts_the_workers_of_the_cluster(site, nodes, tmp_path, capsys):
+    assert main(site.arguments(tmp_path / "store", "--address", nodes.address, "--dry-run")) == 0
+    assert "with 2 cpu workers, if its nodes are like this machine" in capsys.readouterr().out
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_cluster_that_is_not_there_is_one_line(site, tmp_path, capsys):
+    assert main(site.arguments(tmp_path / "store", "--address", "127.0.0.1:9")) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("olavlm-extract: error: no Ray cluster answers at 127.0.0.1:9"), errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "store").exists()
