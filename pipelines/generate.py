@@ -1,32 +1,55 @@
-"""olavlm-generate: ask a trained model about an image.
+"""olavlm-generate: ask a trained model about an image, about every image of a folder, or in a dialogue.
 
 olavlm-generate runs/ift --image cat.jpg --prompt "What is on the sofa?"
+olavlm-generate runs/ift --image photos --prompt "Describe the image." --output answers.jsonl
+olavlm-generate runs/ift --image cat.jpg                 a dialogue at the terminal
+olavlm-generate runs/ift --prompt "Name three animals."  without an image
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import torch
+from PIL import Image
+from transformers import TextStreamer
 
-from olavlm.cache import decode_rgb
+from olavlm.cache import BadImage, decode_rgb
 from olavlm.student import load_checkpoint
+from olavlm.student.dialogue import Dialogue
 
-from .cli import JobFailed, command, quiet_models
+from .cli import JobFailed, Progress, UsageError, command, quiet_models
+
+NewDialogue = Callable[[Image.Image | None], Dialogue]
+"""Starts a dialogue about an image, or about none."""
+
+DIALOGUE_HELP = "/image FILE: another image and a new dialogue; /new: a new dialogue; /quit or Ctrl-D: leave"
 
 
 def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="olavlm-generate",
-        description="Answer a question about an image, greedily.",
+        description="Answer a question about an image, the same question about every image of a folder (a JSON line an "
+        "image), or, without --prompt, questions at the terminal.",
         epilog='example: olavlm-generate runs/ift --image cat.jpg --prompt "What is on the sofa?"',
     )
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder of olavlm-train")
-    p.add_argument("--image", metavar="FILE", type=Path, help="without one, the question is asked as text alone")
-    p.add_argument("--prompt", metavar="TEXT", required=True)
-    p.add_argument("--max-new-tokens", type=int, default=128)
+    p.add_argument("--image", metavar="FILE|DIR", type=Path, help="without one, questions are asked as text alone")
+    p.add_argument("--prompt", metavar="TEXT", help="without one, a dialogue at the terminal")
+    p.add_argument("--output", metavar="FILE", type=Path, help="of a folder's answers; standard output by default")
+    p.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="the longest answer (%(default)s)")
+    p.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0, the default, is greedy; above it, sampled"
+    )
+    p.add_argument("--top-p", metavar="P", type=float, default=1.0, help="sample from this much of the probability")
+    p.add_argument("--seed", metavar="N", type=int, default=0, help="of sampling (%(default)s)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return p
 
@@ -34,14 +57,118 @@ def arguments() -> argparse.ArgumentParser:
 @command("olavlm-generate")
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
-    image = None if args.image is None else decode_rgb(args.image.read_bytes(), str(args.image))
+    check_usage(args)
+    of_folder = args.image is not None and args.image.is_dir()
+    image = None if args.image is None or of_folder else open_image(args.image)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise JobFailed("--device cuda: this machine has no usable CUDA device; use --device cpu")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     quiet_models()
     model, tokenizer = load_checkpoint(args.checkpoint)
-    print(model.to(device).answer(tokenizer, image, args.prompt, max_new_tokens=args.max_new_tokens))
+    new_dialogue: NewDialogue = partial(
+        Dialogue,
+        model.to(device),
+        tokenizer,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    if of_folder:
+        answer_folder(new_dialogue, args.image, args.prompt, args.output)
+    elif args.prompt is not None:
+        stream_answer(new_dialogue(image), args.prompt)
+    else:
+        talk(new_dialogue, image, sys.stdin)
     return 0
+
+
+def check_usage(args: argparse.Namespace) -> None:
+    """UsageError for arguments that cannot be, or not together."""
+    if args.temperature < 0:
+        raise UsageError(f"--temperature is {args.temperature}: 0 for greedy answers, or above")
+    if not 0 < args.top_p <= 1:
+        raise UsageError(f"--top-p is {args.top_p}: above 0 and at most 1")
+    if args.top_p < 1 and not args.temperature:
+        raise UsageError("--top-p is for sampling; add --temperature, such as 0.7")
+    if args.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {args.max_new_tokens}: at least 1")
+    of_folder = args.image is not None and args.image.is_dir()
+    if of_folder and args.prompt is None:
+        raise UsageError(f"--image {args.image} is a folder; add the --prompt to ask about each of its images")
+    if args.output is not None and not of_folder:
+        raise UsageError("--output is for the answers about a folder of images")
+
+
+def open_image(file: Path) -> Image.Image:
+    """The picture, RGB and upright; BadImage or OSError if it cannot be read."""
+    return decode_rgb(file.read_bytes(), str(file))
+
+
+def stream_answer(dialogue: Dialogue, question: str) -> None:
+    """Print an answer as it comes."""
+    dialogue.ask(question, TextStreamer(dialogue.tokenizer, skip_prompt=True, skip_special_tokens=True))
+
+
+def answer_folder(new_dialogue: NewDialogue, folder: Path, prompt: str, output: Path | None) -> None:
+    """Ask about every image below a folder, in the order of their names, a JSON line each.
+
+    Raises:
+        JobFailed: no image there, or images that could not be read; they have a line with the reason.
+    """
+    known = set(Image.registered_extensions())
+    images = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix.lower() in known)
+    if not images:
+        raise JobFailed(f"--image {folder}: no image in this folder")
+    progress, bad = Progress(len(images), "images", "generate"), 0
+    with output.open("w", encoding="utf-8") if output is not None else contextlib.nullcontext(sys.stdout) as lines:
+        for file in images:
+            record = {"image": str(file.relative_to(folder)), "prompt": prompt}
+            try:
+                record["answer"] = new_dialogue(open_image(file)).ask(prompt)
+            except BadImage as e:
+                record["error"] = str(e)
+                bad += 1
+            print(json.dumps(record, ensure_ascii=False), file=lines, flush=True)
+            progress.update(1)
+    progress.close()
+    if bad:
+        raise JobFailed(f"{bad} of {len(images)} images in {folder} could not be read; their lines have the reason")
+
+
+def talk(new_dialogue: NewDialogue, image: Image.Image | None, questions: TextIO) -> None:
+    """A dialogue of lines typed, or piped in; ends with them."""
+    if questions.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - gives input() its line editing
+        print(DIALOGUE_HELP)
+    dialogue = new_dialogue(image)
+    for line in _lines(questions):
+        word, _, rest = line.strip().partition(" ")
+        if not word:
+            continue
+        if word == "/quit":
+            return
+        if word == "/new":
+            dialogue = new_dialogue(dialogue.image)
+        elif word == "/image":
+            try:
+                dialogue = new_dialogue(open_image(Path(rest.strip()).expanduser()))
+            except (BadImage, OSError) as e:
+                print(e)
+        elif word.startswith("/"):
+            print(DIALOGUE_HELP)
+        else:
+            stream_answer(dialogue, line.strip())
+
+
+def _lines(questions: TextIO) -> Iterator[str]:
+    if not questions.isatty():
+        yield from questions
+        return
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""olavlm-train: PT, VPT and IFT from a recipe.
+"""olavlm-train: PT, VPT and IFT from a recipe, one by one or all in a row.
 
     olavlm-train pt  --config llama3-8b-clip-l --data.images LLaVA-Pretrain/images --targets.store features
     olavlm-train ift --config llama3-8b-clip-l --init.from runs/llama3-8b-clip-l/pt
+    olavlm-train all --config table5/n4 --train.output_dir runs/n4
+    olavlm-train recipes
 
 On a laptop, with the tiny checkpoints of `olavlm-tiny tiny`:
 
-    olavlm-train pt --config tiny --targets.store features --train.output_dir runs/pt
+    olavlm-train all --config tiny --targets.store features --train.output_dir runs/tiny
 
 Several processes: `accelerate launch --num_processes 8 -m olavlm.pipelines.train pt --config ...`.
 """
@@ -13,45 +15,74 @@ Several processes: `accelerate launch --num_processes 8 -m olavlm.pipelines.trai
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 
 from tqdm import tqdm
 
-from olavlm.student.config import STAGES, Recipe, describe, load_recipe, shipped_recipes
-from olavlm.student.targets import check_targets
-from olavlm.student.trainer import open_data, train
+from olavlm.student.chain import train_chain
+from olavlm.student.config import STAGES, describe
+from olavlm.student.recipes import load_chain, load_recipe, shipped_recipes, table_rows
+from olavlm.student.trainer import leave_processes, train
 
 from .cli import command, quiet_models, versions
+from .dry_run import dry_run
+from .recipe_list import list_recipes
 
 
 def arguments() -> argparse.ArgumentParser:
+    whole = [name for name in shipped_recipes() if name not in table_rows()]
     p = argparse.ArgumentParser(
         prog="olavlm-train",
-        usage="olavlm-train pt|vpt|ift --config RECIPE.yaml [--section.field value ...] [--dry-run]",
-        description="Train one stage. A run that stopped is resumed.",
-        epilog="shipped recipes: " + ", ".join(shipped_recipes()) + "\n\nrecipe keys:\n" + describe() + "\n\n"
+        usage="olavlm-train pt|vpt|ift|all --config RECIPE.yaml [--section.field value ...] [--dry-run]\n"
+        "       olavlm-train recipes",
+        description="Train one stage, or all in a row. A run that stopped is resumed.",
+        epilog=f"shipped recipes: {', '.join(whole)}, and the rows of the paper's tables, such as table5/n4\n\n"
+        f"recipe keys (for one stage of all: --stages.ift.train.lr 1e-5):\n{describe()}\n\n"
         "example: olavlm-train pt --config llama3-8b-clip-l --targets.store features --train.output_dir runs/pt",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("stage", choices=STAGES, help="pre-training, visual pre-training (optional), instruction finetuning")
-    p.add_argument("--config", required=True, metavar="RECIPE.yaml", help="a file, or the name of a shipped recipe")
     p.add_argument(
-        "--dry-run", action="store_true", help="check recipe, data and targets, print the plan, load no model"
+        "stage",
+        choices=(*STAGES, "all", "recipes"),
+        help="pre-training, visual pre-training (optional), instruction finetuning; all: the stages of train.stages, "
+        "each in a folder of its own below train.output_dir; recipes: list the shipped recipes",
+    )
+    p.add_argument("--config", metavar="RECIPE.yaml", help="a file, or the name of a shipped recipe")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check recipe, data and targets, print the plan and an estimate of memory, load no model",
     )
     return p
 
 
 @command("olavlm-train")
 def main(argv: list[str] | None = None) -> int:
-    args, overrides = arguments().parse_known_args(argv)
-    recipe = load_recipe(args.config, overrides, args.stage)
+    parser = arguments()
+    args, overrides = parser.parse_known_args(argv)
+    if args.stage == "recipes":
+        if overrides or args.config:
+            parser.error("recipes takes no further argument")
+        print(list_recipes())
+        return 0
+    if args.config is None:
+        parser.error("--config is required")
+    if args.stage == "all":
+        recipes = load_chain(args.config, overrides)
+    else:
+        recipes = {args.stage: load_recipe(args.config, overrides, args.stage)}
     if args.dry_run:
-        return dry_run(recipe, args.stage)
+        for stage, recipe in recipes.items():
+            dry_run(recipe, stage)
+        return 0
     quiet_models()
-    train(recipe, args.stage, versions(), StepDisplay())
+    if args.stage == "all":
+        train_chain(recipes, versions(), StepDisplay())
+    else:
+        train(recipes[args.stage], args.stage, versions(), StepDisplay())
+    leave_processes()
     return 0
 
 
@@ -78,31 +109,16 @@ class StepDisplay:
             self._bar.update(1)
             if step == total:
                 self._bar.close()
+                self._bar = None
             return
         if self._first is None:  # the first step carries the start-up and is no measure
             self._first = step, time.perf_counter()
         done = step - self._first[0]
         rate = (time.perf_counter() - self._first[1]) / done if done else values["step_ms"] / 1000
         parts = [f"step {step}/{total}", *(f"{k} {v}" for k, v in shown.items()), f"{values['step_ms']:.0f} ms"]
+        if step == total:
+            self._first = None  # the next stage starts anew
         print(" | ".join([*parts, f"ETA {rate * (total - step):.0f} s"]), flush=True)
-
-
-def dry_run(recipe: Recipe, stage: str) -> int:
-    """What a run would do, from everything but the models."""
-    dataset, _ = open_data(recipe)
-    with_images = int(dataset.has_image().true_count)
-    print(f"{len(dataset)} samples, {with_images} with an image, {len(dataset.images())} distinct images")
-    per_process = recipe.train.batch_size * recipe.train.accumulation
-    steps = recipe.train.max_steps or math.ceil(recipe.train.epochs * math.ceil(len(dataset) / per_process))
-    print(f"{stage} with one process: global batch {per_process}, {steps} steps")
-    if stage in recipe.losses.stages and recipe.tasks:
-        check_targets(recipe, dataset, stage)
-        where = recipe.targets.store if recipe.targets.source == "cache" else "teachers in the loop"
-        for name in recipe.task_order:
-            print(
-                f"{name}: layers {recipe.tasks[name].layers}, weight {recipe.tasks[name].weight}, targets from {where}"
-            )
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from .errors import ModelError, RecipeError, SampleError, StudentError, TargetsE
 
 if TYPE_CHECKING:
     from .checkpoint import load_checkpoint
-    from .config import Recipe, load_recipe
+    from .config import Recipe
     from .model import OlaVLM, OlaVLMConfig
+    from .recipes import load_recipe
     from .tokens import TaskSpec
 
 _LAZY = {
@@ -25,7 +26,7 @@ _LAZY = {
     "Recipe": "config",
     "TaskSpec": "tokens",
     "load_checkpoint": "checkpoint",
-    "load_recipe": "config",
+    "load_recipe": "recipes",
 }
 
 __all__ = [

@@ -1,37 +1,33 @@
-"""Recipes: everything a run depends on, as nested dataclasses that a YAML file sets and the command line overrides.
+"""A recipe: everything a run depends on, as nested dataclasses that a YAML file sets and the command line overrides.
 
-A recipe file holds the sections below, optionally `base: OTHER.yaml` (a file beside it, or a shipped recipe) that it
-overrides, and `stages: {pt: {...}, ift: {...}}` with what differs between stages. Later wins: base, file, its stage,
-command line. A key that does not exist is an error that names the nearest one that does.
+How files, stages and the command line make one of these is in `recipes.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import types
 import typing
-from argparse import ArgumentError
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
-import yaml
 from transformers import AttentionInterface
 
 from .assembly import KeyBlocks
-from .encoders import Geometry
 from .errors import RecipeError
+from .image_transform import Geometry
 from .tokens import PredictorWidth, QueryKind
 
 Stage = Literal["pt", "vpt", "ift"]
 STAGES = ("pt", "vpt", "ift")
-SHIPPED = "olavlm.pipelines"
+
+
+_NOT_THE_RESULT = (
+    "output_dir", "stages", "max_steps", "save_every", "keep", "tensorboard", "batch_size", "accumulation"
+)  # fmt: skip
+"""Fields of `train` that a run may change when it is resumed."""
 
 
 @dataclass
@@ -39,9 +35,11 @@ class ModelConfig:
     llm: str
     """Causal language model: a hub id or a local folder."""
     encoder: str
-    """Base vision encoder: a hub id or a local folder."""
+    """Base vision encoder: a hub id or a local folder, timm:MODEL or open_clip:MODEL/PRETRAINED (`encoder_name`)."""
     template: str = "llama_3"
-    """Prompt template: llama_3, phi_3, vicuna_v1 or plain."""
+    """Prompt template: llama_3, phi_3, vicuna_v1, plain, or chat, the tokenizer's own."""
+    chat_template: str | None = None
+    """Jinja file in place of the tokenizer's own chat template."""
     geometry: Geometry | None = None
     """What the base encoder sees: square (centre crop) or pad. By default square in pt, pad after it."""
     select_layer: int = -2
@@ -129,13 +127,17 @@ class TargetsConfig:
 @dataclass
 class InitConfig:
     from_: str | None = None
-    """Run folder or checkpoint to start from; written `init.from`."""
+    """Run folder or checkpoint to start from; written `init.from`. `{recipe}` in it stands for the recipe's name,
+    `{previous}` for the stage ahead of this one in `train.stages`."""
 
 
 @dataclass
 class TrainConfig:
     output_dir: str
-    """Run folder. A run that stopped is resumed from it."""
+    """Run folder. A run that stopped is resumed from it. `{recipe}` and `{stage}` in it stand for their names."""
+    stages: list[Stage] = field(default_factory=lambda: ["pt", "ift"])
+    """What `olavlm-train all` runs, each from the result of the one before (table 2). By default the stages that the
+    recipe has a section for, or pt and ift."""
     epochs: float = 1.0
     """Passes over the data: the length of the run and of the learning-rate schedule."""
     max_steps: int | None = None
@@ -169,6 +171,19 @@ class TrainConfig:
 
 
 @dataclass
+class LoraConfig:
+    rank: int | None = None
+    """Rank of the update that vpt and ift learn for each of the LLM's weights, which stay as they are (LoRA,
+    arXiv 2106.09685); without one the weights themselves are trained. LLaVA-1.5 takes 128."""
+    alpha: float | None = None
+    """The update is multiplied by alpha / rank; twice the rank by default."""
+    dropout: float = 0.0
+    """Of what the update reads. With it, results depend on how a batch is cut."""
+    targets: str | list[str] = "all-linear"
+    """Names of the layers that get an update, or all-linear: all linear ones but the output embedding."""
+
+
+@dataclass
 class Recipe:
     model: ModelConfig
     data: DataConfig
@@ -177,6 +192,7 @@ class Recipe:
     losses: LossConfig = field(default_factory=LossConfig)
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         def rule(ok: bool, key: str, value: object, text: str) -> None:
@@ -198,6 +214,10 @@ class Recipe:
         rule(0 <= t.warmup < 1, "train.warmup", t.warmup, "a part of the run, from 0 to below 1")
         rule(t.save_every >= 1, "train.save_every", t.save_every, "at least 1")
         rule(t.keep >= 1, "train.keep", t.keep, "at least 1")
+        ordered = t.stages == [stage for stage in STAGES if stage in t.stages]
+        rule(bool(t.stages) and ordered, "train.stages", t.stages, "some of pt, vpt, ift, in this order")
+        rule(self.lora.rank is None or self.lora.rank >= 1, "lora.rank", self.lora.rank, "at least 1, or null")
+        rule(0 <= self.lora.dropout < 1, "lora.dropout", self.lora.dropout, "from 0 to below 1")
         rule(0 < d.fraction <= 1, "data.fraction", d.fraction, "above 0 and at most 1")
         rule(d.workers >= 0, "data.workers", d.workers, "at least 0")
         rule(bool(d.file), "data.file", d.file, "name at least one dataset file")
@@ -233,144 +253,10 @@ class Recipe:
         """sha256 of the resolved recipe, without where it writes, when it stops, how it loads, and how the global batch
         is cut: a run is resumed on any number of processes as long as its global batch stays."""
         content = self.to_dict()
-        for key in ("output_dir", "max_steps", "save_every", "keep", "tensorboard", "batch_size", "accumulation"):
+        for key in _NOT_THE_RESULT:
             del content["train"][key]
         del content["data"]["workers"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def load_recipe(config: str, overrides: Sequence[str], stage: Stage) -> Recipe:
-    """Read a recipe for one stage.
-
-    Args:
-        config: path of a YAML file, or the name of a shipped recipe.
-        overrides: command line words, `--section.field value` or `--section.field=value`; values are YAML.
-
-    Raises:
-        RecipeError: a file that is missing or no YAML, a key or value that is not valid.
-    """
-    merged = _read(config)
-    by_stage = merged.pop("stages", None) or {}
-    if not isinstance(by_stage, dict) or set(by_stage) - set(STAGES):
-        raise RecipeError(f"{config}: 'stages' holds {', '.join(STAGES)}, got {', '.join(map(str, by_stage))}")
-    for name in by_stage:
-        _check_keys(by_stage[name] or {}, Recipe, (), f"{config}, stage {name}")
-    merged = _merge(merged, by_stage.get(stage) or {})
-    for key, value in _parse_overrides(overrides):
-        nested: Any = value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        _check_keys(nested, Recipe, (), "command line")
-        merged = _merge(merged, nested)
-    _check_keys(merged, Recipe, (), config)
-    return _build(merged, config)
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
-    folder = Path(str(files(SHIPPED) / "recipes"))
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-
-
-def _read(config: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe file over its base; `above` are the files that it is a base of, the nearest last."""
-    path = above[-1].parent / config if above else Path(config)
-    if not path.is_file():
-        path = shipped_recipes().get(Path(config).stem) if Path(config).name == str(config) else None
-    if path is None:
-        raise RecipeError(f"recipe {config} does not exist; give a file or one of {', '.join(shipped_recipes())}")
-    if any(path.samefile(file) for file in above):
-        chain = " -> ".join(file.name for file in (*above, path))
-        raise RecipeError(f"recipe {path} is a base of itself ({chain}); a chain of bases has to end")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise RecipeError(f"recipe {path} is not valid YAML: {e}") from None
-    if not isinstance(content, dict):
-        raise RecipeError(f"recipe {path} is a {type(content).__name__}, not a mapping of sections")
-    base = content.pop("base", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise RecipeError(f"recipe {path}: base is {base!r}; name a file beside it, or a shipped recipe")
-    return _merge(_read(base, (*above, path)), content)
-
-
-def _merge(under: dict, over: dict) -> dict:
-    """Mappings are merged key by key, everything else is replaced; a task set to null is taken out."""
-    merged = dict(under)
-    for key, value in over.items():
-        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
-    pairs, rest = [], list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise RecipeError(f"argument {word!r} is not expected; an override is --section.field value")
-        key, eq, text = word[2:].partition("=")
-        if not eq:
-            if not rest:
-                raise RecipeError(f"--{key} lacks its value")
-            text = rest.pop(0)
-        try:
-            pairs.append((key, yaml.safe_load(text)))
-        except yaml.YAMLError:
-            pairs.append((key, text))
-    return pairs
-
-
-def _check_keys(content: Any, cls: type, path: tuple[str, ...], where: str) -> None:
-    """RecipeError for the first key that the dataclass does not have, with the nearest of all valid ones."""
-    hints = typing.get_type_hints(cls)
-    for key, value in content.items() if isinstance(content, dict) else ():
-        names = {f.name.rstrip("_"): f.name for f in dataclasses.fields(cls)}
-        if key not in names:
-            full = (*path, str(key))
-            while isinstance(value, dict) and value:  # name a field, not a section
-                name, value = next(iter(value.items()))
-                full = (*full, str(name))
-            dotted, valid = ".".join(full), list(_all_keys(Recipe))
-            local = [".".join((*path, n)) for n in names]
-            near = difflib.get_close_matches(dotted, local + valid, 1, cutoff=0.0)
-            raise RecipeError(f"{where}: unknown recipe key '{dotted}'; the nearest is '{near[0]}'")
-        hint = hints[names[key]]
-        if dataclasses.is_dataclass(hint):
-            _check_keys(value, hint, (*path, key), where)
-        elif typing.get_origin(hint) is dict and isinstance(value, dict):
-            for name, entry in value.items():
-                _check_keys(entry, typing.get_args(hint)[1], (*path, key, name), where)
-
-
-def _all_keys(cls: type, path: tuple[str, ...] = ()):
-    for name, hint in typing.get_type_hints(cls).items():
-        here = (*path, name.rstrip("_"))
-        if dataclasses.is_dataclass(hint):
-            yield from _all_keys(hint, here)
-        elif typing.get_origin(hint) is dict:
-            yield from _all_keys(typing.get_args(hint)[1], (*here, "NAME"))
-        else:
-            yield ".".join(here)
-
-
-def _build(content: dict[str, Any], where: str) -> Recipe:
-    content = json.loads(json.dumps(content, default=str))
-    if isinstance(content.get("init"), dict) and "from" in content["init"]:
-        content["init"]["from_"] = content["init"].pop("from")
-    if isinstance(content.get("tasks"), dict):
-        content["tasks"] = {name: task for name, task in content["tasks"].items() if task is not None}
-    for section in ("model", "data", "train"):
-        content[section] = content.get(section) or {}
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--recipe", type=Recipe)
-    try:
-        return parser.instantiate(parser.parse_object({"recipe": content})).recipe
-    except (ArgumentError, TypeError, ValueError) as e:
-        message = " ".join(str(e).replace("recipe.", "").replace("Parser key ", "").split())
-        raise RecipeError(f"{where}: {message.replace('from_', 'from')}") from None
 
 
 def describe(cls: type = Recipe) -> str:
@@ -397,4 +283,6 @@ def _type_name(hint: Any) -> str:
         return "|".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join("null" if a is type(None) else _type_name(a) for a in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"list[{_type_name(typing.get_args(hint)[0])}]"
     return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)

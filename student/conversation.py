@@ -1,11 +1,12 @@
 """Prompts: a LLaVA conversation to the text of a chat template, and to token ids with labels.
 
 A prompt is tokenised once, as a whole; labels follow from the character spans of the answers.
-The templates are those of LLaVA and of the models' own chat formats.
+The templates are those of LLaVA, and `chat`, the tokenizer's own (`chat_template`).
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,57 +14,19 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from olavlm.student.errors import ModelError, RecipeError, SampleError
+from olavlm.student.chat_template import (
+    IMAGE_TOKEN,
+    mark_answers,
+    open_prompt,
+    terminator,
+    use_chat_template,
+)
+from olavlm.student.errors import ModelError, SampleError
 from olavlm.student.loading import why_not_loaded
+from olavlm.student.templates import CHAT, Template, get_template
 
-IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 IGNORE_INDEX = -100
-
-_ASSISTANT_SENTENCES = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-
-@dataclass(frozen=True)
-class Template:
-    """System text, then role + message + separator for each turn. An open prompt ends with the assistant's role."""
-
-    system: str
-    user: str
-    assistant: str
-    user_end: str
-    assistant_end: str
-    chat: bool = True
-    """False for a template that has no roles: image and caption alone."""
-
-
-TEMPLATES = {
-    "llama_3": Template(
-        system=f"<|start_header_id|>system<|end_header_id|>\n\n{_ASSISTANT_SENTENCES}<|eot_id|>",
-        user="<|start_header_id|>user<|end_header_id|>\n\n",
-        assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        user_end="<|eot_id|>",
-        assistant_end="<|eot_id|>",
-    ),
-    "phi_3": Template(
-        system="<|system|>\nYou are a helpful AI assistant.<|end|>",
-        user="\n<|user|>\n",
-        assistant="\n<|assistant|>\n",
-        user_end="<|end|>",
-        assistant_end="<|end|>",
-    ),
-    "vicuna_v1": Template(
-        system=f"{_ASSISTANT_SENTENCES} ",
-        user="USER: ",
-        assistant="ASSISTANT: ",
-        user_end=" ",
-        assistant_end="</s>",
-    ),
-    "plain": Template(system="", user="", assistant="", user_end="", assistant_end="\n", chat=False),
-}
-ALIASES = {"llava_llama_3": "llama_3", "llava_phi_3": "phi_3", "v1": "vicuna_v1"}
 
 
 class Segment(NamedTuple):
@@ -80,13 +43,11 @@ class _Turn:
     image: bool
 
 
-def get_template(name: str) -> Template:
-    """The template of a name or alias; RecipeError with the valid names otherwise."""
-    try:
-        return TEMPLATES[ALIASES.get(name, name)]
-    except KeyError:
-        valid = ", ".join([*TEMPLATES, *ALIASES])
-        raise RecipeError(f"template {name!r} is unknown; choose one of: {valid}") from None
+def check_turns(turns: Sequence[Mapping[str, str]], template: str, sample_id: Any = None) -> None:
+    """RecipeError and SampleError as `render`, as far as they are known without a tokenizer."""
+    parsed = _parse(turns, sample_id)
+    if template != CHAT:
+        _render(parsed, get_template(template), sample_id)
 
 
 def render(turns: Sequence[Mapping[str, str]], template: str, sample_id: Any = None) -> list[Segment]:
@@ -95,7 +56,7 @@ def render(turns: Sequence[Mapping[str, str]], template: str, sample_id: Any = N
     Args:
         turns: LLaVA turns, {"from": "human" | "gpt", "value": text}. Turns ahead of the first human one are dropped.
             `<image>` in a human turn moves to the turn's beginning.
-        template: a name in `TEMPLATES` or `ALIASES`.
+        template: a name in `TEMPLATES` or `ALIASES`; `chat` needs a tokenizer and is for `encode`.
         sample_id: names the sample in errors.
 
     Raises:
@@ -135,17 +96,12 @@ def encode(
         `input_ids` and `labels`, lists of one length.
 
     Raises:
-        RecipeError, SampleError: as `render`; also a token that joins an answer to other visible text.
+        RecipeError, SampleError: as `render`; also a token that joins an answer to other visible text, and what
+            `chat_template` cannot mark exactly.
     """
     parsed = _neutralise(_parse(turns, sample_id), tokenizer)
-    text, spans = "", []
-    for segment in _render(parsed, get_template(template), sample_id):
-        if segment.supervised:
-            # From where the open prompt ends: a space ahead of an answer is the model's to write, and SentencePiece
-            # gives it a token of its own before a digit.
-            spans.append((len(text.rstrip(" ")), len(text) + len(segment.text)))
-        text += segment.text
-    ids, extents = _tokenise(tokenizer, text)
+    text, spans = _mark_chat(tokenizer, parsed, sample_id) if template == CHAT else _mark(parsed, template, sample_id)
+    ids, extents = _tokenise(tokenizer, text, template)
     labels = [IGNORE_INDEX] * len(ids)
     for index, extent in enumerate(extents):
         if extent is not None and _is_answer(text, extent, spans, sample_id):
@@ -160,13 +116,20 @@ def encode_prompt(
     sample_id: Any = None,
 ) -> list[int]:
     """Token ids of `generation_prompt`, special tokens in messages neutralised as in `encode`."""
-    text = _render_open(_neutralise(_parse(turns, sample_id), tokenizer), template, sample_id)
-    return _tokenise(tokenizer, text)[0]
+    parsed = _neutralise(_parse(turns, sample_id), tokenizer)
+    if template == CHAT:
+        _check_question(parsed, sample_id)
+        with _named(sample_id):
+            text = open_prompt(tokenizer, _messages(parsed))
+    else:
+        text = _render_open(parsed, template, sample_id)
+    return _tokenise(tokenizer, text, template)[0]
 
 
 def terminator_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
     """Id of the token that ends an answer; None when the tokenizer writes the terminator in several tokens."""
-    ids = tokenizer(get_template(template).assistant_end, add_special_tokens=False)["input_ids"]
+    end = terminator(tokenizer) if template == CHAT else get_template(template).assistant_end
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"]
     return ids[0] if len(ids) == 1 else None
 
 
@@ -181,8 +144,16 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return tokenizer
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint (hub id or folder), prepared. ModelError when there is none."""
+def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint (hub id or folder), prepared.
+
+    Args:
+        chat_template: a Jinja file in place of its own chat template.
+
+    Raises:
+        ModelError: there is no tokenizer.
+        RecipeError: no such file.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except Exception as error:  # what the tokenizers library raises has no class of its own
@@ -190,7 +161,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if Path(path).is_dir() and not any(f.name.startswith(("tokenizer", "vocab")) for f in Path(path).iterdir()):
             reason = "the folder has no tokenizer.json; save the model's tokenizer into it"
         raise ModelError(f"no tokenizer in {str(path)!r}: {reason}") from error
+    if chat_template is not None:
+        use_chat_template(tokenizer, chat_template)
     return prepare_tokenizer(tokenizer)
+
+
+@contextmanager
+def _named(sample_id: Any) -> Iterator[None]:
+    """Puts the sample into an error."""
+    try:
+        yield
+    except SampleError as error:
+        raise SampleError(f"{_where(sample_id)}{error}") from error
 
 
 def _where(sample_id: Any) -> str:
@@ -238,12 +220,44 @@ def _render(turns: Sequence[_Turn], template: Template, sample_id: Any) -> list[
     return segments
 
 
-def _render_open(turns: Sequence[_Turn], template: str, sample_id: Any) -> str:
-    where = _where(sample_id)
-    if not get_template(template).chat:
-        raise SampleError(f"{where}template {template!r} has no roles to answer in; choose a chat template")
+def _mark(turns: Sequence[_Turn], template: str, sample_id: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The prompt of a named template, and where its answers stand."""
+    text, spans = "", []
+    for segment in _render(turns, get_template(template), sample_id):
+        if segment.supervised:
+            # From where the open prompt ends: a space ahead of an answer is the model's to write, and SentencePiece
+            # gives it a token of its own before a digit.
+            spans.append((len(text.rstrip(" ")), len(text) + len(segment.text)))
+        text += segment.text
+    return text, spans
+
+
+def _mark_chat(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[_Turn], sample_id: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """The same of the tokenizer's own template."""
+    with _named(sample_id):
+        marked = mark_answers(tokenizer, _messages(turns))
+    return marked.text, marked.answers
+
+
+def _messages(turns: Sequence[_Turn]) -> list[dict[str, str]]:
+    """Turns as chat templates take them, an image ahead of its turn's text."""
+    return [
+        {"role": "user" if turn.human else "assistant", "content": f"{IMAGE_TOKEN}\n" * turn.image + turn.text}
+        for turn in turns
+    ]
+
+
+def _check_question(turns: Sequence[_Turn], sample_id: Any) -> None:
     if not turns[-1].human:
-        raise SampleError(f"{where}the last turn is an answer; a prompt to continue ends with a human turn")
+        raise SampleError(f"{_where(sample_id)}the last turn is an answer; a prompt to continue ends with a human turn")
+
+
+def _render_open(turns: Sequence[_Turn], template: str, sample_id: Any) -> str:
+    if not get_template(template).chat:
+        raise SampleError(f"{_where(sample_id)}template {template!r} has no roles to answer in; choose a chat template")
+    _check_question(turns, sample_id)
     segments = _render(turns, get_template(template), sample_id)
     return "".join(segment.text for segment in segments) + get_template(template).assistant.rstrip(" ")
 
@@ -260,12 +274,15 @@ def _neutralise(turns: Iterable[_Turn], tokenizer: PreTrainedTokenizerBase) -> l
     ]
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int] | None]]:
+def _tokenise(
+    tokenizer: PreTrainedTokenizerBase, text: str, template: str
+) -> tuple[list[int], list[tuple[int, int] | None]]:
     """Ids, and for each the characters it stands for; None for those that the tokenizer adds, such as BOS.
 
-    White space that some tokenizers leave out of their offsets counts to the token after it.
+    A chat template writes all of them itself. White space that some tokenizers leave out of their offsets counts to
+    the token after it.
     """
-    encoding = tokenizer(text, return_offsets_mapping=True, truncation=False)
+    encoding = tokenizer(text, add_special_tokens=template != CHAT, return_offsets_mapping=True, truncation=False)
     extents: list[tuple[int, int] | None] = []
     covered = 0
     for (start, end), sequence in zip(encoding["offset_mapping"], encoding.sequence_ids(0), strict=True):

@@ -23,9 +23,9 @@ from olavlm.cache import BadImage, CacheError, Dataset, DatasetError, ImageRoots
 
 from .assembly import count_supervised
 from .config import Recipe
-from .conversation import IGNORE_INDEX, IMAGE_TOKEN, encode, render
-from .encoders import ImageTransform
+from .conversation import IGNORE_INDEX, IMAGE_TOKEN, check_turns, encode
 from .errors import SampleError, StudentError, TrainingError
+from .image_transform import ImageTransform
 from .model import OlaVLM
 from .sampler import GlobalBatchSampler
 from .targets import Loaded, TargetSource
@@ -165,7 +165,7 @@ def prompt_turns(sample: Sample) -> list[dict[str, str]]:
 def check_samples(dataset: Dataset, template: str) -> None:
     """SampleError for the first sample whose turns do not make a prompt: at the start of a run, not hours into it."""
     for sample in dataset:
-        render(prompt_turns(sample), template, sample.id)
+        check_turns(prompt_turns(sample), template, sample.id)
 
 
 def check_images(dataset: Dataset, roots: ImageRoots, tries: int = 16) -> None:

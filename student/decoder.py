@@ -21,6 +21,20 @@ def decoder_blocks(llm: PreTrainedModel) -> nn.ModuleList:
     raise ModelError(f"{type(llm).__name__} has no list of decoder blocks among {', '.join(names)}")
 
 
+def state_width(llm: PreTrainedModel) -> int:
+    """Width of the embeddings and of the states between blocks.
+
+    Raises:
+        ModelError: the two differ (as in OPT-350M), so that task tokens and predictors cannot have one width.
+    """
+    embeddings, states = llm.get_input_embeddings().embedding_dim, llm.config.get_text_config().hidden_size
+    if embeddings != states:
+        raise ModelError(
+            f"{type(llm).__name__} has embeddings {embeddings} wide and states {states} wide; use an LLM of one width"
+        )
+    return embeddings
+
+
 @contextmanager
 def capture_states(llm: PreTrainedModel, layers: set[int]) -> Iterator[dict[int | str, torch.Tensor]]:
     """Collects [B, L, H] states in one forward of the LLM within the context.

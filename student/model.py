@@ -8,7 +8,7 @@
 Source: arXiv 2412.09585. The parts are the library's own models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +42,15 @@ from olavlm.student.conversation import (
     prepare_tokenizer,
     terminator_id,
 )
-from olavlm.student.decoder import capture_states, decoder_blocks, grow_vocabulary, head_is_plain
-from olavlm.student.encoders import (
-    Geometry,
-    VisionEncoder,
-    load_image_transform,
-)
+from olavlm.student.decoder import capture_states, decoder_blocks, grow_vocabulary, head_is_plain, state_width
+from olavlm.student.encoders import VisionEncoder, load_image_transform
 from olavlm.student.errors import ModelError, RecipeError, SampleError
+from olavlm.student.image_transform import Geometry
 from olavlm.student.loading import load_complete, load_errors, refuse_missing
 from olavlm.student.losses import text_loss_sum
 from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.predictor import EmbeddingPredictor
+from olavlm.student.templates import check_template
 from olavlm.student.tokens import TaskSpec, TaskTokens
 
 LOGIT_SCALE_INIT = 2.0
@@ -103,10 +101,12 @@ class OlaVLM(PreTrainedModel):
         vision: VisionEncoder | None = None,
     ) -> None:
         super().__init__(config)
-        self.vision = vision or VisionEncoder.from_config(config.vision_config, config.select_layer)
+        self.vision = vision or VisionEncoder.from_config(
+            config.vision_config, config.select_layer, config.image_transform.size
+        )
         self.llm = llm or AutoModelForCausalLM.from_config(config.text_config)
         self.tasks = config.task_specs
-        width = self.llm.get_input_embeddings().embedding_dim
+        width = state_width(self.llm)
         self.projector = nn.Sequential(nn.Linear(self.vision.width, width), nn.GELU(), nn.Linear(width, width))
         self.task_tokens = TaskTokens(self.tasks, config.num_task_tokens, width)
         self.predictors = nn.ModuleDict()
@@ -158,7 +158,7 @@ class OlaVLM(PreTrainedModel):
         attn_implementation: str | None = None,
         **config: Any,
     ) -> "OlaVLM":
-        """A model from a causal LM and a vision encoder, each a hub id or a folder; the rest starts anew.
+        """A model from a causal LM, a hub id or a folder, and a vision encoder (`encoder_name`); the rest starts anew.
 
         `<image>` and, if it lacks one, a padding token are added to `tokenizer`, in place. Vocabulary rows that this
         adds to the LLM, input and output, are the mean of the existing rows.
@@ -174,6 +174,7 @@ class OlaVLM(PreTrainedModel):
             RecipeError: a setting that cannot be used, with the rule.
         """
         prepare_tokenizer(tokenizer)
+        check_template(config.get("template", OlaVLMConfig.template), tokenizer)
         transform = load_image_transform(encoder, geometry)
         options = {"dtype": dtype, "attn_implementation": attn_implementation}
         vision = VisionEncoder.from_pretrained(encoder, select_layer, **options)
@@ -186,8 +187,10 @@ class OlaVLM(PreTrainedModel):
                 image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
                 select_layer=select_layer,
                 geometry=geometry,
+                image_size=transform.size,
                 image_mean=list(transform.mean),
                 image_std=list(transform.std),
+                image_interpolation=transform.interpolation,
                 **config,
             ),
             llm=language_model,
@@ -329,7 +332,22 @@ class OlaVLM(PreTrainedModel):
         Further arguments go to `generate`; decoding is greedy unless they say otherwise.
         """
         text = prompt if image is None else f"{IMAGE_TOKEN}\n{prompt}"
-        ids = encode_prompt(tokenizer, [{"from": "human", "value": text}], self.config.template)
+        return self.reply(tokenizer, [{"from": "human", "value": text}], image, max_new_tokens, **kwargs)
+
+    def reply(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        turns: Sequence[Mapping[str, str]],
+        image: Image.Image | None = None,
+        max_new_tokens: int = 128,
+        **kwargs: Any,
+    ) -> str:
+        """The next answer of a dialogue of LLaVA turns that ends with a human one; `answer` for the rest.
+
+        Raises:
+            SampleError: turns that make no prompt, or `<image>` in them without an image.
+        """
+        ids = encode_prompt(tokenizer, turns, self.config.template)
         pixels = None
         if image is not None:
             pixels = torch.from_numpy(self.config.image_transform(image))[None].to(self.device)

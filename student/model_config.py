@@ -4,10 +4,11 @@ from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
+import olavlm.student.tower_configs  # noqa: F401  a saved config may name one of them
 from olavlm.student.assembly import KeyBlocks, check_key_blocks
-from olavlm.student.conversation import get_template
-from olavlm.student.encoders import Geometry, ImageTransform
 from olavlm.student.errors import RecipeError
+from olavlm.student.image_transform import Geometry, ImageTransform
+from olavlm.student.templates import check_template
 from olavlm.student.tokens import QueryKind, TaskSpec
 
 
@@ -25,7 +26,8 @@ class OlaVLMConfig(PreTrainedConfig):
         image_token_id: id of `<image>`.
         select_layer: hidden state of the vision tower.
         template: prompt template the model is trained with.
-        geometry, image_mean, image_std: image transform the model is trained with.
+        geometry, image_size, image_mean, image_std, image_interpolation: image transform the model is trained with; by
+            default the size of `vision_config` and CLIP's pixels.
         max_sequence_length: longest sequence in training, inserted tokens included; the rest is cut.
     """
 
@@ -44,8 +46,10 @@ class OlaVLMConfig(PreTrainedConfig):
     select_layer: int = -2
     template: str = "llama_3"
     geometry: Geometry = "square"
+    image_size: int | None = None
     image_mean: list | None = None
     image_std: list | None = None
+    image_interpolation: str = "bicubic"
     max_sequence_length: int = 4096
     tie_word_embeddings: bool = False
 
@@ -56,7 +60,7 @@ class OlaVLMConfig(PreTrainedConfig):
         if self.gen_query not in ("contextual", "raw"):
             raise RecipeError(f"gen_query={self.gen_query!r} must be one of contextual, raw")
         check_key_blocks(self.key_blocks)
-        get_template(self.template)
+        check_template(self.template)
         # The base class would set the parts' attention to this config's own, which is none.
         parts = {name: getattr(self, name)._attn_implementation for name in self.sub_configs}
         super().__post_init__(**{"attn_implementation": parts} | kwargs)
@@ -69,12 +73,12 @@ class OlaVLMConfig(PreTrainedConfig):
     @property
     def image_transform(self) -> ImageTransform:
         """What turns an image into `pixel_values`."""
-        transform = ImageTransform(self.vision_config.image_size, geometry=self.geometry)
+        given = {"mean": self.image_mean, "std": self.image_std}
         return ImageTransform(
-            transform.size,
-            tuple(self.image_mean or transform.mean),
-            tuple(self.image_std or transform.std),
-            self.geometry,
+            self.image_size or self.vision_config.image_size,
+            geometry=self.geometry,
+            interpolation=self.image_interpolation,
+            **{name: tuple(values) for name, values in given.items() if values},
         )
 
 

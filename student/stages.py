@@ -1,12 +1,18 @@
 """Which parts of the model each stage trains.
 
-Source: arXiv 2412.09585, tables 2, 4 and 6. The vision encoder is frozen throughout.
+Source: arXiv 2412.09585, tables 2, 4 and 6. The vision encoder is frozen throughout: of vpt the paper says that the
+whole model trains, but its public code leaves the encoder out.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from olavlm.student.errors import RecipeError
+from olavlm.student.lora import lora_parameters
 from olavlm.student.model import OlaVLM
 
 Stage = Literal["pt", "vpt", "ift"]
@@ -30,9 +36,21 @@ class PartRow:
     parameters: int
     trainable: int
 
+    @classmethod
+    def of(cls, part: str, parameters: list[nn.Parameter]) -> PartRow:
+        counts = [(p.numel(), p.requires_grad) for p in parameters]
+        return cls(part, sum(count for count, _ in counts), sum(count for count, trains in counts if trains))
+
+
+def trains_llm(stage: Stage) -> bool:
+    """Whether a stage trains the language model: the stages in which LoRA can take its place."""
+    return "llm" in TRAINED[stage]
+
 
 def apply_stage(model: OlaVLM, stage: Stage, *, freeze_tokens: bool = True, distil: bool = False) -> list[PartRow]:
     """Sets what trains and the train or evaluation mode of each part; returns the table.
+
+    Of a language model with LoRA updates those alone train; they are a row of their own.
 
     Everything but the vision encoder is in training mode, a frozen LLM too: gradient checkpointing works only there.
 
@@ -55,6 +73,11 @@ def apply_stage(model: OlaVLM, stage: Stage, *, freeze_tokens: bool = True, dist
     rows = []
     for part in _PARTS:
         module = getattr(model, part).requires_grad_(part in trained)
-        counts = [parameter.numel() for parameter in module.parameters()]
-        rows.append(PartRow(part, sum(counts), sum(counts) if part in trained else 0))
+        updates = lora_parameters(module) if part == "llm" else {}
+        own = [parameter for name, parameter in module.named_parameters() if name not in updates]
+        for parameter in own if updates else ():
+            parameter.requires_grad_(False)
+        rows.append(PartRow.of(part, own))
+        if updates:
+            rows.append(PartRow.of("lora", list(updates.values())))
     return rows

@@ -9,6 +9,7 @@ A step (`step.py`) takes the global batch of the sampler, cut into `accumulation
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import time
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
@@ -38,17 +39,20 @@ from .checkpoint import (
 from .config import Recipe, Stage
 from .conversation import load_tokenizer
 from .data import Collator, batches, check_images, check_samples, choose_samples
+from .encoder_name import EncoderName
 from .errors import RecipeError, TrainingError
+from .lora import add_lora, lora_parameters, merge_lora, save_lora
 from .metrics import JsonLines, TensorBoard, Tracker
 from .model import OlaVLM
 from .sampler import GlobalBatchSampler
 from .signals import stop_requests
-from .stages import PartRow, apply_stage
+from .stages import PartRow, apply_stage, trains_llm
 from .step import OptimizerStep
 from .targets import check_targets, open_targets, tokens_without_losses
 from .task import DistillTask
 from .tokens import TaskSpec
 
+STAGE_FILE = "stage.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -83,6 +87,8 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
             f"model.max_length is {recipe.model.max_length}: an image alone takes "
             f"{model.num_inserted_tokens + 1} tokens here, and nothing would be learnt; make it longer"
         )
+    if recipe.lora.rank is not None and trains_llm(stage):
+        add_lora(model.llm, recipe.lora)
     table = apply_stage(model, stage, freeze_tokens=recipe.train.freeze_tokens, distil=distil)
     if recipe.train.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -93,7 +99,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     )
     run = Path(recipe.train.output_dir)
     global_batch = recipe.train.batch_size * recipe.train.accumulation * accelerator.num_processes
-    identity = f"{stage}-{recipe.hash()}-{global_batch}-{start_digest(recipe.init.from_)}"
+    identity = run_identity(recipe, stage, global_batch)
     resumed_from, first_step = latest_step(run, identity)
     if resumed_from is not None:
         load_step(resumed_from, model, optimizer)
@@ -155,9 +161,16 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         tracker.close()
     if accelerator.is_main_process:
         save_result(run, recipe, stage, model, tokenizer)
+        mark_finished(run, schedule.total_steps)
+    accelerator.wait_for_everyone()  # the next stage, on another process, reads the result
     accelerator.print(f"{stage} finished: {run}")
-    accelerator.end_training()
+    accelerator.free_memory()
     return run
+
+
+def leave_processes() -> None:
+    """Leave the group of processes that `train` joined, after the last stage: it cannot be joined twice."""
+    PartialState().destroy_process_group()
 
 
 class Schedule:
@@ -195,7 +208,7 @@ def start_model(
     if recipe.init.from_ is None:
         if stage != "pt":
             raise RecipeError(f"init.from is not set; {stage} starts from the run folder of an earlier stage")
-        tokenizer = load_tokenizer(m.llm)
+        tokenizer = load_tokenizer(m.llm, m.chat_template)
         return OlaVLM.build(m.llm, m.encoder, tokenizer, specs, **settings), tokenizer
     if is_adapter(recipe.init.from_):
         adapter = read_adapter(Path(recipe.init.from_))
@@ -225,6 +238,11 @@ def check_start(recipe: Recipe, start: dict[str, Any], tasks: list[TaskSpec]) ->
     for key, (here, there) in said.items():
         if here != there:
             raise RecipeError(f"{key} is {here}, and {recipe.init.from_} was trained with {there}; use the same")
+
+
+def run_identity(recipe: Recipe, stage: Stage, global_batch: int) -> str:
+    """Of what a run's numbers follow from; a run is resumed under the same one alone."""
+    return f"{stage}-{recipe.hash()}-{global_batch}-{start_digest(recipe.init.from_)}"
 
 
 def start_digest(path: str | None) -> str:
@@ -267,7 +285,12 @@ def describe_run(
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     write_json(run / "versions.json", versions)
-    write_json(run / "stage.json", {"stage": stage, "processes": num_processes, "parts": [asdict(r) for r in table]})
+    write_json(run / STAGE_FILE, {"stage": stage, "processes": num_processes, "parts": [asdict(r) for r in table]})
+
+
+def mark_finished(run: Path, step: int) -> None:
+    """Note in `stage.json` that the run folder holds the whole result of so many steps."""
+    write_json(run / STAGE_FILE, {**json.loads((run / STAGE_FILE).read_text()), "finished": step})
 
 
 def open_trackers(recipe: Recipe, run: Path, first_step: int) -> list[Tracker]:
@@ -278,7 +301,10 @@ def open_trackers(recipe: Recipe, run: Path, first_step: int) -> list[Tracker]:
 
 
 def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What the next stage, or a user, takes from the run folder."""
+    """What the next stage, or a user, takes from the run folder. LoRA updates become part of the model's weights."""
+    if lora_parameters(model.llm):
+        save_lora(model.llm, run / "lora")
+        merge_lora(model.llm)
     if stage != "pt":
         model.save_pretrained(run, tokenizer=tokenizer, with_predictors=False)
         return
@@ -296,5 +322,5 @@ def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenize
 
 
 def _absolute(model: str) -> str:
-    """A local folder by its full path, so that the adapter finds it from anywhere; a hub id as it is."""
-    return str(Path(model).absolute()) if Path(model).is_dir() else model
+    """With local paths in full, so that the adapter finds them from anywhere; a hub id as it is."""
+    return EncoderName.parse(model).absolute()

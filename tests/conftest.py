@@ -17,7 +17,7 @@ import torch
 
 from olavlm.cache import Dataset, FeatureStore, StoreBuilder, pending
 from olavlm.pipelines.extractor import ShardExtractor, TeacherSpec
-from olavlm.student.config import load_recipe
+from olavlm.student.recipes import load_recipe
 from olavlm.teachers.tiny import make_tiny
 
 SAMPLE = Path(str(files("olavlm.pipelines") / "sample"))

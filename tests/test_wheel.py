@@ -21,7 +21,7 @@ for file in sorted((root / "olavlm").rglob("*.py")):
     module = importlib.import_module(name)
     assert pathlib.Path(module.__file__).is_relative_to(root), (name, module.__file__)
     count += 1
-from olavlm.student.config import load_recipe, shipped_recipes
+from olavlm.student.recipes import load_recipe, shipped_recipes
 assert all(path.is_relative_to(root) for path in shipped_recipes().values()), shipped_recipes()
 assert load_recipe("phi3-mini-clip-l", [], "pt").model.template == "phi_3"
 print(count)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from olavlm.cache import FeatureStore, decode_rgb
-from olavlm.student.config import load_recipe
 from olavlm.student.metrics import read_metrics
+from olavlm.student.recipes import load_recipe
 from olavlm.student.trainer import train
 from olavlm.teachers import load_teacher
 

@@ -3,10 +3,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from olavlm.student.conversation import (
-    ALIASES,
     IGNORE_INDEX,
     IMAGE_TOKEN,
-    TEMPLATES,
     encode,
     encode_prompt,
     generation_prompt,
@@ -16,6 +14,7 @@ from olavlm.student.conversation import (
     terminator_id,
 )
 from olavlm.student.errors import ModelError, SampleError
+from olavlm.student.templates import ALIASES, TEMPLATES
 
 CHATS = ("llama_3", "phi_3", "vicuna_v1")
 TEXT = ["A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT: </s> cup spoon Yes"]

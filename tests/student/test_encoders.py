@@ -1,16 +1,49 @@
+import importlib.util
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    SiglipVisionModel,
+)
 
-from olavlm.student.encoders import ImageTransform, VisionEncoder, load_image_transform
-from olavlm.student.errors import ModelError
+from olavlm.student.checkpoint import is_adapter, load_checkpoint, save_adapter
+from olavlm.student.encoder_name import EncoderName
+from olavlm.student.encoders import VisionEncoder, load_image_transform
+from olavlm.student.errors import ModelError, RecipeError
+from olavlm.student.image_transform import ImageTransform
+from olavlm.student.model import OlaVLM
+from olavlm.student.model_config import OlaVLMConfig
+from olavlm.student.tower_configs import OpenClipTowerConfig
+from olavlm.student.trainer import train
+
+FAMILIES = (
+    "siglip", "siglip tower", "dinov2", "dinov2 with registers", "timm vit", "timm eva02", "timm swin",
+    "timm convnext", "open_clip vit", "open_clip convnext",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """Names of tiny encoders by family (`encoder_checkpoints.py`, beside this file, which no package holds)."""
+    spec = importlib.util.spec_from_file_location("checkpoints", Path(__file__).with_name("encoder_checkpoints.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.write(tmp_path_factory.mktemp("encoders"))
 
 
 def picture(width, height, seed=0):
@@ -118,3 +151,270 @@ def test_transform_of_a_checkpoint(tiny, tmp_path):
 def test_unknown_geometry():
     with pytest.raises(ValueError, match="geometry='round' must be one of square, pad"):
         ImageTransform(56, geometry="round")
+
+
+def oracle(name, path):
+    """The tower as its own library loads it, and what gives its features of `select_layer` -2."""
+    folder = path.partition(":")[2] or path
+    if name.startswith("timm"):
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        if name in ("timm convnext", "timm swin"):  # the final norm of these is not part of the last stage
+            stages = model.stages if name == "timm convnext" else model.layers
+            return lambda pixels: _after(stages[-1], model, pixels, channels_last=name == "timm swin")
+        prefix = model.num_prefix_tokens
+        return lambda pixels: _after(model.blocks[-2], model, pixels)[:, prefix:]
+    if name.startswith("open_clip"):
+        visual = open_clip.create_model(f"local-dir:{folder}").visual.eval()
+        if name == "open_clip convnext":
+            return lambda pixels: _after(visual.trunk.stages[-1], visual, pixels, channels_last=False)
+        return lambda pixels: _after(visual.transformer.resblocks[-2], visual, pixels)[:, 1:]
+    classes = {"dinov2": Dinov2Model, "dinov2 with registers": Dinov2WithRegistersModel}
+    model = classes.get(name, SiglipVisionModel).from_pretrained(folder)
+    prefix = {"dinov2": 1, "dinov2 with registers": 5}.get(name, 0)
+    return lambda pixels: model(pixels, output_hidden_states=True).hidden_states[-2][:, prefix:]
+
+
+@torch.no_grad()
+def _after(module, model, pixels, channels_last=None):
+    kept = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    model(pixels)
+    handle.remove()
+    states = kept[0]
+    if channels_last is None:
+        return states
+    return states.flatten(1, 2) if channels_last else states.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_are_the_librarys_own(names, name):
+    encoder = VisionEncoder.from_pretrained(names[name])
+    size = load_image_transform(names[name]).size
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    features = encoder(pixels)
+    torch.testing.assert_close(features, oracle(name, names[name])(pixels), atol=1e-5, rtol=0)
+    assert features.shape == (2, encoder.num_tokens, encoder.width)
+    assert encoder.grid[0] * encoder.grid[1] == encoder.num_tokens
+    assert not any(parameter.requires_grad for parameter in encoder.train().parameters())
+    assert not any(module.training for module in encoder.modules())
+
+
+@pytest.mark.parametrize("name", ["siglip", "dinov2", "timm vit", "timm eva02", "open_clip vit"])
+def test_tokens_lie_row_by_row(names, name):
+    """A mark in one patch changes, in the first block's patch embedding, that patch's token the most."""
+    encoder = VisionEncoder.from_pretrained(names[name], select_layer=1)
+    rows, columns = encoder.grid
+    patch = encoder.image_size // rows
+    blank = torch.zeros(1, 3, encoder.image_size, encoder.image_size)
+    marked = blank.clone()
+    marked[:, :, patch : 2 * patch, 2 * patch : 3 * patch] = 50
+    change = (encoder(marked) - encoder(blank)).norm(dim=-1)[0]
+    assert change.argmax() == columns + 2
+
+
+def test_select_layer(names):
+    for name in ("dinov2", "timm vit", "open_clip vit"):
+        last, before = (VisionEncoder.from_pretrained(names[name], layer) for layer in (-1, -2))
+        pixels = torch.randn(1, 3, last.image_size, last.image_size)
+        assert not torch.equal(last(pixels), before(pixels))
+        with pytest.raises(RecipeError, match=r"select_layer=-9: the encoder has \d+ blocks; use -\d+ to -1"):
+            VisionEncoder.from_pretrained(names[name], -9)
+    stages = [VisionEncoder.from_pretrained(names["open_clip convnext"], layer) for layer in (-1, -2)]
+    pixels = torch.randn(1, 3, 64, 64)
+    assert torch.equal(stages[0](pixels), stages[1](pixels)), "a network of stages ignores it"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_model_with_each_encoder(names, name, tiny, tokenizer, tmp_path):
+    """The adapter of pt leaves the encoder out, the model of ift holds it; both give the same answers again."""
+    model = OlaVLM.build(tiny["llm"], names[name], tokenizer, geometry="pad").eval()
+    pixels = torch.from_numpy(model.config.image_transform(picture(90, 60)))[None]
+    ids = torch.tensor([[5, model.config.image_token_id, 6, 7]])
+    expected = model(ids, pixel_values=pixels).logits
+    assert expected.shape[1] == 3 + model.vision.num_tokens
+    model.save_pretrained(tmp_path / "ift")
+    save_adapter(
+        tmp_path / "pt", model, tokenizer, llm=str(tiny["llm"]), encoder=names[name],
+        config={"geometry": "pad", "num_task_tokens": 8}, recipe_hash="0",
+    )  # fmt: skip
+    assert is_adapter(tmp_path / "pt")
+    assert not [key for key in load_file(tmp_path / "pt" / "adapter.safetensors") if key.startswith("vision.")]
+    for folder in ("ift", "pt"):
+        loaded, _ = load_checkpoint(tmp_path / folder)
+        assert loaded.config.image_transform == model.config.image_transform
+        assert loaded.vision.grid == model.vision.grid
+        assert torch.equal(loaded.eval()(ids, pixel_values=pixels).logits, expected), folder
+
+
+def test_buffers_that_no_checkpoint_holds(names, tiny, tokenizer, tmp_path):
+    """transformers builds without memory and leaves them empty; rotary and relative positions live in such."""
+    for name in ("timm eva02", "timm swin"):
+        model = OlaVLM.build(tiny["llm"], names[name], tokenizer)
+        model.save_pretrained(tmp_path / name)
+        before = dict(model.vision.tower.named_non_persistent_buffers())
+        after = dict(OlaVLM.from_pretrained(tmp_path / name).vision.tower.named_non_persistent_buffers())
+        assert before.keys() == after.keys() != set()
+        assert not any(buffer.isnan().any() for buffer in after.values())
+        assert all(torch.equal(buffer, after[key]) for key, buffer in before.items())
+
+
+def test_convnext_xxlarge_at_the_papers_shapes():
+    """CLIP-ConvNeXt-XXL at 768 pixels with Llama-3-8B: 24 x 24 tokens of 3072, a projector of 29.4M."""
+    described = open_clip.get_model_config("convnext_xxlarge")
+    with torch.device("meta"):
+        config = OpenClipTowerConfig(
+            architecture="convnext_xxlarge", embed_dim=described["embed_dim"], vision_cfg=described["vision_cfg"]
+        )
+        encoder = VisionEncoder.from_config(config, image_size=768)
+        llm = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 32}
+        model = OlaVLM(OlaVLMConfig(text_config=llm, vision_config=config, image_size=768))
+    assert (encoder.grid, encoder.num_tokens, encoder.width) == ((24, 24), 576, 3072)
+    assert sum(parameter.numel() for parameter in model.projector.parameters()) == 29_368_320
+    assert isinstance(encoder.tower.network.trunk.norm_pre, torch.nn.Identity), "its features are not normalised"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "mean", "interpolation"),
+    [
+        ("siglip", 48, 0.5, "bicubic"),
+        ("siglip tower", 48, 0.5, "bicubic"),
+        ("dinov2", 56, 0.485, "bilinear"),
+        ("dinov2 with registers", 56, 0.485, "bicubic"),
+        ("timm vit", 160, 0.5, "bicubic"),
+        ("open_clip vit", 32, 0.4, "bilinear"),
+    ],
+)
+def test_pictures_are_the_encoders_own(names, name, size, mean, interpolation, tmp_path):
+    transform = load_image_transform(names[name], "pad")
+    assert (transform.size, transform.mean[0], transform.interpolation) == (size, mean, interpolation)
+    image = picture(size, size, seed=1)  # of the final size, so that nothing is resized
+    expected = (np.asarray(image).transpose(2, 0, 1) / 255 - np.reshape(transform.mean, (3, 1, 1))) / np.reshape(
+        transform.std, (3, 1, 1)
+    )
+    np.testing.assert_allclose(transform(image), expected, atol=1e-5)
+    transform.save(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["resample"] == {"bicubic": 3, "bilinear": 2}[interpolation]
+
+
+def test_interpolation_is_pillows():
+    image = picture(112, 112)
+    resized = image.resize((56, 56), Image.Resampling.BILINEAR)
+    ours = ImageTransform(56, (0,) * 3, (1,) * 3, interpolation="bilinear")(image)
+    np.testing.assert_allclose(ours, np.asarray(resized).transpose(2, 0, 1) / 255, atol=1e-6)
+    with pytest.raises(ModelError, match="interpolation 'area' is none of Pillow's"):
+        ImageTransform(56, interpolation="area")
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "grid"),
+    [
+        ("siglip", 96, (12, 12)),
+        ("dinov2", 84, (6, 6)),
+        ("timm vit", 320, (20, 20)),
+        ("timm convnext", 256, (8, 8)),
+        ("open_clip vit", 64, (8, 8)),
+        ("open_clip convnext", 128, (4, 4)),
+    ],
+)
+def test_size_in_the_name(names, name, side, grid):
+    encoder = VisionEncoder.from_pretrained(f"{names[name]}-res{side}")
+    assert (encoder.image_size, encoder.grid) == (side, grid)
+    assert load_image_transform(f"{names[name]}-res{side}").size == side
+    assert encoder(torch.randn(1, 3, side, side)).shape == (1, grid[0] * grid[1], encoder.width)
+
+
+def test_size_that_the_patches_do_not_divide(names):
+    for name, side, message in [
+        ("siglip", 50, "pictures of 50 pixels: the encoder's patches are 8 wide; use 48"),
+        ("open_clip vit", 63, "pictures of 63 pixels: the encoder's patches are 8 wide; use 56"),
+        ("timm vit", 170, "pictures of 170 pixels: the encoder's patches are 16 wide; use 160"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            VisionEncoder.from_pretrained(f"{names[name]}-res{side}")
+
+
+def test_weights_beside_a_models_name(names, tmp_path):
+    """A file, or a folder, of weights for a model that the library knows by name."""
+    folder = names["timm vit"].partition(":")[2]
+    pixels = torch.randn(1, 3, 160, 160)
+    expected = VisionEncoder.from_pretrained(names["timm vit"])(pixels)
+    for place in (folder, f"{folder}/model.safetensors"):
+        assert torch.equal(VisionEncoder.from_pretrained(f"timm:test_vit={place}")(pixels), expected)
+    with pytest.raises(ModelError, match=r"timm cannot load it \(.*use safetensors of test_convnext"):
+        VisionEncoder.from_pretrained(f"timm:test_convnext={folder}/model.safetensors")
+    with pytest.raises(ModelError, match=f"says architecture test_vit; use timm:{folder}"):
+        VisionEncoder.from_pretrained(f"timm:test_convnext={folder}")
+    tower = open_clip.CLIP(512, open_clip.get_model_config("RN50")["vision_cfg"] | {"layers": [1, 1, 1, 1]}, {})
+    save_file(tower.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match=r"the weights lack \d+ tensors of the image tower|open_clip cannot load it"):
+        VisionEncoder.from_pretrained(f"open_clip:RN50={tmp_path / 'other.safetensors'}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("timm:no_such_vit", r"timm .* has no model 'no_such_vit'; there are "),
+        ("timm:vit_tiny_patch16_224.none", "timm has no such weights; there are vit_tiny_patch16_224.augreg_in21k"),
+        ("timm:coatnet_0_224", "timm names no weights on the hub; use timm:coatnet_0_224=FILE"),
+        ("open_clip:ViT-B-33", r"has no such model; there are ViT-B-32"),
+        ("open_clip:ViT-B-32/none", "open_clip has no weights 'none' of ViT-B-32; there are openai"),
+        ("open_clip:convnext_xxlarge", "open_clip names no weights for it on the hub"),
+        ("timm:vit_tiny_patch16_224=/nowhere.safetensors", "cannot load a model from '/nowhere.safetensors'"),
+        ("timm:", "give a name"),
+        ("timm:test_vit=", "give a name"),
+        ("openai/clip=weights", "MODEL=WEIGHTS is for timm: and open_clip:"),
+    ],
+)
+def test_names_that_mean_nothing(text, message):
+    with pytest.raises(ModelError, match=message):
+        VisionEncoder.from_pretrained(text)
+
+
+def test_weights_that_are_not_all_there(names, tmp_path):
+    for name, file in [("timm vit", "model.safetensors"), ("open_clip vit", "open_clip_model.safetensors")]:
+        library, _, folder = names[name].partition(":")
+        copy = Path(shutil.copytree(folder, tmp_path / name.replace(" ", "-")))
+        weights = load_file(copy / file)
+        lost = next(
+            key
+            for key in weights
+            if key.endswith(("visual.transformer.resblocks.1.attn.in_proj_weight", "1.attn.qkv.weight"))
+        )
+        save_file({key: value for key, value in weights.items() if key != lost}, copy / file, {"format": "pt"})
+        with pytest.raises(ModelError, match=r"Missing key|weights lack 1 tensors"):
+            VisionEncoder.from_pretrained(f"{library}:{copy}")
+        (copy / file).write_bytes(b"no weights")
+        with pytest.raises(ModelError, match=f"{library} cannot load it"):
+            VisionEncoder.from_pretrained(f"{library}:{copy}")
+
+
+def test_parts_of_a_name(tmp_path, monkeypatch):
+    parse = EncoderName.parse
+    paper = "open_clip:convnext_xxlarge/laion2b_s34b_b82k_augreg_soup"
+    assert parse(f"{paper}-res768") == EncoderName(f"{paper}-res768", "open_clip", paper.partition(":")[2], None, 768)
+    assert parse("openai/clip-vit-large-patch14-336") == EncoderName(
+        "openai/clip-vit-large-patch14-336", "transformers", "openai/clip-vit-large-patch14-336"
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("my-res768").mkdir()
+    assert parse("my-res768").side is None, "a folder is called what it is called"
+    assert parse("my-res768").absolute() == str(tmp_path / "my-res768")
+    Path("w.safetensors").touch()
+    assert parse("timm:test_vit-res64=w.safetensors").absolute() == f"timm:test_vit-res64={tmp_path}/w.safetensors"
+    assert parse(f"{paper}-res768").absolute() == f"{paper}-res768"
+
+
+def test_training_on_an_encoder_of_another_library(names, recipe, ift_json, monkeypatch, tmp_path):
+    """pt, then ift on top of it, from another folder than the one that the encoder's name is relative to."""
+    library, _, folder = names["open_clip convnext"].partition(":")
+    monkeypatch.chdir(Path(folder).parent)
+    settings = {"model.encoder": f"{library}:{Path(folder).name}-res96", "train.max_steps": 1}
+    pt = train(recipe("pt", **settings), "pt", {})
+    monkeypatch.chdir(tmp_path)
+    settings |= {"model.encoder": f"{library}:{folder}-res96", "init.from": pt, "data.file": ift_json}
+    ift = train(recipe("ift", **settings), "ift", {})
+    model, _ = load_checkpoint(ift)
+    assert (model.vision.image_size, model.vision.grid, model.config.geometry) == (96, (3, 3), "pad")
+    tower = VisionEncoder.from_pretrained(names["open_clip convnext"]).state_dict()
+    assert all(torch.equal(value, tower[key]) for key, value in model.vision.state_dict().items()), "it stays frozen"

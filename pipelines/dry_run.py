@@ -1,0 +1,125 @@
+"""What a run would do, from everything but the models: data, targets, steps, and an estimate of memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from olavlm.cache import CacheError, Dataset
+from olavlm.student.chain import num_processes, say
+from olavlm.student.config import Recipe, Stage
+from olavlm.student.conversation import IGNORE_INDEX, encode, load_tokenizer
+from olavlm.student.data import prompt_turns
+from olavlm.student.errors import ModelError, RecipeError, TargetsError
+from olavlm.student.memory import BatchShape, MemoryEstimate, estimate_memory
+from olavlm.student.targets import CachedTargets, check_targets, tokens_without_losses
+from olavlm.student.tokens import TaskSpec
+from olavlm.student.trainer import open_data
+
+SAMPLES_MEASURED = 500
+"""Spread over the dataset, to learn how long texts are."""
+
+
+def dry_run(recipe: Recipe, stage: Stage) -> None:
+    """Check what can be checked without a model, and print the plan of one stage.
+
+    Raises:
+        StudentError, CacheError: what would stop the run.
+    """
+    dataset, _ = open_data(recipe)
+    with_images = int(dataset.has_image().true_count)
+    say(f"{stage}: {len(dataset)} samples, {with_images} with an image, {len(dataset.images())} distinct images")
+    processes = num_processes()
+    global_batch = recipe.train.batch_size * recipe.train.accumulation * processes
+    steps = recipe.train.max_steps or math.ceil(recipe.train.epochs * math.ceil(len(dataset) / global_batch))
+    count = "one process" if processes == 1 else f"{processes} processes"
+    say(f"{stage} with {count}: global batch {global_batch}, {steps} steps")
+    if stage in recipe.losses.stages and recipe.tasks:
+        check_targets(recipe, dataset, stage)
+        where = recipe.targets.store if recipe.targets.source == "cache" else "teachers in the loop"
+        for name in recipe.task_order:
+            task = recipe.tasks[name]
+            say(f"{name}: layers {task.layers}, weight {task.weight}, targets from {where}")
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(memory_lines(recipe, stage, dataset)), flush=True)
+    say(f"result: {recipe.train.output_dir}")
+
+
+def memory_lines(recipe: Recipe, stage: Stage, dataset: Dataset) -> Iterator[str]:
+    """The estimate of memory as text, or why there is none."""
+    distil = stage in recipe.losses.stages and bool(recipe.tasks)
+    try:
+        specs = task_shapes(recipe, distil)
+        tokenizer = load_tokenizer(recipe.model.llm, recipe.model.chat_template)
+        shape = batch_shape(recipe, dataset, tokenizer)
+        common = {
+            "vocabulary": 1 + max(tokenizer.get_vocab().values()),
+            "distil": distil,
+            "processes": num_processes(),
+            "sharded": os.environ.get("ACCELERATE_USE_FSDP", "false") == "true",
+        }
+        estimates = {
+            on: estimate_memory(recipe, stage, specs, shape, gradient_checkpointing=on, **common)
+            for on in (False, True)
+        }
+    except (ModelError, TargetsError, CacheError) as e:
+        yield f"memory: no estimate: {e}"
+        return
+    yield (
+        f"memory of a device, estimated for {shape.samples} samples of {shape.text_tokens} tokens of text and an image:"
+    )
+    yield from _table(
+        estimates[recipe.train.gradient_checkpointing], estimates[not recipe.train.gradient_checkpointing]
+    )
+    if recipe.targets.source == "online" and distil:
+        yield "  and the teachers in the loop, which are not counted"
+
+
+def _table(own: MemoryEstimate, other: MemoryEstimate) -> Iterator[str]:
+    without = own.activations < other.activations
+    for name in ("weights", "gradients", "optimizer", "activations", "logits", "targets", "total"):
+        title = f"  of which {name}" if name in ("logits", "targets") else name
+        line = f"  {title:<20}{_size(getattr(own, name)):>10}"
+        if name in ("activations", "total"):
+            line += f"  ({_size(getattr(other, name))} with{'out' if without else ''} gradient checkpointing)"
+        yield line
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def task_shapes(recipe: Recipe, distil: bool) -> list[TaskSpec]:
+    """The tasks with the shapes of the store's features; none where there is no store and nothing is distilled.
+
+    TargetsError or CacheError with distillation and no store: what teachers in the loop give is known once they are
+    loaded. Without it the few task tokens are all that is left out.
+    """
+    if not recipe.tasks:
+        return []
+    if recipe.targets.store is None and distil:
+        raise TargetsError("the shapes of the targets are not known without a store")
+    try:
+        return CachedTargets(recipe).specs if distil else tokens_without_losses(recipe)
+    except (CacheError, RecipeError):
+        if distil:
+            raise
+        return []
+
+
+def batch_shape(recipe: Recipe, dataset: Dataset, tokenizer: object) -> BatchShape:
+    """The longest text of some samples, and how much of a text is supervised on average."""
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(SAMPLES_MEASURED, len(dataset))).round().astype(int))
+    samples = [dataset[int(i)] for i in chosen]
+    limit = recipe.model.max_length
+    texts = [encode(tokenizer, prompt_turns(s), recipe.model.template, limit, s.id) for s in samples]
+    supervised = [sum(label != IGNORE_INDEX for label in text["labels"]) for text in texts]
+    return BatchShape(
+        samples=recipe.train.batch_size,
+        text_tokens=max(len(text["input_ids"]) for text in texts),
+        supervised_tokens=math.ceil(sum(supervised) / len(supervised)),
+        global_batch=recipe.train.batch_size * recipe.train.accumulation * num_processes(),
+    )
