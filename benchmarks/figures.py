@@ -41,7 +41,7 @@ class Comparison:
         for arm, seconds in self.seconds.items():
             taken, rate = median(seconds), self.rate(arm)
             speed = f"{self.bytes / taken / 1e6:,.0f}" if self.bytes else number(rate)
-            line = [arm, speed, f"{taken / self.rows * 1e3:.3g}"]
+            line = [arm, speed, number(taken / self.rows * 1e3)]
             line.append("1" if arm == self.floor else spread(self.ratios(arm)))
             line += [number(self.gflop * rate)] * bool(self.gflop)
             line += [f"{self.must[arm]}" if arm in self.must else ""] * bool(self.must)

@@ -11,7 +11,6 @@ from olavlm.student.conversation import IGNORE_INDEX, encode, load_tokenizer
 from olavlm.student.model import OlaVLM
 from olavlm.student.task import Batch
 from olavlm.student.tokens import TaskSpec
-from olavlm.teachers.tiny import make_tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -38,12 +37,6 @@ def golden_losses():
 @pytest.fixture(scope="session")
 def golden_conversations():
     return json.loads((GOLDEN / "conversations.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """Checkpoint folders by name."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
