@@ -34,9 +34,9 @@ from olavlm.teachers.base import resolve_device
 
 from .cli import JobFailed, Stopped, UsageError
 from .extract import sweep
-from .extraction_summary import Tally
-from .extractor import TeacherSpec
-from .places import Job
+from .extraction.extractor import TeacherSpec
+from .extraction.places import Job
+from .extraction.summary import Tally
 
 LIVE_COSINE = 0.999  # of a stored row with the teacher's answer of now
 BATCH = 8
@@ -107,7 +107,7 @@ def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Na
     A shard stands, broken as it is, until its replacement is ready, so that a repair that was stopped can be run again.
     Raises `JobFailed` for what extracting again does not mend, and for a teacher that is not the one of the card.
     """
-    from .cluster import run_tasks  # Ray takes long to import
+    from .extraction.cluster import run_tasks  # Ray takes long to import
 
     beyond = [f for f in findings if f.shard is None]
     if {f.key for f in beyond} == {f.key for f in findings}:

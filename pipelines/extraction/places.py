@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cli import JobFailed
+from ..cli import JobFailed
 from .extractor import TeacherSpec
 from .scheduler import STALL_SECONDS
 

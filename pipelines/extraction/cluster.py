@@ -22,13 +22,13 @@ from olavlm.cache import ShardTask
 from olavlm.cache.files import is_local, location
 from olavlm.student.signals import stop_requests
 
+from ..cli import JobFailed
 from .blocks import Block
-from .cli import JobFailed
 from .crew import Event, Gone, Looked, Ready, Returned
-from .extraction_summary import Tally
 from .extractor import ShardExtractor, ShardResult, Stages, WorkerStatus
 from .places import Job, Place, find_places
 from .scheduler import BLOCKS_HELD, LOOK_SECONDS, Scheduler
+from .summary import Tally
 
 STRIKES = 3  # of a node, before it is left alone: starts in a row that fail, or workers that were dismissed with blame
 NODES_SECONDS = 5.0  # between two looks at which nodes there are

@@ -20,11 +20,11 @@ from olavlm.cache.images import redacted
 from olavlm.cache.lease import is_running, this_process
 from olavlm.cache.records import canonical_json
 
-from .cli import versions
+from ..cli import versions
 
 if TYPE_CHECKING:  # `olavlm-cache status` reads records, and needs no torch for it
-    from .extraction_summary import Tally
     from .extractor import TeacherSpec
+    from .summary import Tally
 
 
 class RunRecord:

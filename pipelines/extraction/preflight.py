@@ -21,7 +21,7 @@ from olavlm.cache.images import decode_rgb
 from olavlm.teachers import Teacher
 from olavlm.teachers.base import resolve_device
 
-from .cli import JobFailed, counted
+from ..cli import JobFailed, counted
 from .extractor import TeacherSpec
 from .places import Job, find_places
 
@@ -134,11 +134,6 @@ def _pace(teacher: Teacher, pictures: list, batch_size: int, device: str) -> tup
         return prepare, (time.perf_counter() - began) / (batches * batch_size)
     finally:
         torch.set_num_threads(threads)
-
-
-def _worker_seconds(stages: np.ndarray, threads: int, device: str) -> float:
-    """Of (preparing, forward): on a GPU they overlap, on the CPU they share one."""
-    return float(stages.sum() if device == "cpu" else max(stages[0] / threads, stages[1]))
 
 
 def _workers(job: Job, device: str) -> Workers:

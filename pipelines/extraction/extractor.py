@@ -26,7 +26,7 @@ import torch
 from olavlm.cache import FeatureStore, ImageRoots, ShardTask
 from olavlm.teachers import Teacher, load_teacher
 
-from .cli import quiet_models
+from ..cli import quiet_models
 from .device import Computed, Computing, Cpu, Gpu, open_device, tune
 from .preparer import Batch, Preparer
 from .shard_job import ShardJob, ShardResult, one_line

@@ -16,8 +16,8 @@ from PIL import Image
 
 from olavlm.cache import FeatureStore, ImageRoots, OpenShard, ShardTask, StoreBuilder, StoreError, lease, pending
 from olavlm.cache.lease import Lease
-from olavlm.pipelines import preparer, stage_clock
-from olavlm.pipelines.extractor import (
+from olavlm.pipelines.extraction import preparer, stage_clock
+from olavlm.pipelines.extraction.extractor import (
     BATCHES_AHEAD,
     COMMITS_BEHIND,
     WRITES_BEHIND,
@@ -25,7 +25,7 @@ from olavlm.pipelines.extractor import (
     TeacherSpec,
     WorkerStatus,
 )
-from olavlm.pipelines.stage_clock import StageClock, Stages
+from olavlm.pipelines.extraction.stage_clock import StageClock, Stages
 from olavlm.teachers import Card
 from olavlm.teachers.registry import TEACHERS, Entry
 
