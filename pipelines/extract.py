@@ -30,7 +30,7 @@ from olavlm.teachers.base import COMPUTE_DTYPES, resolve_device
 from .cli import JobFailed, Stopped, UsageError, command
 from .extraction.extractor import TeacherSpec
 from .extraction.places import Job, find_cluster
-from .extraction.preflight import dry_run
+from .extraction.preflight import dry_run, readable
 from .extraction.record import RunRecord
 from .extraction.scheduler import STALL_SECONDS
 from .extraction.summary import Tally, summarise
@@ -46,8 +46,8 @@ def arguments() -> argparse.ArgumentParser:
         "--images LLaVA-Pretrain/images --store features",
     )
     p.add_argument("--teacher", action="append", required=True, metavar="NAME[=MODEL]",
-                   help="depth, seg, gen, timm:MODEL or open_clip:MODEL/PRETRAINED; after =, the hub id, folder or (timm, "
-                   "open_clip) file of the weights; repeat for several, which share decoded images")  # fmt: skip
+                   help="depth, seg, gen, timm:MODEL or open_clip:MODEL/PRETRAINED; after =, the hub id, folder or "
+                   "(timm, open_clip) file of the weights; repeat for several, which share decoded images")  # fmt: skip
     p.add_argument(
         "--data", nargs="+", action="extend", required=True, metavar="FILE", help=".json, .jsonl or .parquet"
     )
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     images = Dataset(args.data).images()
     if not len(images):
         raise JobFailed(f"{', '.join(args.data)}: no sample has an image; there is nothing to extract")
-    ImageRoots(args.images)
+    roots = ImageRoots(args.images)
     if args.address:
         find_cluster(args.address)
     job = Job(
@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         args.worker_gpus,
         args.worker_cpus,
         args.stall,
+        readable(roots, images),
     )
     if args.dry_run:
         return dry_run(args, specs, images, job)

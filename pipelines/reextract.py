@@ -36,6 +36,7 @@ from .cli import JobFailed, Stopped, UsageError
 from .extract import sweep
 from .extraction.extractor import TeacherSpec
 from .extraction.places import Job
+from .extraction.preflight import readable
 from .extraction.summary import Tally
 
 LIVE_COSINE = 0.999  # of a stored row with the teacher's answer of now
@@ -119,7 +120,7 @@ def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Na
     for finding in findings:
         if not any(f.key == finding.key for f in beyond):
             broken.setdefault(finding.key, set()).add(finding.shard)
-    image_roots(store, args.images)
+    roots = image_roots(store, args.images)
     device, specs, batches = str(resolve_device(args.device)), [], set()
     for key in broken:
         load_again(store[key], args)
@@ -142,6 +143,7 @@ def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Na
         device,
         address=args.address,
         workers=args.workers,
+        known_images=readable(roots, store.plan["image"]),
     )
     try:
         run_tasks(job, tasks, tally)

@@ -20,9 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from olavlm.cache import ShardTask
 from olavlm.cache.files import is_local, location
+from olavlm.pipelines.cli import JobFailed
 from olavlm.student.signals import stop_requests
 
-from ..cli import JobFailed
 from .blocks import Block
 from .crew import Event, Gone, Looked, Ready, Returned
 from .extractor import ShardExtractor, ShardResult, Stages, WorkerStatus
@@ -183,6 +183,7 @@ class RayCrew:
             device=self.device,
             threads=max(1, int(place.cpus)),
             compile=job.compile,
+            known_images=list(job.known_images),
         )
         self._number += 1
         worker = RayWorker(f"worker {self._number} on {place.host}", place, actor)

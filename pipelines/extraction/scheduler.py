@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 
 from olavlm.cache import ShardTask
 from olavlm.cache.lease import LEASE_SECONDS
+from olavlm.pipelines.cli import Progress, Stopped, counted
 
-from ..cli import Progress, Stopped, counted
 from .blocks import Block, plan_blocks
 from .crew import Crew, Event, Gone, Looked, Ready, Returned, Worker
 from .extractor import ShardResult, Stages
