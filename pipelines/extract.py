@@ -7,9 +7,8 @@ On a laptop, with the tiny checkpoints of `olavlm-tiny tiny`:
 
     olavlm-extract --teacher depth=tiny/depth --data pt.json --images images --store features
 
-The plan's shards are shared out in blocks (`blocks.py`, `scheduler.py`) to workers (`extractor.py`), which are Ray
-actors (`cluster.py`); a shard is the unit of retry and resume. Running the same command again finishes what a crash
-left, and does nothing when all is done.
+The plan's shards are shared out in blocks to workers, which are Ray actors (`extraction/`); a shard is the unit of
+retry and resume. Running the same command again finishes what a crash left, and does nothing when all is done.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from olavlm.teachers import GEOMETRIES, TeacherError, store_key
 from olavlm.teachers.base import COMPUTE_DTYPES, resolve_device
 
 from .cli import JobFailed, Stopped, UsageError, command
-from .extraction_record import RunRecord
-from .extraction_summary import Tally, summarise
-from .extractor import TeacherSpec
-from .places import Job, find_cluster
-from .preflight import dry_run
-from .scheduler import STALL_SECONDS
+from .extraction.extractor import TeacherSpec
+from .extraction.places import Job, find_cluster
+from .extraction.preflight import dry_run, readable
+from .extraction.record import RunRecord
+from .extraction.scheduler import STALL_SECONDS
+from .extraction.summary import Tally, summarise
 
 SWEEP_SECONDS = 10.0  # for killed workers to be gone
 
@@ -47,7 +46,8 @@ def arguments() -> argparse.ArgumentParser:
         "--images LLaVA-Pretrain/images --store features",
     )
     p.add_argument("--teacher", action="append", required=True, metavar="NAME[=MODEL]",
-                   help="depth, seg or gen; MODEL is a hub id or a local folder; repeat for several")  # fmt: skip
+                   help="depth, seg, gen, timm:MODEL or open_clip:MODEL/PRETRAINED; after =, the hub id, folder or "
+                   "(timm, open_clip) file of the weights; repeat for several, which share decoded images")  # fmt: skip
     p.add_argument(
         "--data", nargs="+", action="extend", required=True, metavar="FILE", help=".json, .jsonl or .parquet"
     )
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     images = Dataset(args.data).images()
     if not len(images):
         raise JobFailed(f"{', '.join(args.data)}: no sample has an image; there is nothing to extract")
-    ImageRoots(args.images)
+    roots = ImageRoots(args.images)
     if args.address:
         find_cluster(args.address)
     job = Job(
@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         args.worker_gpus,
         args.worker_cpus,
         args.stall,
+        readable(roots, images),
     )
     if args.dry_run:
         return dry_run(args, specs, images, job)
@@ -189,7 +190,7 @@ def extract(
     builder: StoreBuilder, job: Job, tasks: list[ShardTask], args: argparse.Namespace
 ) -> tuple[Tally, str | None, float]:
     """Do `tasks`, leave nothing half-done, and keep a record; what was done, the signal it was stopped by, seconds."""
-    from .cluster import run_tasks  # Ray takes long to import
+    from .extraction.cluster import run_tasks  # Ray takes long to import
 
     tally, stopped, outcome = Tally(), None, "failed"
     record = RunRecord(builder.path, args, list(job.specs))

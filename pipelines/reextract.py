@@ -34,9 +34,10 @@ from olavlm.teachers.base import resolve_device
 
 from .cli import JobFailed, Stopped, UsageError
 from .extract import sweep
-from .extraction_summary import Tally
-from .extractor import TeacherSpec
-from .places import Job
+from .extraction.extractor import TeacherSpec
+from .extraction.places import Job
+from .extraction.preflight import readable
+from .extraction.summary import Tally
 
 LIVE_COSINE = 0.999  # of a stored row with the teacher's answer of now
 BATCH = 8
@@ -107,7 +108,7 @@ def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Na
     A shard stands, broken as it is, until its replacement is ready, so that a repair that was stopped can be run again.
     Raises `JobFailed` for what extracting again does not mend, and for a teacher that is not the one of the card.
     """
-    from .cluster import run_tasks  # Ray takes long to import
+    from .extraction.cluster import run_tasks  # Ray takes long to import
 
     beyond = [f for f in findings if f.shard is None]
     if {f.key for f in beyond} == {f.key for f in findings}:
@@ -119,7 +120,7 @@ def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Na
     for finding in findings:
         if not any(f.key == finding.key for f in beyond):
             broken.setdefault(finding.key, set()).add(finding.shard)
-    image_roots(store, args.images)
+    roots = image_roots(store, args.images)
     device, specs, batches = str(resolve_device(args.device)), [], set()
     for key in broken:
         load_again(store[key], args)
@@ -142,6 +143,7 @@ def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Na
         device,
         address=args.address,
         workers=args.workers,
+        known_images=readable(roots, store.plan["image"]),
     )
     try:
         run_tasks(job, tasks, tally)

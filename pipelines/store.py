@@ -32,7 +32,7 @@ from olavlm.cache.shard import COMPRESSIONS
 from olavlm.cache.verify import open_teachers, shards_to_verify
 
 from .cli import JobFailed, Progress, UsageError, command
-from .extraction_record import Running, running_extractions
+from .extraction.record import Running, running_extractions
 
 RATE_SECONDS = 900.0  # a running job's rate is that of its shards committed in this time
 SHOWN = 20  # findings and failures printed a teacher; --json has them all

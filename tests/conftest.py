@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from olavlm.cache import Dataset, FeatureStore, StoreBuilder, pending
-from olavlm.pipelines.extractor import ShardExtractor, TeacherSpec
+from olavlm.pipelines.extraction.extractor import ShardExtractor, TeacherSpec
 from olavlm.student.recipes import load_recipe
 from olavlm.teachers.tiny import make_tiny
 

@@ -64,7 +64,7 @@ def test_one_file_knows_of_ray():
         for f in (ROOT / folder).rglob("*.py")
         if any(name.split(".")[0] == "ray" for name, _ in imports(f.read_text()))
     ]
-    assert users == ["pipelines/cluster.py"]
+    assert users == ["pipelines/extraction/cluster.py"]
 
 
 @pytest.mark.parametrize(

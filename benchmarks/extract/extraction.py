@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from olavlm.cache import StoreBuilder, pending
-from olavlm.pipelines.blocks import Block, plan_blocks
-from olavlm.pipelines.extractor import ShardExtractor, Stages, TeacherSpec
+from olavlm.pipelines.extraction.blocks import Block, plan_blocks
+from olavlm.pipelines.extraction.extractor import ShardExtractor, Stages, TeacherSpec
 from olavlm.teachers import Teacher
 from olavlm.teachers.registry import TEACHERS, Entry
 

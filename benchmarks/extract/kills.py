@@ -42,8 +42,8 @@ KILLS_A_RUN = (2, 4)  # fewer than lose a shard: it is given up after five
 STALL = 15  # seconds; a hung worker is found after it
 LIMIT = 300  # seconds a run
 WITHOUT_RETRIES = (
-    "import sys; from olavlm.pipelines import extract, scheduler; scheduler.DEATHS = scheduler.FAILURES = 1; "
-    "sys.exit(extract.main(sys.argv[1:]))"
+    "import sys; from olavlm.pipelines import extract; from olavlm.pipelines.extraction import scheduler; "
+    "scheduler.DEATHS = scheduler.FAILURES = 1; sys.exit(extract.main(sys.argv[1:]))"
 )
 _QUICK_TO_NOTICE = {  # that a node is gone: in two seconds, not in fifteen
     "health_check_initial_delay_ms": 0,

@@ -8,7 +8,7 @@ from itertools import pairwise
 from time import perf_counter
 
 from olavlm.cache import StoreBuilder, pending
-from olavlm.pipelines.blocks import plan_blocks
+from olavlm.pipelines.extraction.blocks import plan_blocks
 
 from ..cache.fresh import Peak
 

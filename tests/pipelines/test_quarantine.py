@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from olavlm.cache import BadImage, FeatureStore, ImageRoots, StoreBuilder, pending
-from olavlm.pipelines.extraction_record import RunRecord
-from olavlm.pipelines.extraction_summary import Tally
-from olavlm.pipelines.extractor import ShardExtractor, TeacherSpec
+from olavlm.pipelines.extraction.extractor import ShardExtractor, TeacherSpec
+from olavlm.pipelines.extraction.record import RunRecord
+from olavlm.pipelines.extraction.summary import Tally
 from olavlm.teachers import load_teacher
 
 

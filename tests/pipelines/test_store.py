@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from olavlm.cache import FeatureStore, StoreBuilder, pending
-from olavlm.pipelines.extraction_record import Running, RunRecord, running_extractions
-from olavlm.pipelines.extraction_summary import Tally
-from olavlm.pipelines.extractor import TeacherSpec
+from olavlm.pipelines.extraction.extractor import TeacherSpec
+from olavlm.pipelines.extraction.record import Running, RunRecord, running_extractions
+from olavlm.pipelines.extraction.summary import Tally
 from olavlm.pipelines.reextract import spec_of
 from olavlm.pipelines.store import main, running_job
 
@@ -247,7 +247,7 @@ def test_repair_touches_nothing_that_a_lost_plan_hides(store, sample_images, ans
 
 
 def test_a_repair_that_was_stopped_is_run_again(store, sample_images, answer, monkeypatch, capsys):
-    from olavlm.pipelines import cluster
+    from olavlm.pipelines.extraction import cluster
 
     before = shard_files(store)
     flip(store / "gen" / "features" / "c" / "1" / "0" / "0")

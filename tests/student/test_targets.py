@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from olavlm.cache import Dataset, FeatureStore, StoreBuilder, convert, pending
-from olavlm.pipelines.extractor import ShardExtractor, TeacherSpec
+from olavlm.pipelines.extraction.extractor import ShardExtractor, TeacherSpec
 from olavlm.student.errors import RecipeError, TargetsError
 from olavlm.student.metrics import read_metrics
 from olavlm.student.targets import CachedTargets, OnlineTargets, check_targets, extract_command

@@ -19,12 +19,11 @@ from olavlm.cache.files import Location
 from olavlm.cache.images import redacted
 from olavlm.cache.lease import is_running, this_process
 from olavlm.cache.records import canonical_json
-
-from .cli import versions
+from olavlm.pipelines.cli import versions
 
 if TYPE_CHECKING:  # `olavlm-cache status` reads records, and needs no torch for it
-    from .extraction_summary import Tally
     from .extractor import TeacherSpec
+    from .summary import Tally
 
 
 class RunRecord:

@@ -20,15 +20,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from olavlm.cache import ShardTask
 from olavlm.cache.files import is_local, location
+from olavlm.pipelines.cli import JobFailed
 from olavlm.student.signals import stop_requests
 
 from .blocks import Block
-from .cli import JobFailed
 from .crew import Event, Gone, Looked, Ready, Returned
-from .extraction_summary import Tally
 from .extractor import ShardExtractor, ShardResult, Stages, WorkerStatus
 from .places import Job, Place, find_places
 from .scheduler import BLOCKS_HELD, LOOK_SECONDS, Scheduler
+from .summary import Tally
 
 STRIKES = 3  # of a node, before it is left alone: starts in a row that fail, or workers that were dismissed with blame
 NODES_SECONDS = 5.0  # between two looks at which nodes there are
@@ -183,6 +183,7 @@ class RayCrew:
             device=self.device,
             threads=max(1, int(place.cpus)),
             compile=job.compile,
+            known_images=list(job.known_images),
         )
         self._number += 1
         worker = RayWorker(f"worker {self._number} on {place.host}", place, actor)

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 
 import torch
 
-from olavlm.cache import FeatureStore, ImageRoots, ShardTask
+from olavlm.cache import BadImage, DatasetError, FeatureStore, ImageRoots, ShardTask
+from olavlm.pipelines.cli import quiet_models
 from olavlm.teachers import Teacher, load_teacher
 
-from .cli import quiet_models
 from .device import Computed, Computing, Cpu, Gpu, open_device, tune
 from .preparer import Batch, Preparer
 from .shard_job import ShardJob, ShardResult, one_line
@@ -103,6 +103,9 @@ class _Loaded:
 class ShardExtractor:
     """Extracts shards with one set of teachers on one device (cpu, cuda or cuda:N), with `threads` to prepare images.
 
+    Where one of `known_images`, which can be read elsewhere, is missing, it refuses to work: an image root that a node
+    has not mounted would have all of its images quarantined.
+
     `extract` may be called from two threads at once: the device then works on one block at a time, while the images
     of the next are prepared and the last shards of the other are committed.
     """
@@ -117,7 +120,9 @@ class ShardExtractor:
         device: str,
         threads: int,
         compile: bool = False,
+        known_images: Sequence[str] = (),
     ) -> None:
+        self._known_images = known_images
         self._store, self._batch_size, self._device_name, self._compile = store, batch_size, device, compile
         self._specs = {spec.key: spec for spec in specs}
         self._roots = ImageRoots(images)
@@ -136,8 +141,17 @@ class ShardExtractor:
         self._stopped = False
 
     def load(self) -> None:
-        """Load the teachers, and look whether the store is there; raises what either raises."""
+        """Load the teachers, and look whether store and images are there; raises what either raises."""
         FeatureStore(self._store)
+        for image in self._known_images:
+            try:
+                self._roots.read(image)
+            except BadImage as e:
+                if e.reason == "missing":
+                    raise DatasetError(
+                        f"image {image!r}, which the driver reads, is missing here; mount the image roots at the same "
+                        "paths on every node"
+                    ) from None
         for key, spec in self._specs.items():
             teacher = spec.load(self._device_name)
             forward = tune(teacher, compile=self._compile)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from olavlm.cache.codec import CODECS
-from olavlm.pipelines import encoding
-from olavlm.pipelines.encoding import encode
+from olavlm.pipelines.extraction import encoding
+from olavlm.pipelines.extraction.encoding import encode
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ODD = [0.0, -0.0, 1.0, 2049.0, -0.5, 65504.0, 65519.996, 65520.0, -65520.0, 5.96e-8, 2.98e-8, 2.99e-8, 6.1e-5, 6.2e-5,

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 
 from olavlm.cache import BadImage, FeatureStore
 from olavlm.cache.files import Location
+from olavlm.pipelines.cli import JobFailed, counted
 
-from .cli import JobFailed, counted
 from .extractor import ShardResult, Stages, TeacherSpec
 
 NAMED_FAILURES = 20  # rows named in the summary; `olavlm-cache status` lists all

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +19,10 @@ from olavlm.cache import BadImage, FeatureStore, ImageRoots, StoreError
 from olavlm.cache.codec import CODECS
 from olavlm.cache.files import exists, is_local, location
 from olavlm.cache.images import decode_rgb
+from olavlm.pipelines.cli import JobFailed, counted
 from olavlm.teachers import Teacher
 from olavlm.teachers.base import resolve_device
 
-from .cli import JobFailed, counted
 from .extractor import TeacherSpec
 from .places import Job, find_places
 
@@ -77,9 +78,24 @@ def dry_run(args: argparse.Namespace, specs: Sequence[TeacherSpec], images: pa.L
     return 0
 
 
+def spread(images: pa.LargeStringArray | pa.ChunkedArray) -> list[str]:
+    """At most `TRIED` of them, from the first to the last."""
+    return images.take(pa.array(np.unique(np.linspace(0, len(images) - 1, TRIED).astype(np.int64)))).to_pylist()
+
+
+def readable(roots: ImageRoots, images: pa.LargeStringArray | pa.ChunkedArray) -> list[str]:
+    """Some images that can be read here."""
+    found = []
+    for image in spread(images):
+        with suppress(BadImage):
+            roots.read(image)
+            found.append(image)
+    return found
+
+
 def _pictures(roots: ImageRoots, images: pa.LargeStringArray) -> tuple[list, float]:
     """A few pictures, and the seconds that reading and decoding one takes."""
-    few = images.take(pa.array(np.unique(np.linspace(0, len(images) - 1, TRIED).astype(np.int64)))).to_pylist()
+    few = spread(images)
     pictures, failures, began = [], [], time.perf_counter()
     for image in few:
         try:
@@ -134,11 +150,6 @@ def _pace(teacher: Teacher, pictures: list, batch_size: int, device: str) -> tup
         return prepare, (time.perf_counter() - began) / (batches * batch_size)
     finally:
         torch.set_num_threads(threads)
-
-
-def _worker_seconds(stages: np.ndarray, threads: int, device: str) -> float:
-    """Of (preparing, forward): on a GPU they overlap, on the CPU they share one."""
-    return float(stages.sum() if device == "cpu" else max(stages[0] / threads, stages[1]))
 
 
 def _workers(job: Job, device: str) -> Workers:

@@ -14,10 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-from olavlm.cache import FeatureStore, ImageRoots, OpenShard, ShardTask, StoreBuilder, StoreError, lease, pending
+from olavlm.cache import (
+    DatasetError,
+    FeatureStore,
+    ImageRoots,
+    OpenShard,
+    ShardTask,
+    StoreBuilder,
+    StoreError,
+    lease,
+    pending,
+)
 from olavlm.cache.lease import Lease
-from olavlm.pipelines import preparer, stage_clock
-from olavlm.pipelines.extractor import (
+from olavlm.pipelines.extraction import preparer, stage_clock
+from olavlm.pipelines.extraction.extractor import (
     BATCHES_AHEAD,
     COMMITS_BEHIND,
     WRITES_BEHIND,
@@ -25,7 +35,8 @@ from olavlm.pipelines.extractor import (
     TeacherSpec,
     WorkerStatus,
 )
-from olavlm.pipelines.stage_clock import StageClock, Stages
+from olavlm.pipelines.extraction.preflight import readable
+from olavlm.pipelines.extraction.stage_clock import StageClock, Stages
 from olavlm.teachers import Card
 from olavlm.teachers.registry import TEACHERS, Entry
 
@@ -330,6 +341,30 @@ def test_a_worker_without_the_store_says_so_before_it_has_work(scene, tmp_path):
     with pytest.raises(StoreError, match="is not a feature store"):
         worker.load()
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("root", ["photos", "elsewhere"])
+def test_a_worker_that_lacks_an_image_root_refuses_before_it_has_work(scene, tmp_path, root):
+    """It would quarantine every image of that root. One that is missing for the driver too is no sign of it."""
+    scene = scene()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "photos").symlink_to(scene.images)
+    known = readable(ImageRoots([str(scene.images)]), pa.array(["no.png", *scene.names], pa.large_string()))
+    assert known
+    assert "no.png" not in known
+    worker = ShardExtractor(
+        str(scene.store().path),
+        [],
+        [str(tmp_path / root)],
+        batch_size=BATCH,
+        device="cpu",
+        threads=1,
+        known_images=known,
+    )
+    if root == "photos":
+        return worker.load()
+    with pytest.raises(DatasetError, match=rf"'{known[0]}', which the driver reads, is missing here; mount"):
+        worker.load()
 
 
 def test_shards_of_other_writers_are_left_alone(scene):

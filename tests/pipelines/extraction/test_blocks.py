@@ -5,7 +5,7 @@ import random
 import pytest
 
 from olavlm.cache import ShardTask
-from olavlm.pipelines.blocks import plan_blocks
+from olavlm.pipelines.extraction.blocks import plan_blocks
 
 SIZES = {"gen": 4096, "depth": 128, "seg": 128}
 

@@ -14,11 +14,11 @@ import pytest
 
 from olavlm.cache import Dataset, FeatureStore, StoreBuilder, pending
 from olavlm.pipelines.extract import main
-from olavlm.pipelines.extraction_summary import Tally
-from olavlm.pipelines.extractor import ShardExtractor, TeacherSpec
-from olavlm.pipelines.places import Job, Place, find_places
+from olavlm.pipelines.extraction.extractor import ShardExtractor, TeacherSpec
+from olavlm.pipelines.extraction.places import Job, Place, find_places
+from olavlm.pipelines.extraction.summary import Tally
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ROWS = 240
 SECONDS = 120  # that anything here may take
 
@@ -171,7 +171,7 @@ def test_control_c_reaches_the_whole_group_and_drops_what_is_in_flight(kills, si
 
 
 def test_a_model_that_its_nodes_do_not_have_is_named(kills, site, nodes, quiet, tmp_path, monkeypatch):
-    from olavlm.pipelines import cluster, scheduler
+    from olavlm.pipelines.extraction import cluster, scheduler
 
     monkeypatch.setattr(scheduler, "JOIN_SECONDS", 0.0)
     monkeypatch.setattr(cluster, "STRIKES", 1)

@@ -7,8 +7,8 @@ import pytest
 
 from olavlm.cache import ShardTask
 from olavlm.pipelines.cli import Progress
-from olavlm.pipelines.extraction_summary import Done, Tally, cost_words
-from olavlm.pipelines.extractor import ShardResult, Stages
+from olavlm.pipelines.extraction.extractor import ShardResult, Stages
+from olavlm.pipelines.extraction.summary import Done, Tally, cost_words
 
 
 def tally(**stages: float) -> Tally:

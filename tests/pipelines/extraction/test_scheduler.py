@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 
 from olavlm.cache import ShardTask
-from olavlm.pipelines import scheduler
 from olavlm.pipelines.cli import Stopped
-from olavlm.pipelines.crew import Gone, Looked, Ready, Returned
-from olavlm.pipelines.extraction_summary import Tally
-from olavlm.pipelines.extractor import ShardResult, Stages, WorkerStatus
-from olavlm.pipelines.scheduler import Scheduler
+from olavlm.pipelines.extraction import scheduler
+from olavlm.pipelines.extraction.crew import Gone, Looked, Ready, Returned
+from olavlm.pipelines.extraction.extractor import ShardResult, Stages, WorkerStatus
+from olavlm.pipelines.extraction.scheduler import Scheduler
+from olavlm.pipelines.extraction.summary import Tally
 
 
 class Played:

@@ -6,7 +6,8 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cli import JobFailed
+from olavlm.pipelines.cli import JobFailed
+
 from .extractor import TeacherSpec
 from .scheduler import STALL_SECONDS
 
@@ -32,6 +33,8 @@ class Job:
     worker_cpus: float | None = None
     stall: float = STALL_SECONDS
     """Seconds without progress after which a worker counts as stuck."""
+    known_images: Sequence[str] = ()
+    """That the driver can read, and so must every worker."""
 
 
 def find_cluster(address: str) -> None:

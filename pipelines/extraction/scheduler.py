@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 
 from olavlm.cache import ShardTask
 from olavlm.cache.lease import LEASE_SECONDS
+from olavlm.pipelines.cli import Progress, Stopped, counted
 
 from .blocks import Block, plan_blocks
-from .cli import Progress, Stopped, counted
 from .crew import Crew, Event, Gone, Looked, Ready, Returned, Worker
-from .extraction_summary import Tally
 from .extractor import ShardResult, Stages
+from .summary import Tally
 
 FAILURES = 3  # of one shard, before it is given up
 DEATHS = 5  # of workers that had the shard; more than FAILURES, as most die of something else
