@@ -61,6 +61,6 @@ def measure(args: argparse.Namespace, benchmarks: Mapping[str, Measure], machine
     print(f"{run['seconds']:.0f} s", file=sys.stderr)
     if args.name:
         results = args.results / "results"
-        results.mkdir(exist_ok=True)
+        results.mkdir(parents=True, exist_ok=True)
         (results / f"{args.name}.json").write_text(json.dumps(run, indent=1) + "\n")
         (args.results / "README.md").write_text(rendered(args.results))

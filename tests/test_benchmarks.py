@@ -275,17 +275,11 @@ def test_the_sizes_are_those_that_a_store_has(module, tmp_path):
     assert file.stat().st_size == shape.shard_rows * a.row_bytes(shape, "float16") + 4
 
 
-_NO_PAGE = not (ROOT / "docs" / "scale.md").exists()  # it is made from a run at full size
-needs_a_full_run = pytest.mark.skipif(_NO_PAGE, reason="no run of benchmarks.extract at full size is committed yet")
-
-
-@needs_a_full_run
 def test_the_page_of_scale_is_that_of_the_results(module):
     scale = module("extract.scale")
     assert scale.DOCUMENT.read_text() == scale.render(module("extract.facts").load())
 
 
-@needs_a_full_run
 def test_a_gpu_that_was_measured_stands_beside_the_one_that_is_computed(module):
     scale, facts = module("extract.scale"), module("extract.facts")
     loaded = facts.load()
