@@ -5,6 +5,7 @@
     token_concat    base, and 8 tokens of each teacher behind it, each through an MLP of its own  ->  n + 8 T tokens
 
 The last two are the baselines of arXiv 2412.09585, table 1, that feed to the LLM what the method distils into it.
+Positions are those of what each network sees of the picture; a recipe's `targets.geometry` can make that the same.
 """
 
 from collections.abc import Sequence

@@ -129,3 +129,7 @@ def test_half_precision_features_reach_float32_weights(features):
         half = kind(base.bfloat16(), *(values.half() for values in teachers))
         assert half.dtype == torch.float32
         torch.testing.assert_close(half, exact, atol=2e-2, rtol=2e-2)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = kind(base.bfloat16(), *(values.half() for values in teachers))
+        assert autocast.dtype == torch.bfloat16
+        torch.testing.assert_close(autocast.float(), exact, atol=2e-2, rtol=2e-2)
