@@ -14,6 +14,7 @@ from olavlm.student.config import Recipe, Stage
 from olavlm.student.conversation import IGNORE_INDEX, encode, load_tokenizer
 from olavlm.student.data import prompt_turns
 from olavlm.student.errors import ModelError, RecipeError, TargetsError
+from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.memory import BatchShape, MemoryEstimate, estimate_memory
 from olavlm.student.targets import CachedTargets, check_targets, tokens_without_losses
 from olavlm.student.tokens import TaskSpec
@@ -37,12 +38,13 @@ def dry_run(recipe: Recipe, stage: Stage) -> None:
     steps = recipe.train.max_steps or math.ceil(recipe.train.epochs * math.ceil(len(dataset) / global_batch))
     count = "one process" if processes == 1 else f"{processes} processes"
     say(f"{stage} with {count}: global batch {global_batch}, {steps} steps")
-    if stage in recipe.losses.stages and recipe.tasks:
+    if recipe.distils(stage) or recipe.fuses:
         check_targets(recipe, dataset, stage)
         where = recipe.targets.store if recipe.targets.source == "cache" else "teachers in the loop"
         for name in recipe.task_order:
             task = recipe.tasks[name]
-            say(f"{name}: layers {task.layers}, weight {task.weight}, targets from {where}")
+            how = f"layers {task.layers}, weight {task.weight}, targets" if not recipe.fuses else "fused, features"
+            say(f"{name}: {how} from {where}")
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(memory_lines(recipe, stage, dataset)), flush=True)
     say(f"result: {recipe.train.output_dir}")
@@ -50,14 +52,15 @@ def dry_run(recipe: Recipe, stage: Stage) -> None:
 
 def memory_lines(recipe: Recipe, stage: Stage, dataset: Dataset) -> Iterator[str]:
     """The estimate of memory as text, or why there is none."""
-    distil = stage in recipe.losses.stages and bool(recipe.tasks)
+    distil = recipe.distils(stage)
     try:
-        specs = task_shapes(recipe, distil)
+        specs, fused = ([], fused_shapes(recipe)) if recipe.fuses else (task_shapes(recipe, distil), [])
         tokenizer = load_tokenizer(recipe.model.llm, recipe.model.chat_template)
         shape = batch_shape(recipe, dataset, tokenizer)
         common = {
             "vocabulary": 1 + max(tokenizer.get_vocab().values()),
             "distil": distil,
+            "fused": fused,
             "processes": num_processes(),
             "sharded": os.environ.get("ACCELERATE_USE_FSDP", "false") == "true",
         }
@@ -74,7 +77,7 @@ def memory_lines(recipe: Recipe, stage: Stage, dataset: Dataset) -> Iterator[str
     yield from _table(
         estimates[recipe.train.gradient_checkpointing], estimates[not recipe.train.gradient_checkpointing]
     )
-    if recipe.targets.source == "online" and distil:
+    if recipe.targets.source == "online" and (distil or recipe.fuses):
         yield "  and the teachers in the loop, which are not counted"
 
 
@@ -108,6 +111,14 @@ def task_shapes(recipe: Recipe, distil: bool) -> list[TaskSpec]:
         if distil:
             raise
         return []
+
+
+def fused_shapes(recipe: Recipe) -> list[FusedTeacher]:
+    """The teachers of a fusion baseline, by the store's cards; TargetsError or CacheError without."""
+    if recipe.targets.store is None:
+        raise TargetsError("the shapes of the teachers' features are not known without a store")
+    cards = CachedTargets(recipe).cards
+    return [FusedTeacher.of(name, cards[name]) for name in recipe.task_order]
 
 
 def batch_shape(recipe: Recipe, dataset: Dataset, tokenizer: object) -> BatchShape:

@@ -4,6 +4,8 @@ olavlm-generate runs/ift --image cat.jpg --prompt "What is on the sofa?"
 olavlm-generate runs/ift --image photos --prompt "Describe the image." --output answers.jsonl
 olavlm-generate runs/ift --image cat.jpg                 a dialogue at the terminal
 olavlm-generate runs/ift --prompt "Name three animals."  without an image
+
+A fusion baseline (`model.fusion`) needs its teachers for that; where they have moved, `--teacher depth=FOLDER` says so.
 """
 
 from __future__ import annotations
@@ -44,6 +46,13 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--image", metavar="FILE|DIR", type=Path, help="without one, questions are asked as text alone")
     p.add_argument("--prompt", metavar="TEXT", help="without one, a dialogue at the terminal")
     p.add_argument("--output", metavar="FILE", type=Path, help="of a folder's answers; standard output by default")
+    p.add_argument(
+        "--teacher",
+        metavar="NAME=MODEL",
+        action="append",
+        default=[],
+        help="of a fusion baseline: another hub id or folder of a teacher that it was trained with; repeatable",
+    )
     p.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="the longest answer (%(default)s)")
     p.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0, the default, is greedy; above it, sampled"
@@ -65,9 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     quiet_models()
     model, tokenizer = load_checkpoint(args.checkpoint)
+    model = model.to(device)
+    if args.teacher or (model.fused_teachers and args.image is not None):  # or they are loaded once there is an image
+        model.load_teachers(places_of(args.teacher))
     new_dialogue: NewDialogue = partial(
         Dialogue,
-        model.to(device),
+        model,
         tokenizer,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -91,6 +103,7 @@ def check_usage(args: argparse.Namespace) -> None:
         raise UsageError(f"--top-p is {args.top_p}: above 0 and at most 1")
     if args.top_p < 1 and not args.temperature:
         raise UsageError("--top-p is for sampling; add --temperature, such as 0.7")
+    places_of(args.teacher)
     if args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens is {args.max_new_tokens}: at least 1")
     of_folder = args.image is not None and args.image.is_dir()
@@ -98,6 +111,19 @@ def check_usage(args: argparse.Namespace) -> None:
         raise UsageError(f"--image {args.image} is a folder; add the --prompt to ask about each of its images")
     if args.output is not None and not of_folder:
         raise UsageError("--output is for the answers about a folder of images")
+
+
+def places_of(teachers: list[str]) -> dict[str, str]:
+    """Models by the names of teachers; UsageError for what is not NAME=MODEL, or a name that comes twice."""
+    places: dict[str, str] = {}
+    for text in teachers:
+        name, _, model = text.partition("=")
+        if not name or not model:
+            raise UsageError(f"--teacher {text}: give NAME=MODEL, such as depth=FOLDER")
+        if name in places:
+            raise UsageError(f"--teacher {name} is given twice: {places[name]} and {model}")
+        places[name] = model
+    return places
 
 
 def open_image(file: Path) -> Image.Image:

@@ -176,6 +176,7 @@ def show_facts(run: Run, settings: Settings) -> str:
     tasks = run.get("tasks") or {}
     distils = run.stage in (run.get("losses", "stages") or []) and tasks
     batch = (run.get("train", "batch_size"), run.get("train", "accumulation"), run.processes)
+    fusion = run.get("model", "fusion") or "none"
     targets = "teachers in the loop" if run.get("targets", "source") == "online" else run.get("targets", "store")
     pairs = [
         ("Language model", run.get("model", "llm")),
@@ -184,6 +185,7 @@ def show_facts(run: Run, settings: Settings) -> str:
         ("Data", _joined(run.get("data", "file"))),
         ("Images", _joined(run.get("data", "images"))),
         ("Targets", targets if distils else None),
+        ("Fused features", f"{', '.join(tasks)}, by {fusion}, from {targets}" if fusion != "none" else None),
         *((f"Task {name}", _task(task or {})) for name, task in (tasks.items() if distils else ())),
         ("Processes", run.processes),
         ("Global batch", f"{run.global_batch} = {f' {TIMES} '.join(map(str, batch))}" if run.global_batch else None),

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from .assembly import KeyBlocks
 from .errors import RecipeError
 from .image_transform import Geometry
+from .projector import Fusion
 from .tokens import PredictorWidth, QueryKind
 
 Stage = Literal["pt", "vpt", "ift"]
@@ -54,6 +55,10 @@ class ModelConfig:
     """N, special tokens inserted for each task; 0 for none (arXiv 2412.09585, table 5)."""
     order: list[str] = field(default_factory=lambda: ["gen", "depth", "seg"])
     """Order in which the tasks' tokens are inserted; tasks that are off are skipped."""
+    fusion: Fusion = "none"
+    """Baselines that feed the features of the tasks' teachers to the LLM, in training and in use, instead of distilling
+    them: side by side with the encoder's (feature_concat), or behind them (token_concat); without task tokens and
+    losses."""
     gen_query: QueryKind = "contextual"
     """Queries of one-token tasks: the layer's states at the task's tokens, or the raw parameter."""
     key_blocks: KeyBlocks = "sys+img+t+txt"
@@ -225,6 +230,12 @@ class Recipe:
         for name, task in self.tasks.items():
             rule(name in self.model.order, "model.order", self.model.order, f"task {name} has no place in it")
             rule(all(x >= 1 for x in task.layers), f"tasks.{name}.layers", task.layers, "layers are counted from 1")
+        if self.fuses:
+            fusion = f"model.fusion is {self.model.fusion}, which "
+            rule(bool(self.tasks), "tasks", "empty", f"{fusion}fuses the features of their teachers; name one at least")
+            tokens = self.model.num_task_tokens
+            rule(tokens == 0, "model.num_task_tokens", tokens, f"{fusion}has no task tokens; set it to 0")
+            rule(not self.losses.stages, "losses.stages", self.losses.stages, f"{fusion}distils nothing; set it to []")
 
     @property
     def files(self) -> list[str]:
@@ -238,6 +249,15 @@ class Recipe:
     def task_order(self) -> list[str]:
         """The tasks that are on, in the order of insertion."""
         return [name for name in self.model.order if name in self.tasks]
+
+    @property
+    def fuses(self) -> bool:
+        """Whether features of teachers are an input of the model, in every stage."""
+        return self.model.fusion != "none"
+
+    def distils(self, stage: Stage) -> bool:
+        """Whether the stage has embedding losses."""
+        return stage in self.losses.stages and bool(self.tasks)
 
     def base_geometry(self, stage: Stage) -> Geometry:
         """What the base encoder sees of an image in this stage."""

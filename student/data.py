@@ -39,11 +39,29 @@ class MicroBatch:
     labels: torch.Tensor  # long (b, L)
     attention_mask: torch.Tensor  # long (b, L)
     pixel_values: torch.Tensor  # float32 (b, 3, S, S), zeros without an image
-    supervised_tokens: int
+    supervised: torch.Tensor  # long (b,): tokens of each sample that the text loss counts
     complete: torch.Tensor  # bool (b,): has an image, and its tokens fit into the sequence
     ids: list[str]
-    bad_images: list[str]  # images that could not be read; their samples train nothing
+    images: list[str | None]
+    bad_images: list[str]  # images that could not be read, or lack features to be fused; their samples train nothing
     targets: Loaded = field(default_factory=dict)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that the text loss counts."""
+        return int(self.supervised.sum())
+
+    def without(self, samples: torch.Tensor) -> MicroBatch:
+        """With these samples, bool (b,), training nothing. Those that did count as bad images from now on."""
+        trained = samples & (self.labels != IGNORE_INDEX).any(dim=1)
+        named = [f"{self.images[row]}: no features" for row in trained.nonzero().flatten().tolist()]
+        return replace(
+            self,
+            labels=self.labels.masked_fill(samples[:, None], IGNORE_INDEX),
+            supervised=self.supervised.masked_fill(samples, 0),
+            complete=self.complete & ~samples,
+            bad_images=[*self.bad_images, *named],
+        )
 
     def pin_memory(self) -> MicroBatch:
         """With its tensors in pinned memory, which the loader asks for by this name. Targets are the source's own."""
@@ -125,11 +143,13 @@ class Collator:
             labels=labels,
             attention_mask=mask,
             pixel_values=pixels,
-            supervised_tokens=sum(
-                count_supervised(
-                    t["input_ids"], t["labels"], self.image_token_id, self.num_inserted_tokens, self.max_length
-                )
-                for t in texts
+            supervised=torch.tensor(
+                [
+                    count_supervised(
+                        t["input_ids"], t["labels"], self.image_token_id, self.num_inserted_tokens, self.max_length
+                    )
+                    for t in texts
+                ]
             ),
             complete=torch.tensor(
                 [
@@ -138,6 +158,7 @@ class Collator:
                 ]
             ),
             ids=[s.id for s in samples],
+            images=images,
             bad_images=list(bad.values()),
             targets=self.source.load(images) if self.source is not None else {},
         )

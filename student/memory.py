@@ -31,6 +31,7 @@ from .assembly import assemble, locate
 from .config import Recipe, Stage
 from .encoders import VisionEncoder, load_encoder_config, load_image_transform
 from .errors import ModelError
+from .fused_teachers import FusedTeacher
 from .image_transform import ImageTransform
 from .loading import load_errors
 from .lora import add_lora
@@ -68,7 +69,7 @@ class MemoryEstimate:
     logits: int
     """Part of the activations: vocabulary logits, their float32 copy and their gradient."""
     targets: int
-    """Part of the activations: teacher features of the global batch."""
+    """Part of the activations: teacher features of the global batch; for fusion, those of the device's share of it."""
 
     @property
     def total(self) -> int:
@@ -83,6 +84,7 @@ def estimate_memory(
     *,
     vocabulary: int,
     distil: bool,
+    fused: Sequence[FusedTeacher] = (),
     processes: int = 1,
     sharded: bool = False,
     gradient_checkpointing: bool | None = None,
@@ -93,6 +95,7 @@ def estimate_memory(
         specs: the tasks, with their shapes; without layers where there are no losses.
         vocabulary: ids of the tokenizer; the LLM has at least as many rows.
         distil: whether the stage has embedding losses.
+        fused: teachers of a fusion baseline.
         processes: devices that share the work.
         sharded: whether they share weights, gradients and optimizer state too (FSDP, ZeRO-3).
         gradient_checkpointing: instead of the recipe's.
@@ -101,7 +104,7 @@ def estimate_memory(
         ModelError: a config that cannot be read.
         RecipeError: settings that make no model.
     """
-    config, transform = _config(recipe, specs, distil)
+    config, transform = _config(recipe, specs, fused, distil)
     checkpointing = recipe.train.gradient_checkpointing if gradient_checkpointing is None else gradient_checkpointing
     model = empty_model(recipe, stage, config, vocabulary=vocabulary, distil=distil)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -124,7 +127,9 @@ def estimate_memory(
         optimizer=2 * gradients // share,  # AdamW's two moments, in the parameters' dtype
         activations=activations,
         logits=rows * max(vocabulary, config.text_config.get_text_config().vocab_size) * 2 * (logit_bytes + 4),
-        targets=_target_bytes(specs, batch) if distil else 0,
+        targets=_feature_bytes(specs, batch.global_batch)
+        if distil
+        else _feature_bytes(fused, _own_rows(recipe, batch)),
     )
 
 
@@ -161,7 +166,9 @@ def _make_fake(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _config(recipe: Recipe, specs: Sequence[TaskSpec], distil: bool) -> tuple[OlaVLMConfig, ImageTransform]:
+def _config(
+    recipe: Recipe, specs: Sequence[TaskSpec], fused: Sequence[FusedTeacher], distil: bool
+) -> tuple[OlaVLMConfig, ImageTransform]:
     m = recipe.model
     with load_errors(m.llm):
         text_config = AutoConfig.from_pretrained(m.llm)
@@ -176,6 +183,8 @@ def _config(recipe: Recipe, specs: Sequence[TaskSpec], distil: bool) -> tuple[Ol
         gen_query=m.gen_query,
         key_blocks=m.key_blocks,
         include_answer=m.include_answer,
+        fusion=m.fusion,
+        fused_teachers=list(fused),
         select_layer=m.select_layer,
         image_size=transform.size,
     )
@@ -192,10 +201,12 @@ def _step_peak(model: OlaVLM, recipe: Recipe, shape: BatchShape, transform: Imag
         ids = torch.zeros(b, length, dtype=torch.long)
         pixels = torch.zeros(b, 3, transform.size, transform.size)
         targets = {t.name: torch.empty(shape.global_batch, t.tokens, t.dim, dtype=torch.float16) for t in model.tasks}
+        rows = _own_rows(recipe, shape)
+        features = [torch.empty(rows, t.tokens, t.dim, dtype=torch.float16) for t in model.fused_teachers]
         autocast = torch.autocast("cpu", torch.bfloat16) if recipe.train.mixed_precision == "bf16" else nullcontext()
         with autocast:
             text = model.llm.get_input_embeddings()(ids)
-            images = model.projector(model._projector_input(model.vision(pixels)))
+            images = model.projector(model.vision(pixels), *(values[:b] for values in features))
             batch = assemble(text, ids, _layouts(model, shape, recipe), images.to(text), model.task_tokens().to(text))
             layers = {layer for task in model.tasks for layer in task.layers} if distil else set()
             last, states, _ = model._run_llm(batch, layers, with_logits=False)
@@ -227,7 +238,7 @@ def _layouts(model: OlaVLM, shape: BatchShape, recipe: Recipe) -> list[Any]:
             ids,
             torch.ones_like(ids),
             0,
-            model.vision.num_tokens,
+            model.num_image_tokens,
             len(model.tasks),
             model.config.num_task_tokens,
             recipe.model.max_length,
@@ -264,8 +275,14 @@ def _compute_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.train.mixed_precision == "bf16" else DTYPES[recipe.model.dtype]
 
 
-def _target_bytes(specs: Sequence[TaskSpec], batch: BatchShape) -> int:
-    return batch.global_batch * sum(spec.tokens * spec.dim * 2 for spec in specs)
+def _own_rows(recipe: Recipe, batch: BatchShape) -> int:
+    """Samples of an optimizer step on one device: all their features are there at once."""
+    return batch.samples * recipe.train.accumulation
+
+
+def _feature_bytes(teachers: Sequence[TaskSpec | FusedTeacher], rows: int) -> int:
+    """In float16, as stores keep them by default."""
+    return rows * sum(teacher.tokens * teacher.dim * 2 for teacher in teachers)
 
 
 def _bytes(parameters: Any) -> int:

@@ -45,11 +45,13 @@ from olavlm.student.conversation import (
 from olavlm.student.decoder import capture_states, decoder_blocks, grow_vocabulary, head_is_plain, state_width
 from olavlm.student.encoders import VisionEncoder, load_image_transform
 from olavlm.student.errors import ModelError, RecipeError, SampleError
+from olavlm.student.fused_teachers import encode_fused, in_order, load_fused
 from olavlm.student.image_transform import Geometry
 from olavlm.student.loading import load_complete, load_errors, refuse_missing
 from olavlm.student.losses import text_loss_sum
 from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.predictor import EmbeddingPredictor
+from olavlm.student.projector import as_input_of, make_projector, num_image_tokens
 from olavlm.student.templates import check_template
 from olavlm.student.tokens import TaskSpec, TaskTokens
 
@@ -107,7 +109,9 @@ class OlaVLM(PreTrainedModel):
         self.llm = llm or AutoModelForCausalLM.from_config(config.text_config)
         self.tasks = config.task_specs
         width = state_width(self.llm)
-        self.projector = nn.Sequential(nn.Linear(self.vision.width, width), nn.GELU(), nn.Linear(width, width))
+        self.fused_teachers = config.teachers
+        self.projector = make_projector(config.fusion, self.vision.grid, self.vision.width, self.fused_teachers, width)
+        self._teachers: dict[str, Any] = {}  # no part of the module: they are frozen, and never saved
         self.task_tokens = TaskTokens(self.tasks, config.num_task_tokens, width)
         self.predictors = nn.ModuleDict()
         self.logit_scales = nn.ParameterDict()
@@ -268,10 +272,27 @@ class OlaVLM(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.llm.get_output_embeddings()
 
+    def load_teachers(self, models: Mapping[str, str | Path] | None = None) -> None:
+        """Loads the teachers that a fusion baseline reads, on the model's device; nothing without fusion.
+
+        Args:
+            models: for some of `fused_teachers`, by name, a hub id or a folder instead of the recorded one.
+
+        Raises:
+            ModelError: a name that is none of them, a teacher that cannot be loaded, or one with other features than
+                those of the training.
+        """
+        self._teachers = load_fused(self.fused_teachers, models or {}, self.device)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens that stand for an image, those of fused teachers included."""
+        return num_image_tokens(self.config.fusion, self.vision.num_tokens, len(self.fused_teachers))
+
     @property
     def num_inserted_tokens(self) -> int:
         """Tokens that an image adds to its text: image and task tokens, less the `<image>` they replace."""
-        return self.vision.num_tokens + len(self.tasks) * self.config.num_task_tokens - 1
+        return self.num_image_tokens + len(self.tasks) * self.config.num_task_tokens - 1
 
     def forward(
         self,
@@ -279,6 +300,7 @@ class OlaVLM(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        teacher_features: Mapping[str, torch.Tensor] | None = None,
     ) -> OlaVLMOutput:
         """One pass over a batch of right-padded text with at most one image a sample.
 
@@ -288,11 +310,15 @@ class OlaVLM(PreTrainedModel):
             labels: long (B, L), -100 where nothing is learnt; None gives logits instead of the text loss.
             pixel_values: float (B, 3, S, S), one row a sample; rows of samples without `<image>` are not read. None
                 when no sample has one.
+            teacher_features: of each of `fused_teachers`, by name: float (B, n, D), one row a sample; rows of samples
+                without `<image>` are not read. Needed where `pixel_values` are.
 
         Raises:
-            SampleError: more than one `<image>` in a sample, or one without `pixel_values`.
+            SampleError: more than one `<image>` in a sample, or one without `pixel_values` or `teacher_features`.
         """
-        batch = self._assemble(input_ids, attention_mask, labels, pixel_values, self.config.max_sequence_length)
+        batch = self._assemble(
+            input_ids, attention_mask, labels, pixel_values, self.config.max_sequence_length, teacher_features
+        )
         layers = {layer for task in self.tasks for layer in task.layers} if len(self.predictors) else set()
         last, states, logits = self._run_llm(batch, layers, with_logits=labels is None)
         return OlaVLMOutput(
@@ -310,13 +336,16 @@ class OlaVLM(PreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        teacher_features: Mapping[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """New token ids (B, new tokens), by the LLM's own `generate`, which takes the further arguments.
 
         Inputs are those of `forward`: text padded on the right.
         """
-        batch = self._assemble(input_ids, attention_mask, None, pixel_values, None, padding_side="left")
+        batch = self._assemble(
+            input_ids, attention_mask, None, pixel_values, None, teacher_features, padding_side="left"
+        )
         return self.llm.generate(inputs_embeds=batch.embeds, attention_mask=batch.attention_mask, **kwargs)
 
     def answer(
@@ -344,12 +373,18 @@ class OlaVLM(PreTrainedModel):
     ) -> str:
         """The next answer of a dialogue of LLaVA turns that ends with a human one; `answer` for the rest.
 
+        A fusion baseline runs its teachers on the image, and loads them first unless `load_teachers` has.
+
         Raises:
-            SampleError: turns that make no prompt, or `<image>` in them without an image.
+            SampleError: turns that make no prompt, `<image>` in them without an image, or features that are not finite.
+            ModelError: teachers that cannot be loaded.
         """
         ids = encode_prompt(tokenizer, turns, self.config.template)
-        pixels = None
+        pixels, features = None, None
         if image is not None:
+            if self.fused_teachers and not self._teachers:
+                self.load_teachers()
+            features = encode_fused(self._teachers, image, self.device)
             pixels = torch.from_numpy(self.config.image_transform(image))[None].to(self.device)
         was_training = self.training
         self.eval()
@@ -357,6 +392,7 @@ class OlaVLM(PreTrainedModel):
             new_ids = self.generate(
                 torch.tensor([ids], device=self.device),
                 pixel_values=pixels,
+                teacher_features=features,
                 **{
                     "max_new_tokens": max_new_tokens,
                     "do_sample": False,
@@ -383,6 +419,7 @@ class OlaVLM(PreTrainedModel):
         labels: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         max_length: int | None,
+        teacher_features: Mapping[str, torch.Tensor] | None = None,
         padding_side: str = "right",
     ) -> AssembledBatch:
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -390,7 +427,7 @@ class OlaVLM(PreTrainedModel):
             input_ids,
             attention_mask,
             self.config.image_token_id,
-            self.vision.num_tokens,
+            self.num_image_tokens,
             len(self.tasks),
             self.config.num_task_tokens,
             max_length,
@@ -400,14 +437,13 @@ class OlaVLM(PreTrainedModel):
         if rows:
             if pixel_values is None:
                 raise SampleError(f"row {rows[0]} has {IMAGE_TOKEN}, but no pixel_values are given")
-            pixels = pixel_values if len(rows) == len(layouts) else pixel_values[rows]
-            images = self.projector(self._projector_input(self.vision(pixels)))
+            chosen = slice(None) if len(rows) == len(layouts) else rows
+            features = in_order(self.fused_teachers, teacher_features or {}, rows[0])
+            images = self.projector(self.vision(pixel_values[chosen]), *(values[chosen] for values in features))
         else:
-            images = self.projector(self._projector_input(text.new_zeros(1, 1, self.vision.width)))[:0]
+            nothing = [(self.vision.num_tokens, self.vision.width), *((t.tokens, t.dim) for t in self.fused_teachers)]
+            images = self.projector(*(text.new_zeros(1, *shape) for shape in nothing))[:0]
         return assemble(text, labels, layouts, images.to(text), self.task_tokens().to(text), padding_side=padding_side)
-
-    def _projector_input(self, features: torch.Tensor) -> torch.Tensor:
-        return _as_input_of(self.projector[0].weight, features)
 
     def _run_llm(
         self, batch: AssembledBatch, layers: set[int], with_logits: bool
@@ -445,7 +481,7 @@ class OlaVLM(PreTrainedModel):
             mask = key_mask(batch, index, self.config.key_blocks, self.config.include_answer)
             for layer in task.layers:
                 predictor = self.predictors[_predictor_key(task.name, layer)]
-                keys = _as_input_of(predictor.in_proj.weight, states[layer])
+                keys = as_input_of(predictor.in_proj.weight, states[layer])
                 queries = self._queries(index, keys, batch)
                 predictions[f"{task.name}/{layer}"] = predictor(keys, queries, mask)
         return predictions
@@ -467,11 +503,6 @@ class OlaVLM(PreTrainedModel):
 
 def _predictor_key(task: str, layer: int) -> str:
     return f"{task}_{layer}"
-
-
-def _as_input_of(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """States in the dtype of the layer that reads them; under autocast that is the layer's own affair."""
-    return states if torch.is_autocast_enabled(states.device.type) else states.to(weight.dtype)
 
 
 AutoModel.register(OlaVLMConfig, OlaVLM, exist_ok=True)

@@ -7,7 +7,9 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedCo
 import olavlm.student.tower_configs  # noqa: F401  a saved config may name one of them
 from olavlm.student.assembly import KeyBlocks, check_key_blocks
 from olavlm.student.errors import RecipeError
+from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.image_transform import Geometry, ImageTransform
+from olavlm.student.projector import Fusion, check_fusion
 from olavlm.student.templates import check_template
 from olavlm.student.tokens import QueryKind, TaskSpec
 
@@ -23,6 +25,8 @@ class OlaVLMConfig(PreTrainedConfig):
         gen_query: queries of tasks with one teacher token: `contextual`, the layer's states at the task's tokens, or
             `raw`, the parameter itself.
         key_blocks, include_answer: what predictors attend to (`olavlm.student.assembly.key_mask`).
+        fusion, fused_teachers: how features of teachers are fused with the encoder's (`olavlm.student.projector`), and
+            `FusedTeacher` fields of each, in their order; none in the method itself, which runs no teacher.
         image_token_id: id of `<image>`.
         select_layer: hidden state of the vision tower.
         template: prompt template the model is trained with.
@@ -42,6 +46,8 @@ class OlaVLMConfig(PreTrainedConfig):
     gen_query: QueryKind = "contextual"
     key_blocks: KeyBlocks = "sys+img+t+txt"
     include_answer: bool = True
+    fusion: Fusion = "none"
+    fused_teachers: list | None = None
     image_token_id: int = 0
     select_layer: int = -2
     template: str = "llama_3"
@@ -60,6 +66,8 @@ class OlaVLMConfig(PreTrainedConfig):
         if self.gen_query not in ("contextual", "raw"):
             raise RecipeError(f"gen_query={self.gen_query!r} must be one of contextual, raw")
         check_key_blocks(self.key_blocks)
+        self.fused_teachers = [t.to_dict() if isinstance(t, FusedTeacher) else t for t in self.fused_teachers or []]
+        check_fusion(self.fusion, self.teachers)
         check_template(self.template)
         # The base class would set the parts' attention to this config's own, which is none.
         parts = {name: getattr(self, name)._attn_implementation for name in self.sub_configs}
@@ -69,6 +77,11 @@ class OlaVLMConfig(PreTrainedConfig):
     def task_specs(self) -> tuple[TaskSpec, ...]:
         """The tasks, in the order of insertion."""
         return tuple(TaskSpec.from_dict(task) for task in self.tasks)
+
+    @property
+    def teachers(self) -> tuple[FusedTeacher, ...]:
+        """Those whose features are fused with the encoder's, in their order."""
+        return tuple(FusedTeacher.from_dict(teacher) for teacher in self.fused_teachers)
 
     @property
     def image_transform(self) -> ImageTransform:

@@ -44,7 +44,8 @@ class OptimizerStep:
         """
         accelerator = self.accelerator
         torch.manual_seed(self.recipe.train.seed + step)  # the same noise, if a model has any, after a resume
-        prepared = [self._to_device(m) for m in micro_batches]
+        pairs = [self._to_device(m) for m in micro_batches]
+        micro_batches, prepared = [micro for micro, _ in pairs], [batch for _, batch in pairs]
         totals = self._totals(micro_batches, prepared)
         sums: dict[str, torch.Tensor] = {}
         scales: dict[str, torch.Tensor] = {}
@@ -78,20 +79,31 @@ class OptimizerStep:
             "bad_images": self._bad_images,
         }
 
-    def _to_device(self, micro: MicroBatch) -> Batch:
+    def _to_device(self, micro: MicroBatch) -> tuple[MicroBatch, Batch]:
+        """The micro-batch on the device; and itself, less the samples that turned out to lack features to be fused."""
         device = self.accelerator.device
+        features, valid = {}, {}
+        if self.source is not None:
+            features, valid = self.source.finish(micro.targets, device)
+        if self.recipe.fuses:
+            has_all = torch.stack(list(valid.values())).all(dim=0).cpu()
+            # To answer from an image that the teachers did not see would teach to do without them.
+            micro = micro.without(torch.tensor([image is not None for image in micro.images]) & ~has_all)
         batch = Batch(
             **{
                 name: getattr(micro, name).to(device, non_blocking=True)
                 for name in ("input_ids", "labels", "attention_mask", "pixel_values")
             }
         )
-        if self.source is not None:
-            targets, valid = self.source.finish(micro.targets, device)
+        if self.recipe.fuses:
+            batch["teacher_features"] = {
+                name: values.masked_fill(~valid[name][:, None, None], 0) for name, values in features.items()
+            }
+        elif self.source is not None:
             complete = micro.complete.to(device)
-            batch["targets"] = targets
+            batch["targets"] = features
             batch["valid"] = {name: rows & complete for name, rows in valid.items()}
-        return batch
+        return micro, batch
 
     def _totals(self, micro_batches: list[MicroBatch], prepared: list[Batch]) -> BatchTotals:
         """Counts and targets of the whole batch, over micro-batches and processes."""

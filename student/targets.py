@@ -30,6 +30,8 @@ class TargetSource(Protocol):
 
     specs: list[TaskSpec]
     """The tasks, in the order of insertion, with the shapes that the teachers have."""
+    cards: dict[str, dict[str, Any]]
+    """For each task what identifies the features."""
 
     def load(self, images: Sequence[str | None]) -> Loaded:
         """The host half, for the images of a micro-batch; None is a sample without an image."""
@@ -50,6 +52,7 @@ class CachedTargets:
             task_spec(name, recipe.tasks[name], group.layout.tokens, group.layout.dim)
             for name, group in self.groups.items()
         ]
+        self.cards = {name: group.card for name, group in self.groups.items()}
 
     def load(self, images: Sequence[str | None]) -> Loaded:
         present = [i for i, image in enumerate(images) if image is not None]
@@ -98,6 +101,7 @@ class OnlineTargets:
             task_spec(name, recipe.tasks[name], teacher.card.tokens, teacher.card.dim)
             for name, teacher in self.teachers.items()
         ]
+        self.cards = {name: teacher.card.to_dict() for name, teacher in self.teachers.items()}
         self._blanks = {name: teacher.prepare(Image.new("RGB", (1, 1))) for name, teacher in self.teachers.items()}
 
     def load(self, images: Sequence[str | None]) -> Loaded:
@@ -191,6 +195,8 @@ def check_targets(recipe: Recipe, dataset: Dataset, stage: Stage) -> None:
     for name, key in keys.items():
         _check_card(recipe, name, store[key].card)
     if not len(dataset.images()):
+        if recipe.fuses:
+            return
         raise TargetsError(f"{', '.join(recipe.files)}: no sample has an image, so there is nothing to distil")
     rows = store.rows.rows_of(dataset.images())
     if (outside := int((rows < 0).sum())) > 0:

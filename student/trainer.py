@@ -41,6 +41,7 @@ from .conversation import load_tokenizer
 from .data import Collator, batches, check_images, check_samples, choose_samples
 from .encoder_name import EncoderName
 from .errors import RecipeError, TrainingError
+from .fused_teachers import FusedTeacher
 from .lora import add_lora, lora_parameters, merge_lora, save_lora
 from .metrics import JsonLines, TensorBoard, Tracker
 from .model import OlaVLM
@@ -68,20 +69,27 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         TrainingError: a loss that is not finite, an embedding loss of exactly zero, or a stop by SIGINT or SIGTERM
             (after a checkpoint).
     """
-    distil = stage in recipe.losses.stages and bool(recipe.tasks)
+    distil = recipe.distils(stage)
+    reads_features = distil or recipe.fuses
     dataset, roots = open_data(recipe)
     check_samples(dataset, recipe.model.template)
     check_images(dataset, roots)
-    if distil:
+    if reads_features:
         check_targets(recipe, dataset, stage)
 
     # Without `cpu`, accelerate would take several processes on a machine without an accelerator for one each.
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, cpu=not torch.accelerator.is_available())
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "processes do not see each other"
-    source = open_targets(recipe, accelerator.device) if distil else None
+    source = open_targets(recipe, accelerator.device) if reads_features else None
     set_seed(recipe.train.seed)
-    specs = source.specs if source else tokens_without_losses(recipe) if stage == "pt" and recipe.tasks else []
-    model, tokenizer = start_model(recipe, stage, specs, distil)
+    specs, fused = [], []
+    if recipe.fuses:
+        fused = [FusedTeacher.of(name, source.cards[name]) for name in recipe.task_order]
+    elif distil:
+        specs = source.specs
+    elif stage == "pt" and recipe.tasks:
+        specs = tokens_without_losses(recipe)
+    model, tokenizer = start_model(recipe, stage, specs, fused, distil)
     if recipe.model.max_length <= model.num_inserted_tokens + 1:
         raise RecipeError(
             f"model.max_length is {recipe.model.max_length}: an image alone takes "
@@ -200,11 +208,14 @@ def open_data(recipe: Recipe) -> tuple[Dataset, ImageRoots]:
 
 
 def start_model(
-    recipe: Recipe, stage: Stage, specs: list[TaskSpec], distil: bool
+    recipe: Recipe, stage: Stage, specs: list[TaskSpec], fused: list[FusedTeacher], distil: bool
 ) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
-    """The model that the stage starts from: base checkpoints in pt, `init.from` after it."""
+    """The model that the stage starts from: base checkpoints in pt, `init.from` after it.
+
+    `specs` are the tasks with tokens or losses, `fused` the teachers of a fusion baseline.
+    """
     m = recipe.model
-    settings = build_settings(recipe, stage)
+    settings = build_settings(recipe, stage) | {"fused_teachers": [teacher.to_dict() for teacher in fused]}
     if recipe.init.from_ is None:
         if stage != "pt":
             raise RecipeError(f"init.from is not set; {stage} starts from the run folder of an earlier stage")
@@ -212,25 +223,30 @@ def start_model(
         return OlaVLM.build(m.llm, m.encoder, tokenizer, specs, **settings), tokenizer
     if is_adapter(recipe.init.from_):
         adapter = read_adapter(Path(recipe.init.from_))
-        check_start(recipe, {**adapter.config, "llm": adapter.llm, "encoder": adapter.encoder}, adapter.tasks)
+        check_start(recipe, {**adapter.config, "llm": adapter.llm, "encoder": adapter.encoder}, adapter.tasks, fused)
         if distil:
             adapter.tasks = specs
         return adapter.build(with_predictors=distil, llm=m.llm, encoder=m.encoder, **settings)
     if distil:
         raise RecipeError(f"losses.stages has {stage}, and {recipe.init.from_} holds no predictors to go on with")
     model = OlaVLM.from_pretrained(recipe.init.from_, dtype=DTYPES[m.dtype], attn_implementation=m.attention)
-    check_start(recipe, {name: getattr(model.config, name) for name in _INHERITED}, list(model.tasks))
+    names = (*_INHERITED, "fused_teachers")
+    check_start(recipe, {name: getattr(model.config, name) for name in names}, list(model.tasks), fused)
+    model.config.fused_teachers = settings["fused_teachers"]  # the same, as this stage's store knows them
     model.config.geometry, model.config.max_sequence_length = settings["geometry"], m.max_length
     return model, model.tokenizer or load_tokenizer(recipe.init.from_)  # which says why there is none
 
 
-_INHERITED = ("template", "num_task_tokens", "select_layer")  # what a later stage cannot change
+_INHERITED = ("template", "num_task_tokens", "select_layer", "fusion")  # what a later stage cannot change
 
 
-def check_start(recipe: Recipe, start: dict[str, Any], tasks: list[TaskSpec]) -> None:
+def check_start(recipe: Recipe, start: dict[str, Any], tasks: list[TaskSpec], fused: list[FusedTeacher]) -> None:
     """RecipeError if the recipe says otherwise than `init.from` what the model is: it would be trained as another."""
     said = {f"model.{name}": (getattr(recipe.model, name), start[name]) for name in _INHERITED}
-    said["tasks, in model.order"] = recipe.task_order, [task.name for task in tasks]
+    before = [FusedTeacher.from_dict(teacher) for teacher in start["fused_teachers"]]
+    said["tasks, in model.order"] = recipe.task_order, [x.name for x in (*tasks, *before)]
+    for teacher, there in zip(fused, before, strict=False):
+        said[f"the fingerprint of {teacher.name}'s features"] = teacher.fingerprint, there.fingerprint
     for name in ("llm", "encoder"):
         there = start.get(name)
         if there is not None and (Path(there).is_dir() or not Path(there).is_absolute()):  # it has not been moved
@@ -269,6 +285,7 @@ def build_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
         "template": m.template,
         "max_sequence_length": m.max_length,
         "num_task_tokens": m.num_task_tokens,
+        "fusion": m.fusion,
         "gen_query": m.gen_query,
         "key_blocks": m.key_blocks,
         "include_answer": m.include_answer,
@@ -309,6 +326,7 @@ def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenize
         model.save_pretrained(run, tokenizer=tokenizer, with_predictors=False)
         return
     config = {k: v for k, v in build_settings(recipe, stage).items() if k not in ("dtype", "attn_implementation")}
+    config["fused_teachers"] = model.config.fused_teachers
     m = recipe.model
     save_adapter(
         run,

@@ -11,8 +11,11 @@ from PIL import Image
 from olavlm.pipelines import generate
 from olavlm.student.conversation import encode_prompt, load_tokenizer
 from olavlm.student.dialogue import Dialogue
+from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.model import OlaVLM
 from olavlm.student.tokens import TaskSpec
+from olavlm.teachers import load_teacher
+from olavlm.teachers.tiny import make_tiny
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +168,66 @@ def test_wrong_usage_is_status_2_and_one_line(words, message, capsys):
 def test_an_empty_folder_is_a_failed_job(checkpoint, tmp_path, capsys):
     assert generate.main([str(checkpoint), "--image", str(tmp_path), "--prompt", "x", "--device", "cpu"]) == 1
     assert "no image in this folder" in capsys.readouterr().err
+
+
+class TestTeachersOfAFusionBaseline:
+    @pytest.fixture(scope="class")
+    def fused(self, tiny, tmp_path_factory):
+        """A token_concat model of random weights that reads gen and depth, and the teachers in other folders."""
+        folder, moved = tmp_path_factory.mktemp("fused"), tmp_path_factory.mktemp("moved")
+        torch.manual_seed(0)
+        cards = {name: load_teacher(name, model=tiny[name], device="cpu").card.to_dict() for name in ("gen", "depth")}
+        gone = {name: {**card, "model": str(moved / "gone")} for name, card in cards.items()}
+        model = OlaVLM.build(
+            tiny["llm"],
+            tiny["encoder"],
+            load_tokenizer(tiny["llm"]),
+            num_task_tokens=0,
+            fusion="token_concat",
+            fused_teachers=[FusedTeacher(name, card) for name, card in gone.items()],
+        )
+        model.save_pretrained(folder)
+        return folder, {name: shutil.copytree(tiny[name], moved / name) for name in gone}
+
+    def words(self, fused, **places):
+        folder, moved = fused
+        named = [word for name, place in {**moved, **places}.items() for word in ("--teacher", f"{name}={place}")]
+        return [str(folder), "--prompt", "What is this?", "--max-new-tokens", "4", *named]
+
+    def test_they_are_found_where_they_are_said_to_be(self, fused, sample_images, capsys):
+        image = ["--image", sample_images / "cat.jpg"]
+        answer = run(capsys, *self.words(fused), *image)
+        model = OlaVLM.from_pretrained(fused[0]).eval()
+        model.load_teachers(fused[1])
+        picture = generate.open_image(sample_images / "cat.jpg")
+        assert answer.strip() == model.answer(model.tokenizer, picture, "What is this?", max_new_tokens=4)
+
+    def test_without_an_image_none_is_loaded(self, fused, sample_images, capsys):
+        assert run(capsys, fused[0], "--prompt", "Hello", "--max-new-tokens", "2")
+        command = [str(fused[0]), "--prompt", "x", "--image", str(sample_images / "cat.jpg"), "--device", "cpu"]
+        assert generate.main(command) == 1
+        err = capsys.readouterr().err
+        assert "teacher gen, which this model reads: " in err
+        assert "--teacher gen=MODEL" in err
+        assert err.count("\n") == 1
+
+    def test_another_one_is_refused(self, fused, tiny, sample_images, tmp_path, capsys):
+        other = make_tiny(tmp_path / "other", seed=1)
+        command = [*self.words(fused, depth=other["depth"]), "--image", str(sample_images / "cat.jpg")]
+        assert generate.main([*command, "--device", "cpu"]) == 1
+        assert "has the fingerprint" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--teacher", "depth"], "--teacher depth: give NAME=MODEL"),
+            (["--teacher", "depth=a", "--teacher", "depth=b"], "--teacher depth is given twice: a and b"),
+        ],
+    )
+    def test_wrong_words(self, words, message, capsys):
+        assert generate.main(["runs/none", "--prompt", "x", *words]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_a_model_without_fusion_takes_none(self, checkpoint, capsys):
+        assert generate.main([str(checkpoint), "--prompt", "x", "--teacher", "depth=a", "--device", "cpu"]) == 1
+        assert "teacher 'depth': this model reads no teacher" in capsys.readouterr().err

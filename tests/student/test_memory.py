@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from olavlm.pipelines import train
+from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.memory import BatchShape, LiveBytes, estimate_memory
 from olavlm.student.model import OlaVLM
 from olavlm.student.stages import apply_stage
@@ -98,6 +99,39 @@ def test_activations_are_those_of_a_real_step(recipe, tiny, tokenizer, stage):
     assert found.activations == pytest.approx(live.peak, rel=0.1)
     assert found.targets == (m * 2 * (48 + 64 * 32 + 64 * 64) if stage == "pt" else 0)
     assert found.logits == b * SHAPE.supervised_tokens * len(tokenizer) * (4 + 4) * 2
+
+
+@pytest.mark.parametrize("fusion", ["feature_concat", "token_concat"])
+def test_a_fusion_baseline(recipe, tiny, tokenizer, fusion):
+    """Weights and activations of the real model, whose features of teachers are on the device for all micro-batches."""
+    shapes = {"gen": (1, 48, [1, 1]), "depth": (64, 32, [8, 8])}
+    fused = [
+        FusedTeacher(name, {"tokens": n, "dim": d, "grid": grid, "fingerprint": name})
+        for name, (n, d, grid) in shapes.items()
+    ]
+    made = recipe("ift", **{"model.fusion": fusion, "model.num_task_tokens": 0, "losses.stages": "[]"})
+    found = estimate_memory(made, "ift", [], SHAPE, vocabulary=len(tokenizer), distil=False, fused=fused)
+    model = OlaVLM.build(
+        tiny["llm"], tiny["encoder"], tokenizer, num_task_tokens=0, fusion=fusion, fused_teachers=fused
+    )
+    apply_stage(model, "ift")
+    assert found.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = [*model.projector.parameters(), *model.llm.parameters()]
+    assert found.gradients == sum(p.numel() * p.element_size() for p in trained)
+    b = SHAPE.samples
+    assert found.targets == b * 2 * (48 + 64 * 32)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveBytes() as live:
+        ids = torch.full((b, SHAPE.text_tokens), 7)
+        ids[:, 5] = model.config.image_token_id
+        labels = torch.full_like(ids, -100)
+        labels[:, -SHAPE.supervised_tokens :] = 7
+        features = {t.name: torch.randn(b, t.tokens, t.dim).half() for t in fused}
+        pixels = torch.zeros(b, 3, 56, 56)
+        output = model(ids, labels=labels, pixel_values=pixels, teacher_features=features)
+        output.text_loss_sum.backward()
+    assert found.activations == pytest.approx(live.peak, rel=0.1)
 
 
 def test_live_bytes_by_hand():

@@ -15,7 +15,7 @@ from olavlm.student.recipes import load_chain, load_recipe, shipped_recipes, tab
 from olavlm.student.trainer import train
 
 SIZES = {
-    "table1": 8, "table2": 4, "table3": 6, "table4": 3, "table5": 6, "table6": 2, "table7": 2,
+    "table1": 16, "table2": 4, "table3": 6, "table4": 3, "table5": 6, "table6": 2, "table7": 2,
     "tableI": 3, "tableII": 7, "tableIII": 6, "tableIV": 5, "tableV": 2, "figure3": 2, "figure5": 3,
 }  # fmt: skip
 
@@ -134,6 +134,7 @@ def test_a_row_trains_two_steps_at_tiny_size(name, train_row):
         ("tableV/without", {"losses.contrastive": False, "losses.contrastive_weight": 0.3}),
         ("table1/convnext-phi3", {"model.template": "phi_3"}),
         ("table1/vit-llama3-llava", {"task_order": [], "losses.stages": []}),
+        ("table1/vit-llama3-token-concat", {"model.fusion": "token_concat", "task_order": ["gen", "depth", "seg"]}),
     ],
 )
 def test_a_row_is_its_base_with_one_thing_changed(name, values):

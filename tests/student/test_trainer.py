@@ -248,10 +248,11 @@ def test_a_micro_batch_is_pinned_as_the_loader_asks_for_it(monkeypatch):
         "labels": torch.ones(2, 3, dtype=torch.long),
         "attention_mask": torch.ones(2, 3, dtype=torch.long),
         "pixel_values": torch.rand(2, 3, 4, 4),
+        "supervised": torch.tensor([4, 2]),
         "complete": torch.tensor([True, False]),
     }
     targets = {"depth": (np.ones((2, 5), np.float16), np.array([True, False]))}
-    batch = MicroBatch(**tensors, supervised_tokens=6, ids=["a", "b"], bad_images=[], targets=targets)
+    batch = MicroBatch(**tensors, ids=["a", "b"], images=["a.jpg", None], bad_images=[], targets=targets)
     pinned = {}
 
     def pin(tensor, device=None):
