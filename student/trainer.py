@@ -30,7 +30,8 @@ from olavlm.cache import Dataset, ImageRoots
 from .checkpoint import (
     is_adapter,
     latest_step,
-    load_step,
+    load_optimizer_state,
+    load_trained,
     read_adapter,
     save_adapter,
     save_step,
@@ -44,6 +45,7 @@ from .errors import RecipeError, TrainingError
 from .lora import add_lora, lora_parameters, merge_lora, save_lora
 from .metrics import JsonLines, TensorBoard, Tracker
 from .model import OlaVLM
+from .parallel import spread
 from .sampler import GlobalBatchSampler
 from .signals import stop_requests
 from .stages import PartRow, apply_stage, trains_llm
@@ -92,17 +94,12 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     table = apply_stage(model, stage, freeze_tokens=recipe.train.freeze_tokens, distil=distil)
     if recipe.train.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=recipe.train.lr,
-        weight_decay=recipe.train.weight_decay,
-    )
     run = Path(recipe.train.output_dir)
     global_batch = recipe.train.batch_size * recipe.train.accumulation * accelerator.num_processes
     identity = run_identity(recipe, stage, global_batch)
     resumed_from, first_step = latest_step(run, identity)
     if resumed_from is not None:
-        load_step(resumed_from, model, optimizer)
+        load_trained(resumed_from, model)
     if accelerator.is_main_process:
         describe_run(run, recipe, stage, table, versions, accelerator.num_processes)
     sampler = GlobalBatchSampler(
@@ -110,13 +107,16 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     )
     collator = Collator.of(recipe, model, tokenizer, dataset, roots, source)
     schedule = Schedule(recipe, len(sampler))
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    parallel = spread(model, accelerator, recipe.train)
+    optimizer = parallel.optimizer
+    if resumed_from is not None:
+        parallel.load_optimizer_state(load_optimizer_state(resumed_from))
     trackers = open_trackers(recipe, run, first_step) if accelerator.is_main_process else []
     if first_step:
         accelerator.print(f"resumed from step {first_step}")
 
     task = DistillTask(model.tasks if distil else [], recipe.losses.contrastive, recipe.losses.contrastive_weight)
-    optimizer_step = OptimizerStep(recipe, accelerator, wrapped, optimizer, source, task)
+    optimizer_step = OptimizerStep(recipe, accelerator, parallel, source, task)
     steps = range(first_step, schedule.total_steps)
     loading = batches(
         collator,
@@ -149,8 +149,10 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
             last = step + 1 == schedule.total_steps
             stopping = bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device)) > 0)
             if last or stopping or (step + 1) % recipe.train.save_every == 0:
+                trained, optimizer_state = parallel.trained(), parallel.optimizer_state()
                 if accelerator.is_main_process:
-                    save_step(run, step + 1, model, optimizer.optimizer, identity, recipe.train.keep)
+                    save_step(run, step + 1, trained, optimizer_state, identity, recipe.train.keep)
+                del trained, optimizer_state
                 accelerator.wait_for_everyone()
             if stopping and not last:
                 raise TrainingError(
@@ -159,6 +161,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
                 )
     for tracker in trackers:
         tracker.close()
+    parallel.gather()
     if accelerator.is_main_process:
         save_result(run, recipe, stage, model, tokenizer)
         mark_finished(run, schedule.total_steps)

@@ -71,7 +71,7 @@ def grown(recipe, stage, monkeypatch):
     original = OptimizerStep._check
 
     def spy(self, step, values, totals, micro_batches):
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.parallel.model
         seen["gradients"] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         seen["trainable"] = {n for n, p in model.named_parameters() if p.requires_grad}
         return original(self, step, values, totals, micro_batches)

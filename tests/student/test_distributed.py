@@ -1,0 +1,149 @@
+"""Several processes: equal to one, with and without shards; checkpoints that any number of processes resumes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from olavlm.student.metrics import read_metrics
+from olavlm.student.sampler import GlobalBatchSampler
+from olavlm.student.trainer import open_data, train
+
+PROGRAM = Path(__file__).with_name("distributed_runs.py")
+RESULT = {"pt": "adapter.safetensors", "ift": "model.safetensors"}
+
+
+def launch(config, jobs, folder):
+    file = folder / "jobs.json"
+    file.write_text(json.dumps([{"stage": stage, "recipe": recipe.to_dict()} for stage, recipe in jobs]))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+               str(files("olavlm.pipelines") / "accelerate" / f"{config}.yaml"), "--num_processes", "2",
+               "--main_process_port", "0", str(PROGRAM), str(file)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+SCENES = {
+    "pt": ("pt", {}),
+    "ift": ("ift", {"train.max_grad_norm": 0.5}),
+    "mixed": ("pt", {"train.max_grad_norm": 0.5}),  # distillation over dialogues, some of them without an image
+}
+SPLITS = {"": (2, 1), "-accumulated": (1, 2)}  # batch size and accumulation of two processes; of one they are 4 and 1
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def scene(recipe_in, ift_json, folder):
+    """scene(name, place, **overrides) -> stage and recipe, whose run folder is below the place."""
+    start = train(recipe_in(folder / "start", **{"train.max_steps": 1}), "pt", {"test": "1"})
+
+    def make(name, place, **overrides):
+        stage, settings = SCENES[name]
+        data = {} if name == "pt" else {"data.file": ift_json}
+        init = {"init.from": start} if stage == "ift" else {}
+        always = {"train.max_steps": STEPS, "train.save_every": 2, "train.output_dir": folder / place}
+        return stage, recipe_in(folder, stage, **{**settings, **data, **init, **always, **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(scene, folder):
+    """Run folders of one process, by scene."""
+    return {name: run_alone(*scene(name, f"alone/{name}")) for name in SCENES}
+
+
+def run_alone(stage, recipe):
+    torch.set_num_threads(1)
+    return train(recipe, stage, {"test": "1"})
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def together(request, scene, alone, folder):
+    """Run folders of two processes, by scene and split, and by scene for those resumed."""
+    place = folder / request.param
+    place.mkdir()
+    jobs = []
+    for name in SCENES:
+        for split, (size, accumulation) in SPLITS.items():
+            cut = {"train.batch_size": size, "train.accumulation": accumulation}
+            jobs.append(scene(name, place / f"{name}{split}", **cut))
+    for name in ("pt", "ift"):
+        cut = {"train.batch_size": 2}
+        jobs += [scene(name, place / f"{name}-halves", **cut, **{"train.max_steps": steps}) for steps in (1, 3, STEPS)]
+        take_checkpoint(alone[name], place / f"{name}-of-one", 2)
+        jobs.append(scene(name, place / f"{name}-of-one", **cut))
+    launch(request.param, jobs, place)
+    return place
+
+
+def take_checkpoint(run, other, step):
+    shutil.copytree(run / "checkpoints" / f"step-{step:06d}", other / "checkpoints" / f"step-{step:06d}")
+
+
+def metrics(run):
+    names = ("loss/", "grad_norm", "scale/", "supervised_tokens", "valid/")
+    return [{k: v for k, v in line.items() if k.startswith(names)} for line in read_metrics(run / "metrics.jsonl")]
+
+
+def assert_equal_runs(run, expected, stage, skip=0):
+    """Metrics and what was trained agree to 1e-5."""
+    ours, theirs = metrics(run), metrics(expected)[skip:]
+    assert len(ours) == len(theirs) == STEPS - skip
+    for x, y in zip(ours, theirs, strict=True):
+        assert x == pytest.approx(y, rel=1e-5, abs=1e-5)
+    ours, theirs = load_file(run / RESULT[stage]), load_file(expected / RESULT[stage])
+    assert ours.keys() == theirs.keys()
+    worst = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", SCENES)
+def test_two_processes_equal_one(together, alone, name, split):
+    assert_equal_runs(together / f"{name}{split}", alone[name], SCENES[name][0])
+
+
+@pytest.mark.parametrize("name", ["pt", "ift"])
+def test_two_processes_resume_bit_for_bit(together, name):
+    """Twice in a row, and in the second epoch."""
+    halves, whole = together / f"{name}-halves", together / name
+    assert (halves / RESULT[name]).read_bytes() == (whole / RESULT[name]).read_bytes()
+    assert metrics(halves) == metrics(whole)
+
+
+@pytest.mark.parametrize("name", ["pt", "ift"])
+def test_one_process_and_two_resume_each_other(together, scene, alone, name):
+    assert_equal_runs(together / f"{name}-of-one", alone[name], name, skip=2)
+    back = together / f"{name}-back"
+    take_checkpoint(together / name, back, 2)
+    assert_equal_runs(run_alone(*scene(name, back)), alone[name], name, skip=2)
+
+
+def test_some_micro_batch_is_text_alone_on_one_process(scene):
+    """What the mixed scene is for."""
+    _, recipe = scene("mixed", "unused")
+    dataset, _ = open_data(recipe)
+    has_image = np.asarray(dataset.has_image())
+    sampler = GlobalBatchSampler(has_image, 4, recipe.train.seed)
+    kinds = {
+        tuple(bool(has_image[sampler.slices(step, rank, 2, 2)[part]].any()) for rank in range(2))
+        for step in range(STEPS)
+        for part in range(2)
+    }
+    assert kinds & {(True, False), (False, True)}
