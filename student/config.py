@@ -21,11 +21,12 @@ from .image_transform import Geometry
 from .tokens import PredictorWidth, QueryKind
 
 Stage = Literal["pt", "vpt", "ift"]
+TrackerName = Literal["tensorboard", "wandb"]
 STAGES = ("pt", "vpt", "ift")
 
 
 _NOT_THE_RESULT = (
-    "output_dir", "stages", "max_steps", "save_every", "keep", "tensorboard", "batch_size", "accumulation"
+    "output_dir", "stages", "max_steps", "save_every", "keep", "trackers", "batch_size", "accumulation"
 )  # fmt: skip
 """Fields of `train` that a run may change when it is resumed."""
 
@@ -166,8 +167,9 @@ class TrainConfig:
     """Optimizer steps between checkpoints."""
     keep: int = 3
     """Checkpoints kept."""
-    tensorboard: bool = False
-    """Whether metrics go to TensorBoard too."""
+    trackers: list[TrackerName] = field(default_factory=list)
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb (the extra `wandb`, which reads
+    WANDB_PROJECT, WANDB_MODE=offline and so on)."""
 
 
 @dataclass

@@ -36,9 +36,14 @@ def spread(model: OlaVLM, accelerator: Accelerator, settings: TrainConfig) -> Re
     Raises:
         RecipeError: a launch that cannot train this model.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if launched_with("FSDP"):
         return Sharded(model, accelerator, settings)
     return Replicated(model, accelerator, settings)
+
+
+def launched_with(what: str) -> bool:
+    """Whether the processes were launched by accelerate with these settings: FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
 
 
 class Replicated:

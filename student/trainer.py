@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,9 @@ from .data import Collator, batches, check_images, check_samples, choose_samples
 from .encoder_name import EncoderName
 from .errors import RecipeError, TrainingError
 from .lora import add_lora, lora_parameters, merge_lora, save_lora
-from .metrics import JsonLines, TensorBoard, Tracker
+from .metrics import check_trackers, open_trackers
 from .model import OlaVLM
-from .parallel import spread
+from .parallel import launched_with, spread
 from .sampler import GlobalBatchSampler
 from .signals import stop_requests
 from .stages import PartRow, apply_stage, trains_llm
@@ -71,6 +72,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
             (after a checkpoint).
     """
     distil = stage in recipe.losses.stages and bool(recipe.tasks)
+    check_trackers(recipe.train.trackers)
     dataset, roots = open_data(recipe)
     check_samples(dataset, recipe.model.template)
     check_images(dataset, roots)
@@ -111,7 +113,9 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     optimizer = parallel.optimizer
     if resumed_from is not None:
         parallel.load_optimizer_state(load_optimizer_state(resumed_from))
-    trackers = open_trackers(recipe, run, first_step) if accelerator.is_main_process else []
+    trackers = []
+    if accelerator.is_main_process:
+        trackers = open_trackers(recipe.train.trackers, run, first_step, {"stage": stage, **recipe.to_dict()})
     if first_step:
         accelerator.print(f"resumed from step {first_step}")
 
@@ -128,7 +132,9 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         workers=recipe.data.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    with stop_requests() as stop:
+    with ExitStack() as leaving, stop_requests() as stop:
+        for tracker in trackers:
+            leaving.callback(tracker.close)
         for step in steps:
             waited = time.perf_counter()
             micro_batches = next(loading)
@@ -159,8 +165,6 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
                     f"stopped by {stop[0] if stop else 'another process'} after step {step + 1}, which is saved; run "
                     "the same command again to finish"
                 )
-    for tracker in trackers:
-        tracker.close()
     parallel.gather()
     if accelerator.is_main_process:
         save_result(run, recipe, stage, model, tokenizer)
@@ -288,19 +292,13 @@ def describe_run(
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     write_json(run / "versions.json", versions)
-    write_json(run / STAGE_FILE, {"stage": stage, "processes": num_processes, "parts": [asdict(r) for r in table]})
+    launch = {"processes": num_processes, "sharded": launched_with("FSDP")}
+    write_json(run / STAGE_FILE, {"stage": stage, **launch, "parts": [asdict(r) for r in table]})
 
 
 def mark_finished(run: Path, step: int) -> None:
     """Note in `stage.json` that the run folder holds the whole result of so many steps."""
     write_json(run / STAGE_FILE, {**json.loads((run / STAGE_FILE).read_text()), "finished": step})
-
-
-def open_trackers(recipe: Recipe, run: Path, first_step: int) -> list[Tracker]:
-    trackers: list[Tracker] = [JsonLines(run / "metrics.jsonl", first_step)]
-    if recipe.train.tensorboard:
-        trackers.append(TensorBoard(run / "tensorboard", first_step))
-    return trackers
 
 
 def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenizer: PreTrainedTokenizerBase) -> None:
