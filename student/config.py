@@ -109,7 +109,12 @@ class DataConfig:
     fraction: float = 1.0
     """Part of the samples that is used, drawn by `train.seed`."""
     group_by_modality: bool = False
-    """Whether a global batch is all image samples or all text-only ones."""
+    """Whether a global batch is all image samples or all text-only ones, and its micro-batches are of like lengths."""
+    shuffle_block: int | None = None
+    """For stores on object storage: samples whose rows lie in the same block of so many store rows are trained on one
+    after the other, in shuffled order, so that a shard is opened once and not for every sample. Blocks are shuffled,
+    too. A global batch is then made of few neighbourhoods of the dataset: take the global batch / 16 or less, and a
+    divisor of the store's shard rows. By default every sample is drawn on its own."""
     workers: int = 4
     """Loader processes; 0 loads in the training process."""
 
@@ -221,6 +226,7 @@ class Recipe:
         rule(self.lora.rank is None or self.lora.rank >= 1, "lora.rank", self.lora.rank, "at least 1, or null")
         rule(0 <= self.lora.dropout < 1, "lora.dropout", self.lora.dropout, "from 0 to below 1")
         rule(0 < d.fraction <= 1, "data.fraction", d.fraction, "above 0 and at most 1")
+        rule(d.shuffle_block is None or d.shuffle_block >= 1, "data.shuffle_block", d.shuffle_block, "at least 1")
         rule(d.workers >= 0, "data.workers", d.workers, "at least 0")
         rule(bool(d.file), "data.file", d.file, "name at least one dataset file")
         rule(bool(d.images), "data.images", d.images, "name at least one image root")

@@ -40,7 +40,7 @@ from .checkpoint import (
 )
 from .config import Recipe, Stage
 from .conversation import load_tokenizer
-from .data import Collator, batches, check_images, check_samples, choose_samples
+from .data import Collator, batches, check_images, check_samples, choose_samples, neighbour_rows, word_counts
 from .encoder_name import EncoderName
 from .errors import RecipeError, TrainingError
 from .lora import add_lora, lora_parameters, merge_lora, save_lora
@@ -105,7 +105,13 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     if accelerator.is_main_process:
         describe_run(run, recipe, stage, table, versions, accelerator.num_processes)
     sampler = GlobalBatchSampler(
-        np.asarray(dataset.has_image()), global_batch, recipe.train.seed, recipe.data.group_by_modality
+        np.asarray(dataset.has_image()),
+        global_batch,
+        recipe.train.seed,
+        recipe.data.group_by_modality,
+        neighbour_rows(dataset, source) if recipe.data.shuffle_block else None,
+        recipe.data.shuffle_block,
+        word_counts(dataset) if recipe.data.group_by_modality else None,
     )
     collator = Collator.of(recipe, model, tokenizer, dataset, roots, source)
     schedule = Schedule(recipe, len(sampler))
