@@ -32,7 +32,7 @@ class GlobalBatchSampler:
     """int64 (samples,): where a sample's image lies in the store; -1 without one. Wanted with `block` alone."""
     block: int | None = None
     lengths: np.ndarray | None = None
-    """int64 (samples,): with them, a global batch is cut into micro-batches of like lengths, which need little padding."""
+    """int64 (samples,): with them, a global batch is cut into micro-batches of like lengths, which pad little."""
 
     def __len__(self) -> int:
         """Batches an epoch."""
