@@ -6,13 +6,14 @@ launched with its FSDP settings. Accelerate's own wrapping is not used: it runs 
 returns, and cannot leave out what must stay whole here.
 
 Both take and give parameters and optimizer states as whole tensors, so that a checkpoint of one resumes in the other.
+DeepSpeed is in `zero.py`.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +30,8 @@ from .decoder import decoder_blocks
 from .errors import RecipeError
 from .model import OlaVLM
 
+OPTIMIZER = "optimizer.pt"
+
 
 def spread(model: OlaVLM, accelerator: Accelerator, settings: TrainConfig) -> Replicated:
     """Spreads a model, in which what trains is marked, as the processes were launched.
@@ -38,6 +41,10 @@ def spread(model: OlaVLM, accelerator: Accelerator, settings: TrainConfig) -> Re
     """
     if launched_with("FSDP"):
         return Sharded(model, accelerator, settings)
+    if launched_with("DEEPSPEED"):
+        from .zero import Zero
+
+        return Zero(model, accelerator, settings)
     return Replicated(model, accelerator, settings)
 
 
@@ -70,6 +77,15 @@ class Replicated:
     def finish_gradients(self) -> None:
         """Called after the last backward of a step; now all processes have the gradients of the whole batch."""
 
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Of a micro-batch."""
+        (loss * self.loss_factor).backward()
+
+    def update(self) -> None:
+        """The optimizer's step, by the gradients that there are now; they are gone after it."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def clip_gradients(self, max_norm: float) -> float:
         """Scales the gradients down to this norm if theirs is larger; returns theirs."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -85,17 +101,19 @@ class Replicated:
         found = {name: self._on_main(p.detach()) for name, p in self.model.named_parameters() if p.requires_grad}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's `state_dict`, whole, on the host of the main process; every process takes part."""
+    def save_optimizer(self, folder: Path) -> None:
+        """Writes the optimizer's `state_dict`, of whole tensors, from the main process; every process takes part."""
         packed = self.optimizer.state_dict()
-        whole = {i: {k: self._on_main(v) for k, v in state.items()} for i, state in packed["state"].items()}
-        return {**packed, "state": whole}
+        packed["state"] = {i: {k: self._on_main(v) for k, v in state.items()} for i, state in packed["state"].items()}
+        if self.accelerator.is_main_process:
+            torch.save(packed, folder / OPTIMIZER)
 
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Takes what `optimizer_state` gave, on any number of processes; `state` is the same on each."""
+    def load_optimizer(self, folder: Path) -> None:
+        """Reads what `save_optimizer` wrote, on any number of processes; tensors are read as they are needed."""
+        packed = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        parts = {i: {k: _part(v, parameters[i]) for k, v in s.items()} for i, s in state["state"].items()}
-        self.optimizer.load_state_dict({**state, "state": parts})
+        parts = {i: {k: _part(v, parameters[i]) for k, v in s.items()} for i, s in packed["state"].items()}
+        self.optimizer.load_state_dict({**packed, "state": parts})
 
     def gather(self) -> None:
         """Makes the model whole again on the host of the main process, to be saved; it trains no more."""

@@ -48,9 +48,10 @@ class OptimizerStep:
         sums: dict[str, torch.Tensor] = {}
         scales: dict[str, torch.Tensor] = {}
         for number, batch in enumerate(prepared):
-            with self.parallel.micro_batch(last=number == len(prepared) - 1), accelerator.autocast():
+            last = number == len(prepared) - 1
+            with self.parallel.micro_batch(last), accelerator.autocast():
                 losses, report = self.task.compute(self.parallel.module, batch, totals)
-                (losses["loss/total"] * self.parallel.loss_factor).backward()
+                self.parallel.backward(losses["loss/total"], last)
             totals.offset += len(batch["input_ids"])
             for name, value in report.items():
                 if name in losses:
@@ -64,8 +65,7 @@ class OptimizerStep:
         self._check(step, values, totals, micro_batches)
         if self.recipe.train.max_grad_norm is not None:
             values["grad_norm"] = self.parallel.clip_gradients(self.recipe.train.max_grad_norm)
-        self.parallel.optimizer.step()
-        self.parallel.optimizer.zero_grad(set_to_none=True)
+        self.parallel.update()
         return {
             **values,
             **{name: float(value) for name, value in scales.items()},

@@ -31,7 +31,6 @@ from olavlm.cache import Dataset, ImageRoots
 from .checkpoint import (
     is_adapter,
     latest_step,
-    load_optimizer_state,
     load_trained,
     read_adapter,
     save_adapter,
@@ -118,7 +117,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     parallel = spread(model, accelerator, recipe.train)
     optimizer = parallel.optimizer
     if resumed_from is not None:
-        parallel.load_optimizer_state(load_optimizer_state(resumed_from))
+        parallel.load_optimizer(resumed_from)
     trackers = []
     if accelerator.is_main_process:
         trackers = open_trackers(recipe.train.trackers, run, first_step, {"stage": stage, **recipe.to_dict()})
@@ -161,11 +160,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
             last = step + 1 == schedule.total_steps
             stopping = bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device)) > 0)
             if last or stopping or (step + 1) % recipe.train.save_every == 0:
-                trained, optimizer_state = parallel.trained(), parallel.optimizer_state()
-                if accelerator.is_main_process:
-                    save_step(run, step + 1, trained, optimizer_state, identity, recipe.train.keep)
-                del trained, optimizer_state
-                accelerator.wait_for_everyone()
+                save_step(run, step + 1, parallel, identity, recipe.train.keep)
             if stopping and not last:
                 raise TrainingError(
                     f"stopped by {stop[0] if stop else 'another process'} after step {step + 1}, which is saved; run "
