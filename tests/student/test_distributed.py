@@ -1,11 +1,12 @@
 """Several processes: equal to one, with and without shards; checkpoints that any number of processes resumes."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +14,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from olavlm.pipelines.launch_configs import launch_configs
 from olavlm.student.metrics import read_metrics
 from olavlm.student.sampler import GlobalBatchSampler
 from olavlm.student.trainer import open_data, train
 
 PROGRAM = Path(__file__).with_name("distributed_runs.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 RESULT = {"pt": "adapter.safetensors", "ift": "model.safetensors"}
+
+
+def command(config, program):
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch_configs()[config]),
+            "--num_processes", "2", "--main_process_port", "0", *map(str, program)]  # fmt: skip
 
 
 def launch(config, jobs, folder):
     file = folder / "jobs.json"
     file.write_text(json.dumps([{"stage": stage, "recipe": recipe.to_dict()} for stage, recipe in jobs]))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-               str(files("olavlm.pipelines") / "accelerate" / f"{config}.yaml"), "--num_processes", "2",
-               "--main_process_port", "0", str(PROGRAM), str(file)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    done = subprocess.run(
+        command(config, [PROGRAM, file]), capture_output=True, text=True, timeout=240, check=False, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 SCENES = {
@@ -170,3 +175,32 @@ def test_some_micro_batch_is_text_alone_on_one_process(scene):
         for part in range(2)
     }
     assert kinds & {(True, False), (False, True)}
+
+
+def test_sharded_processes_in_bfloat16_save_and_leave_at_a_signal(recipe, tmp_path):
+    """And the losses until then are those of one process, as far as bfloat16 tells."""
+    half = {"model.dtype": "bfloat16", "train.mixed_precision": "bf16", "train.epochs": 20}
+    stopped = recipe(**half, **{"train.batch_size": 2, "train.output_dir": tmp_path / "stopped"})
+    (tmp_path / "recipe.json").write_text(json.dumps(stopped.to_dict()))
+    program = ["-m", "olavlm.pipelines.train", "pt", "--config", tmp_path / "recipe.json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command("fsdp", program), env=ENVIRONMENT, start_new_session=True, **pipes)
+    try:
+        assert any(line.startswith("step 2/") for line in launcher.stdout), launcher.stderr.read()[-4000:]
+        launcher.send_signal(signal.SIGTERM)  # the launcher passes it on
+        _, errors = launcher.communicate(timeout=100)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode != 0
+    assert "after step" in errors
+    done = read_metrics(tmp_path / "stopped" / "metrics.jsonl")
+    assert 2 <= len(done) < 60
+    (checkpoint,) = (tmp_path / "stopped" / "checkpoints").glob("step-*")
+    assert checkpoint.name == f"step-{len(done):06d}"
+    alone = recipe(**half, **{"train.max_steps": 2, "train.output_dir": tmp_path / "alone"})
+    expected = read_metrics(run_alone("pt", alone) / "metrics.jsonl")
+    for ours, theirs in zip(done, expected, strict=False):
+        losses = [name for name in theirs if name.startswith("loss/")]
+        assert len(losses) > 10
+        assert {n: ours[n] for n in losses} == pytest.approx({n: theirs[n] for n in losses}, rel=2e-2)
