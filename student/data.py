@@ -251,6 +251,22 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
             os._exit(1)
 
 
+def make_sampler(
+    recipe: Recipe, dataset: Dataset, source: TargetSource | None, global_batch: int
+) -> GlobalBatchSampler:
+    """The order in which a recipe's samples are trained on."""
+    d = recipe.data
+    return GlobalBatchSampler(
+        has_image=np.asarray(dataset.has_image()),
+        global_batch_size=global_batch,
+        seed=recipe.train.seed,
+        group_by_modality=d.group_by_modality,
+        rows=neighbour_rows(dataset, source) if d.shuffle_block is not None else None,
+        block=d.shuffle_block,
+        lengths=word_counts(dataset) if d.group_by_modality else None,
+    )
+
+
 def word_counts(dataset: Dataset) -> np.ndarray:
     """Words of each sample over its turns, int64: its length, as the public code's grouping has it."""
     turns = dataset.table.column("conversations").combine_chunks()

@@ -19,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
@@ -39,14 +38,13 @@ from .checkpoint import (
 )
 from .config import Recipe, Stage
 from .conversation import load_tokenizer
-from .data import Collator, batches, check_images, check_samples, choose_samples, neighbour_rows, word_counts
+from .data import Collator, batches, check_images, check_samples, choose_samples, make_sampler
 from .encoder_name import EncoderName
 from .errors import RecipeError, TrainingError
 from .lora import add_lora, lora_parameters, merge_lora, save_lora
 from .metrics import check_trackers, open_trackers
 from .model import OlaVLM
 from .parallel import launched_with, spread
-from .sampler import GlobalBatchSampler
 from .signals import stop_requests
 from .stages import PartRow, apply_stage, trains_llm
 from .step import OptimizerStep
@@ -103,15 +101,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         load_trained(resumed_from, model)
     if accelerator.is_main_process:
         describe_run(run, recipe, stage, table, versions, accelerator.num_processes)
-    sampler = GlobalBatchSampler(
-        np.asarray(dataset.has_image()),
-        global_batch,
-        recipe.train.seed,
-        recipe.data.group_by_modality,
-        neighbour_rows(dataset, source) if recipe.data.shuffle_block else None,
-        recipe.data.shuffle_block,
-        word_counts(dataset) if recipe.data.group_by_modality else None,
-    )
+    sampler = make_sampler(recipe, dataset, source, global_batch)
     collator = Collator.of(recipe, model, tokenizer, dataset, roots, source)
     schedule = Schedule(recipe, len(sampler))
     parallel = spread(model, accelerator, recipe.train)

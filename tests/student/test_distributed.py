@@ -19,6 +19,7 @@ from olavlm.student.metrics import read_metrics
 from olavlm.student.sampler import GlobalBatchSampler
 from olavlm.student.trainer import open_data, train
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the runs of all
 PROGRAM = Path(__file__).with_name("distributed_runs.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 RESULT = {"pt": "adapter.safetensors", "ift": "model.safetensors"}
@@ -33,7 +34,7 @@ def launch(config, jobs, folder):
     file = folder / "jobs.json"
     file.write_text(json.dumps([{"stage": stage, "recipe": recipe.to_dict()} for stage, recipe in jobs]))
     done = subprocess.run(
-        command(config, [PROGRAM, file]), capture_output=True, text=True, timeout=240, check=False, env=ENVIRONMENT
+        command(config, [PROGRAM, file]), capture_output=True, text=True, timeout=600, check=False, env=ENVIRONMENT
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -123,11 +124,11 @@ def metrics(run):
 
 
 def assert_moved(run, stage, step):
-    """What trains moved by more than the tolerance of comparisons since a step of its run."""
+    """What trains, scalars apart, moved by more than the tolerance of comparisons since a step of its run."""
     before = load_file(run / "checkpoints" / f"step-{step:06d}" / "trained.safetensors")
     after = load_file(run / "checkpoints" / f"step-{STEPS:06d}" / "trained.safetensors")
-    moved = [float((after[name] - before[name]).abs().max()) for name in before]
-    assert min(moved) > 5e-5, sorted(moved)[:3]
+    moved = [float((after[name] - before[name]).abs().max()) for name in before if before[name].ndim]
+    assert min(moved) > 1e-4
 
 
 def assert_equal_runs(run, expected, stage, skip=0):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,37 @@ def test_accumulation_equals_one_big_batch(recipe, ift_json, stage, tmp_path):
         assert_close(losses(metrics), losses(runs[0][1]), 1e-5)
         for name, value in state.items():
             torch.testing.assert_close(value, weights[0][name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_gradients_and_negatives_are_those_of_the_whole_batch(recipe, tmp_path, monkeypatch):
+    """The control arm takes negatives from the micro-batch alone, as the public code does under accumulation."""
+
+    def one_step(name, size):
+        settings = {"train.max_steps": 1, "train.batch_size": size, "train.accumulation": 4 // size}
+        folder, seen = grown(recipe(**settings, **{"train.output_dir": tmp_path / name}), "pt", monkeypatch)
+        return seen["gradients"], read_metrics(folder / "metrics.jsonl")
+
+    whole, expected = one_step("whole", 4)
+    parts, metrics = one_step("parts", 1)
+    assert_close(losses(metrics), losses(expected), 1e-5)
+    for name, gradient in whole.items():
+        assert (parts[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+    original = OptimizerStep._totals
+
+    def forget(self, *args):
+        totals = original(self, *args)
+        return replace(totals, targets={}, targets_valid={})
+
+    monkeypatch.setattr(OptimizerStep, "_totals", forget)
+    _, (control,) = one_step("control", 1)
+    assert control["loss/depth/2/contrastive"] == pytest.approx(0.0, abs=1e-6)  # one target to choose from
+    assert expected[0]["loss/depth/2/contrastive"] > 0.5
+
+
+def test_the_newest_checkpoints_are_kept(recipe):
+    folder, _ = run(recipe(**{"train.max_steps": 5, "train.save_every": 1, "train.keep": 2}))
+    assert sorted(f.name for f in (folder / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
 
 
 @pytest.mark.parametrize("stage", ["pt", "ift"])
