@@ -214,5 +214,5 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 def _part(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A whole tensor of an optimizer state as this process keeps it."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value
+        return value.clone()  # the file may be gone tomorrow
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

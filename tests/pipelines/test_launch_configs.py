@@ -1,13 +1,19 @@
 """The shipped configurations of `accelerate launch`."""
 
 import os
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from torch.distributed.run import get_args_parser
 
-from olavlm.pipelines.launch_configs import launch_configs
+from olavlm.pipelines.launch_configs import config_file, launch_configs
 from olavlm.pipelines.train import main
+from olavlm.student.recipes import load_chain, load_recipe
 
 KINDS = {"ddp": DistributedType.MULTI_GPU, "fsdp": DistributedType.FSDP, "zero2": DistributedType.DEEPSPEED}
 
@@ -35,6 +41,33 @@ def test_a_name_that_is_not_shipped_is_wrong_usage(capsys):
     with pytest.raises(SystemExit) as error:
         main(["accelerate", "ddp", "fsdp"])
     assert error.value.code == 2
+
+
+def documented():
+    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    for block in re.findall(r"```\n(.*?)```", text, flags=re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line:
+                yield line.partition("  #")[0]
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_commands_parse(line):
+    line = re.sub(r"\$\(olavlm-train accelerate (\w+)\)", lambda m: str(config_file(m[1])), line)
+    words = shlex.split(line)
+    if words[0] == "accelerate":
+        parsed = launch_command_parser().parse_args(words[2:])
+        assert parsed.module
+        assert parsed.training_script == "olavlm.pipelines.train"
+        stage, *rest = parsed.training_script_args
+    else:
+        parsed = get_args_parser().parse_args(words[1:])
+        stage, *rest = parsed.training_script_args
+    name = rest.index("--config") + 1
+    if stage == "all":
+        load_chain(rest[name], rest[name + 1 :])
+    else:
+        load_recipe(rest[name], rest[name + 1 :], stage)
 
 
 def test_deepspeed_takes_the_settings(monkeypatch):
