@@ -9,7 +9,10 @@ On a laptop, with the tiny checkpoints of `olavlm-tiny tiny`:
 
     olavlm-train all --config tiny --targets.store features --train.output_dir runs/tiny
 
-Several processes: `accelerate launch --num_processes 8 -m olavlm.pipelines.train pt --config ...`.
+Several processes (docs/distributed.md), with `ddp`, `fsdp`, or another of `olavlm-train accelerate`:
+
+    accelerate launch --config_file $(olavlm-train accelerate ddp) --num_processes 8 \\
+        -m olavlm.pipelines.train pt --config llama3-8b-clip-l
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from olavlm.student.trainer import leave_processes, train
 
 from .cli import command, quiet_models, versions
 from .dry_run import dry_run
+from .launch_configs import config_file, list_configs
 from .recipe_list import list_recipes
 
 
@@ -35,7 +39,7 @@ def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="olavlm-train",
         usage="olavlm-train pt|vpt|ift|all --config RECIPE.yaml [--section.field value ...] [--dry-run]\n"
-        "       olavlm-train recipes",
+        "       olavlm-train recipes | accelerate [NAME]",
         description="Train one stage, or all in a row. A run that stopped is resumed.",
         epilog=f"shipped recipes: {', '.join(whole)}, and the rows of the paper's tables, such as table5/n4\n\n"
         f"recipe keys (for one stage of all: --stages.ift.train.lr 1e-5):\n{describe()}\n\n"
@@ -45,9 +49,10 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "stage",
-        choices=(*STAGES, "all", "recipes"),
+        choices=(*STAGES, "all", "recipes", "accelerate"),
         help="pre-training, visual pre-training (optional), instruction finetuning; all: the stages of train.stages, "
-        "each in a folder of its own below train.output_dir; recipes: list the shipped recipes",
+        "each in a folder of its own below train.output_dir; recipes: list the shipped recipes; "
+        "accelerate: list the shipped configurations of accelerate launch, or print where the one of this NAME lies",
     )
     p.add_argument("--config", metavar="RECIPE.yaml", help="a file, or the name of a shipped recipe")
     p.add_argument(
@@ -66,6 +71,11 @@ def main(argv: list[str] | None = None) -> int:
         if overrides or args.config:
             parser.error("recipes takes no further argument")
         print(list_recipes())
+        return 0
+    if args.stage == "accelerate":
+        if len(overrides) > 1 or args.config:
+            parser.error("accelerate takes the name of one configuration, or nothing")
+        print(config_file(overrides[0]) if overrides else list_configs())
         return 0
     if args.config is None:
         parser.error("--config is required")

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from .conversation import load_tokenizer
 from .errors import ModelError, TrainingError
 from .model import OlaVLM
+from .parallel import Replicated
 from .stages import ADAPTER
 from .tokens import TaskSpec
 
@@ -131,24 +132,31 @@ def load_checkpoint(path: str | Path) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
     return model, model.tokenizer or load_tokenizer(str(path))  # which says why there is none
 
 
-def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that train, by name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+def save_step(run: Path, step: int, parallel: Replicated, recipe_hash: str, keep: int) -> None:
+    """Write `checkpoints/step-...`, which appears whole or not at all, and remove all but the newest `keep`.
 
-
-def save_step(run: Path, step: int, model: OlaVLM, optimizer: torch.optim.Optimizer, recipe_hash: str, keep: int):
-    """Write `checkpoints/step-...`, which appears whole or not at all, and remove all but the newest `keep`."""
+    Every process takes part; the main one writes.
+    """
     folder = run / "checkpoints" / f"step-{step:06d}"
     private = folder.with_name(f".{folder.name}")
-    shutil.rmtree(private, ignore_errors=True)
-    private.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in trainable_state(model).items()}, private / "trained.safetensors")
-    torch.save(optimizer.state_dict(), private / "optimizer.pt")
-    write_json(private / "state.json", {"step": step, "recipe_sha256": recipe_hash})
-    shutil.rmtree(folder, ignore_errors=True)
-    private.rename(folder)
-    for old in sorted(folder.parent.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    writes, wait = parallel.accelerator.is_main_process, parallel.accelerator.wait_for_everyone
+    if writes:
+        shutil.rmtree(private, ignore_errors=True)
+        private.mkdir(parents=True)
+    trained = parallel.trained()
+    if writes:
+        save_file({k: v.contiguous() for k, v in trained.items()}, private / "trained.safetensors")
+    del trained
+    wait()
+    parallel.save_optimizer(private)
+    wait()
+    if writes:
+        write_json(private / "state.json", {"step": step, "recipe_sha256": recipe_hash})
+        shutil.rmtree(folder, ignore_errors=True)
+        private.rename(folder)
+        for old in sorted(folder.parent.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    wait()
 
 
 def latest_step(run: Path, recipe_hash: str) -> tuple[Path | None, int]:
@@ -174,16 +182,15 @@ def latest_step(run: Path, recipe_hash: str) -> tuple[Path | None, int]:
     return folders[-1], step
 
 
-def load_step(folder: Path, model: OlaVLM, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's parameters and optimizer state back, bit for bit."""
+def load_trained(folder: Path, model: nn.Module) -> None:
+    """Put a checkpoint's parameters into a model that is whole, bit for bit."""
     weights = _load(folder / "trained.safetensors")
-    own = dict(model.named_parameters())
-    if set(weights) != set(trainable_state(model)):
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if set(weights) != set(own):
         raise TrainingError(f"checkpoint {folder} holds other parameters than those that train")
     with torch.no_grad():
         for name, value in weights.items():
             own[name].copy_(value)
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:

@@ -22,11 +22,12 @@ from .projector import Fusion
 from .tokens import PredictorWidth, QueryKind
 
 Stage = Literal["pt", "vpt", "ift"]
+TrackerName = Literal["tensorboard", "wandb"]
 STAGES = ("pt", "vpt", "ift")
 
 
 _NOT_THE_RESULT = (
-    "output_dir", "stages", "max_steps", "save_every", "keep", "tensorboard", "batch_size", "accumulation"
+    "output_dir", "stages", "max_steps", "save_every", "keep", "trackers", "batch_size", "accumulation"
 )  # fmt: skip
 """Fields of `train` that a run may change when it is resumed."""
 
@@ -113,7 +114,12 @@ class DataConfig:
     fraction: float = 1.0
     """Part of the samples that is used, drawn by `train.seed`."""
     group_by_modality: bool = False
-    """Whether a global batch is all image samples or all text-only ones."""
+    """Whether a global batch is all image samples or all text-only ones, and its micro-batches are of like lengths."""
+    shuffle_block: int | None = None
+    """For stores on object storage: samples whose rows lie in the same block of so many store rows are trained on one
+    after the other, in shuffled order, so that a shard is opened once and not for every sample. Blocks are shuffled,
+    too. A global batch is then made of few neighbourhoods of the dataset: take the global batch / 16 or less, and a
+    divisor of the store's shard rows. By default every sample is drawn on its own."""
     workers: int = 4
     """Loader processes; 0 loads in the training process."""
 
@@ -171,8 +177,9 @@ class TrainConfig:
     """Optimizer steps between checkpoints."""
     keep: int = 3
     """Checkpoints kept."""
-    tensorboard: bool = False
-    """Whether metrics go to TensorBoard too."""
+    trackers: list[TrackerName] = field(default_factory=list)
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb (the extra `wandb`, which reads
+    WANDB_PROJECT, WANDB_MODE=offline and so on)."""
 
 
 @dataclass
@@ -224,6 +231,7 @@ class Recipe:
         rule(self.lora.rank is None or self.lora.rank >= 1, "lora.rank", self.lora.rank, "at least 1, or null")
         rule(0 <= self.lora.dropout < 1, "lora.dropout", self.lora.dropout, "from 0 to below 1")
         rule(0 < d.fraction <= 1, "data.fraction", d.fraction, "above 0 and at most 1")
+        rule(d.shuffle_block is None or d.shuffle_block >= 1, "data.shuffle_block", d.shuffle_block, "at least 1")
         rule(d.workers >= 0, "data.workers", d.workers, "at least 0")
         rule(bool(d.file), "data.file", d.file, "name at least one dataset file")
         rule(bool(d.images), "data.images", d.images, "name at least one image root")

@@ -10,11 +10,13 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +30,7 @@ from .errors import SampleError, StudentError, TrainingError
 from .image_transform import ImageTransform
 from .model import OlaVLM
 from .sampler import GlobalBatchSampler
-from .targets import Loaded, TargetSource
+from .targets import CachedTargets, Loaded, TargetSource
 
 
 @dataclass
@@ -268,6 +270,47 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
         # A trainer that was dead already will not die again. Under a fork server, that server is the parent.
         if multiprocessing.get_start_method() == "fork" and os.getppid() != multiprocessing.parent_process().pid:
             os._exit(1)
+
+
+def make_sampler(
+    recipe: Recipe, dataset: Dataset, source: TargetSource | None, global_batch: int
+) -> GlobalBatchSampler:
+    """The order in which a recipe's samples are trained on."""
+    d = recipe.data
+    return GlobalBatchSampler(
+        has_image=np.asarray(dataset.has_image()),
+        global_batch_size=global_batch,
+        seed=recipe.train.seed,
+        group_by_modality=d.group_by_modality,
+        rows=neighbour_rows(dataset, source) if d.shuffle_block is not None else None,
+        block=d.shuffle_block,
+        lengths=word_counts(dataset) if d.group_by_modality else None,
+    )
+
+
+def word_counts(dataset: Dataset) -> np.ndarray:
+    """Words of each sample over its turns, int64: its length, as the public code's grouping has it."""
+    turns = dataset.table.column("conversations").combine_chunks()
+    words = np.asarray(pc.count_substring_regex(pc.struct_field(pc.list_flatten(turns), "value"), r"\S+"), np.int64)
+    ends = np.cumsum(np.asarray(pc.list_value_length(turns)))
+    totals = np.concatenate([[0], np.cumsum(words)])[ends]
+    return np.diff(totals, prepend=0)
+
+
+def neighbour_rows(dataset: Dataset, source: TargetSource | None) -> np.ndarray:
+    """For each sample the row that its image has in the store that is read from, int64; -1 without an image.
+
+    Where no store is read, the place of the image among those of the dataset.
+    """
+    images = dataset.table.column("image")
+    rows = np.full(len(dataset), -1, np.int64)
+    place = source.store.rows.rows_of if isinstance(source, CachedTargets) else _places_in(dataset.images())
+    rows[np.asarray(images.is_valid())] = place(images.drop_null())
+    return rows
+
+
+def _places_in(distinct: pa.Array) -> Callable[[pa.ChunkedArray], np.ndarray]:
+    return lambda images: np.asarray(pc.index_in(images, distinct), np.int64)
 
 
 def choose_samples(num_samples: int, fraction: float, seed: int) -> np.ndarray:

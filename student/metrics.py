@@ -1,10 +1,17 @@
-"""Metrics out: one JSON object a step in `metrics.jsonl`, always; TensorBoard if wanted."""
+"""Metrics out: one JSON object a step in `metrics.jsonl`, always; TensorBoard and W&B if wanted."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import secrets
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from .config import TrackerName
+from .errors import RecipeError, TrainingError
 
 
 class Tracker(Protocol):
@@ -52,6 +59,58 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of W&B, whose id `folder` keeps, so that a resumed run goes on in it.
+
+    Steps that a resumed run does again are not logged twice: W&B takes no step below the last it has, and they are the
+    same to the bit.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "run-id"
+        if not known.exists():
+            known.write_text(secrets.token_hex(8))
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "olavlm"),
+                name=os.environ.get("WANDB_NAME", str(folder.parent)),
+                id=known.read_text(),
+                resume="allow",
+                dir=str(folder.parent),
+                config=config,
+            )
+        except wandb.Error as e:
+            raise TrainingError(f"W&B: {e}; log in, set WANDB_MODE=offline, or take wandb from train.trackers") from e
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_trackers(names: Sequence[TrackerName]) -> None:
+    """RecipeError for a tracker whose package is not installed: ahead of hours of loading, not after."""
+    if "wandb" in names and importlib.util.find_spec("wandb") is None:
+        raise RecipeError(
+            "train.trackers has wandb, and the package wandb is not installed; install it with: "
+            "pip install 'olavlm[wandb]'"
+        )
+
+
+def open_trackers(names: Sequence[TrackerName], run: Path, first_step: int, config: dict[str, Any]) -> list[Tracker]:
+    """`metrics.jsonl` and the named trackers, in a run folder that goes on after `first_step` steps."""
+    trackers: list[Tracker] = [JsonLines(run / "metrics.jsonl", first_step)]
+    if "tensorboard" in names:
+        trackers.append(TensorBoard(run / "tensorboard", first_step))
+    if "wandb" in names:
+        trackers.append(WeightsAndBiases(run / "wandb", config))
+    return trackers
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:

@@ -1,6 +1,6 @@
 """Which samples make the global batch of step k: a function of (seed, epoch, k, global batch size) alone.
 
-Ranks and micro-batches only slice it, so that the same run on another number of processes sees the same samples in
+Ranks and micro-batches only share it out, so that the same run on another number of processes sees the same samples in
 the same order, and a resumed run needs no state but its step.
 """
 
@@ -18,6 +18,9 @@ class GlobalBatchSampler:
 
     With `group_by_modality` a batch holds image samples or text-only ones alone, except the epoch's last batches: what
     is left over of the two, in dataset order.
+
+    With `block`, samples whose rows fall into the same block of so many rows follow each other, in random order; and so
+    do the blocks. Where the two come together, blocks are made of each modality's own samples.
     """
 
     has_image: np.ndarray
@@ -25,6 +28,11 @@ class GlobalBatchSampler:
     global_batch_size: int
     seed: int
     group_by_modality: bool = False
+    rows: np.ndarray | None = None
+    """int64 (samples,): where a sample's image lies in the store; -1 without one. Wanted with `block` alone."""
+    block: int | None = None
+    lengths: np.ndarray | None = None
+    """int64 (samples,): with them, a global batch is cut into micro-batches of like lengths, which pad little."""
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -39,20 +47,26 @@ class GlobalBatchSampler:
         return self._epoch(epoch)[k]
 
     def slices(self, step: int, rank: int, world_size: int, accumulation: int) -> list[np.ndarray]:
-        """The micro-batches of one rank. Over ranks and micro-batches they are the global batch, without overlap."""
-        per_rank = self.batch(step).reshape(world_size, accumulation, -1)
-        return list(per_rank[rank])
+        """The micro-batches of one rank. Over ranks and micro-batches they are the global batch, without overlap.
+
+        With lengths the longest samples come first, and are dealt to the ranks in turn: each has as much to do.
+        """
+        batch = self.batch(step)
+        if self.lengths is None:
+            return list(batch.reshape(world_size, accumulation, -1)[rank])
+        batch = batch[np.argsort(-self.lengths[batch], kind="stable")]
+        return list(batch.reshape(accumulation, -1, world_size)[:, :, rank])
 
     @lru_cache(maxsize=2)  # noqa: B019 - a sampler lives as long as its run
     def _epoch(self, epoch: int) -> np.ndarray:
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         size = self.global_batch_size
         if not self.group_by_modality:
-            order = generator.permutation(len(self.has_image))
+            order = self._shuffled(generator, np.arange(len(self.has_image)))
             return np.resize(order, (len(self), size))
         batches, left = [], []
         for members in (self._image_samples, self._text_samples):
-            order = generator.permutation(members)
+            order = self._shuffled(generator, members)
             full = len(order) // size * size
             batches.append(order[:full].reshape(-1, size))
             left.append(order[full:])
@@ -60,6 +74,16 @@ class GlobalBatchSampler:
         rest = np.sort(np.concatenate(left))
         order = np.concatenate([full_batches.reshape(-1), rest])
         return np.resize(order, (len(self), size))
+
+    def _shuffled(self, generator: np.random.Generator, members: np.ndarray) -> np.ndarray:
+        """Members in the epoch's order."""
+        if self.block is None:
+            return generator.permutation(members)
+        rows = self.rows[members]
+        alone = rows.max(initial=0) // self.block + 1 + np.arange(len(members))  # blocks of one: no row, no neighbour
+        _, block_of = np.unique(np.where(rows < 0, alone, rows // self.block), return_inverse=True)
+        place = generator.permutation(block_of.max(initial=-1) + 1)
+        return members[np.lexsort((generator.random(len(members)), place[block_of]))]
 
     @cached_property
     def _image_samples(self) -> np.ndarray:

@@ -7,7 +7,6 @@ before the first backward, so that any split of it over processes and micro-batc
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +14,7 @@ from accelerate import Accelerator
 from .config import Recipe
 from .data import MicroBatch
 from .errors import TrainingError
+from .parallel import Replicated
 from .targets import TargetSource
 from .task import Batch, BatchTotals, DistillTask
 
@@ -28,12 +28,11 @@ class OptimizerStep:
         self,
         recipe: Recipe,
         accelerator: Accelerator,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        parallel: Replicated,
         source: TargetSource | None,
         task: DistillTask,
     ) -> None:
-        self.recipe, self.accelerator, self.model, self.optimizer = recipe, accelerator, model, optimizer
+        self.recipe, self.accelerator, self.parallel = recipe, accelerator, parallel
         self.source, self.task = source, task
 
     def __call__(self, step: int, micro_batches: list[MicroBatch]) -> dict[str, float]:
@@ -50,27 +49,24 @@ class OptimizerStep:
         sums: dict[str, torch.Tensor] = {}
         scales: dict[str, torch.Tensor] = {}
         for number, batch in enumerate(prepared):
-            # With several processes, gradients are exchanged in the last backward alone.
             last = number == len(prepared) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
-                losses, report = self.task.compute(self.model, batch, totals)
-                # DDP averages over processes; the losses are already divided by the whole batch's counts.
-                accelerator.backward(losses["loss/total"] * accelerator.num_processes)
+            with self.parallel.micro_batch(last), accelerator.autocast():
+                losses, report = self.task.compute(self.parallel.module, batch, totals)
+                self.parallel.backward(losses["loss/total"], last)
             totals.offset += len(batch["input_ids"])
             for name, value in report.items():
                 if name in losses:
                     sums[name] = sums.get(name, 0.0) + value.double()
                 else:
                     scales[name] = value
+        self.parallel.finish_gradients()
         names = sorted(sums)
         reduced = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
         values = dict(zip(names, reduced, strict=True))
         self._check(step, values, totals, micro_batches)
         if self.recipe.train.max_grad_norm is not None:
-            norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.train.max_grad_norm)
-            values["grad_norm"] = float(norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            values["grad_norm"] = self.parallel.clip_gradients(self.recipe.train.max_grad_norm)
+        self.parallel.update()
         return {
             **values,
             **{name: float(value) for name, value in scales.items()},

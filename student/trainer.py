@@ -14,11 +14,11 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
@@ -30,7 +30,7 @@ from olavlm.cache import Dataset, ImageRoots
 from .checkpoint import (
     is_adapter,
     latest_step,
-    load_step,
+    load_trained,
     read_adapter,
     save_adapter,
     save_step,
@@ -38,14 +38,14 @@ from .checkpoint import (
 )
 from .config import Recipe, Stage
 from .conversation import load_tokenizer
-from .data import Collator, batches, check_images, check_samples, choose_samples
+from .data import Collator, batches, check_images, check_samples, choose_samples, make_sampler
 from .encoder_name import EncoderName
 from .errors import RecipeError, TrainingError
 from .fused_teachers import FusedTeacher
 from .lora import add_lora, lora_parameters, merge_lora, save_lora
-from .metrics import JsonLines, TensorBoard, Tracker
+from .metrics import check_trackers, open_trackers
 from .model import OlaVLM
-from .sampler import GlobalBatchSampler
+from .parallel import launched_with, spread
 from .signals import stop_requests
 from .stages import PartRow, apply_stage, trains_llm
 from .step import OptimizerStep
@@ -71,6 +71,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     """
     distil = recipe.distils(stage)
     reads_features = distil or recipe.fuses
+    check_trackers(recipe.train.trackers)
     dataset, roots = open_data(recipe)
     check_samples(dataset, recipe.model.template)
     check_images(dataset, roots)
@@ -100,31 +101,29 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     table = apply_stage(model, stage, freeze_tokens=recipe.train.freeze_tokens, distil=distil)
     if recipe.train.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=recipe.train.lr,
-        weight_decay=recipe.train.weight_decay,
-    )
     run = Path(recipe.train.output_dir)
     global_batch = recipe.train.batch_size * recipe.train.accumulation * accelerator.num_processes
     identity = run_identity(recipe, stage, global_batch)
     resumed_from, first_step = latest_step(run, identity)
     if resumed_from is not None:
-        load_step(resumed_from, model, optimizer)
+        load_trained(resumed_from, model)
     if accelerator.is_main_process:
         describe_run(run, recipe, stage, table, versions, accelerator.num_processes)
-    sampler = GlobalBatchSampler(
-        np.asarray(dataset.has_image()), global_batch, recipe.train.seed, recipe.data.group_by_modality
-    )
+    sampler = make_sampler(recipe, dataset, source, global_batch)
     collator = Collator.of(recipe, model, tokenizer, dataset, roots, source)
     schedule = Schedule(recipe, len(sampler))
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    trackers = open_trackers(recipe, run, first_step) if accelerator.is_main_process else []
+    parallel = spread(model, accelerator, recipe.train)
+    optimizer = parallel.optimizer
+    if resumed_from is not None:
+        parallel.load_optimizer(resumed_from)
+    trackers = []
+    if accelerator.is_main_process:
+        trackers = open_trackers(recipe.train.trackers, run, first_step, {"stage": stage, **recipe.to_dict()})
     if first_step:
         accelerator.print(f"resumed from step {first_step}")
 
     task = DistillTask(model.tasks if distil else [], recipe.losses.contrastive, recipe.losses.contrastive_weight)
-    optimizer_step = OptimizerStep(recipe, accelerator, wrapped, optimizer, source, task)
+    optimizer_step = OptimizerStep(recipe, accelerator, parallel, source, task)
     steps = range(first_step, schedule.total_steps)
     loading = batches(
         collator,
@@ -136,7 +135,9 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         workers=recipe.data.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    with stop_requests() as stop:
+    with ExitStack() as leaving, stop_requests() as stop:
+        for tracker in trackers:
+            leaving.callback(tracker.close)
         for step in steps:
             waited = time.perf_counter()
             micro_batches = next(loading)
@@ -157,16 +158,13 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
             last = step + 1 == schedule.total_steps
             stopping = bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device)) > 0)
             if last or stopping or (step + 1) % recipe.train.save_every == 0:
-                if accelerator.is_main_process:
-                    save_step(run, step + 1, model, optimizer.optimizer, identity, recipe.train.keep)
-                accelerator.wait_for_everyone()
+                save_step(run, step + 1, parallel, identity, recipe.train.keep)
             if stopping and not last:
                 raise TrainingError(
                     f"stopped by {stop[0] if stop else 'another process'} after step {step + 1}, which is saved; run "
                     "the same command again to finish"
                 )
-    for tracker in trackers:
-        tracker.close()
+    parallel.gather()
     if accelerator.is_main_process:
         save_result(run, recipe, stage, model, tokenizer)
         mark_finished(run, schedule.total_steps)
@@ -302,19 +300,13 @@ def describe_run(
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     write_json(run / "versions.json", versions)
-    write_json(run / STAGE_FILE, {"stage": stage, "processes": num_processes, "parts": [asdict(r) for r in table]})
+    launch = {"processes": num_processes, "sharded": launched_with("FSDP")}
+    write_json(run / STAGE_FILE, {"stage": stage, **launch, "parts": [asdict(r) for r in table]})
 
 
 def mark_finished(run: Path, step: int) -> None:
     """Note in `stage.json` that the run folder holds the whole result of so many steps."""
     write_json(run / STAGE_FILE, {**json.loads((run / STAGE_FILE).read_text()), "finished": step})
-
-
-def open_trackers(recipe: Recipe, run: Path, first_step: int) -> list[Tracker]:
-    trackers: list[Tracker] = [JsonLines(run / "metrics.jsonl", first_step)]
-    if recipe.train.tensorboard:
-        trackers.append(TensorBoard(run / "tensorboard", first_step))
-    return trackers
 
 
 def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -85,11 +86,11 @@ def store32(make_store) -> Path:
     return make_store("float32")
 
 
-@pytest.fixture
-def recipe(tiny, pt_json, store32, tmp_path):
-    """recipe(stage="pt", **{"section.field": value}) -> the tiny recipe over the shared fixtures."""
+@pytest.fixture(scope="session")
+def recipe_in(tiny, pt_json, store32):
+    """recipe_in(folder, stage="pt", **{"section.field": value}) -> the tiny recipe over the shared fixtures."""
 
-    def make(stage="pt", **overrides):
+    def make(folder: Path, stage="pt", **overrides):
         values = {
             "model.llm": tiny["llm"],
             "model.encoder": tiny["encoder"],
@@ -97,7 +98,7 @@ def recipe(tiny, pt_json, store32, tmp_path):
             "data.images": SAMPLE / "images",
             "data.workers": 0,
             "targets.store": store32,
-            "train.output_dir": tmp_path / stage,
+            "train.output_dir": folder / stage,
             "train.batch_size": 4,
             "init.from": "null",
             **{f"tasks.{name}.model": tiny[name] for name in TEACHERS},
@@ -106,6 +107,12 @@ def recipe(tiny, pt_json, store32, tmp_path):
         return load_recipe("tiny", [f"--{k}={v}" for k, v in values.items()], stage)
 
     return make
+
+
+@pytest.fixture
+def recipe(recipe_in, tmp_path):
+    """recipe(stage="pt", **overrides), as `recipe_in` in the test's own folder."""
+    return partial(recipe_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

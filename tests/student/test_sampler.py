@@ -1,9 +1,14 @@
 """The order of samples: a function of seed, epoch, step and global batch size alone."""
 
+import json
+
 import numpy as np
 import pytest
 
+from olavlm.cache import Dataset
+from olavlm.student.data import neighbour_rows, word_counts
 from olavlm.student.sampler import GlobalBatchSampler
+from olavlm.student.targets import CachedTargets
 
 
 def sampler(has_image, size=4, seed=0, grouped=False):
@@ -51,3 +56,96 @@ def test_grouped_batches_are_of_one_modality_except_the_last():
     assert sorted(epoch(s)[:50]) == list(range(50))
     rest = epoch(s)[48:50]
     assert (rest == np.sort(rest)).all()
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)])
+def test_lengths_are_dealt_out_evenly_and_the_batch_stays(world, accumulation):
+    lengths = np.random.default_rng(0).permutation(40) + 1
+    s = GlobalBatchSampler(np.ones(40, bool), 8, 0, lengths=lengths)
+    parts = {(r, a): part for r in range(world) for a, part in enumerate(s.slices(3, r, world, accumulation))}
+    assert sorted(np.concatenate(list(parts.values()))) == sorted(sampler([True] * 40, size=8).batch(3))
+    for a in range(accumulation - 1):  # the longest first
+        now, later = (np.concatenate([lengths[parts[r, i]] for r in range(world)]) for i in (a, a + 1))
+        assert now.min() > later.max()
+    longest = np.sort(lengths[s.batch(3)])[::-1]
+    for r in range(world):  # in turn
+        assert list(np.concatenate([lengths[parts[r, a]] for a in range(accumulation)])) == list(longest[r::world])
+
+
+def test_length_is_the_words_of_all_turns(tmp_path):
+    turns = [[("human", "one two"), ("gpt", " three\nfour ")], [("human", ""), ("gpt", "x")], [("human", "a b c")]]
+    records = [{"id": str(i), "conversations": [{"from": f, "value": v} for f, v in t]} for i, t in enumerate(turns)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    dataset = Dataset([tmp_path / "data.json"])
+    assert word_counts(dataset).tolist() == [4, 1, 3]
+    assert word_counts(dataset.take(np.array([2, 0]))).tolist() == [3, 4]
+
+
+def blocks_of(order, rows, block):
+    """Lengths of the stretches in which consecutive samples share a block."""
+    ids = rows[order] // block
+    return np.diff(np.flatnonzero(np.diff(ids, prepend=-2, append=-2)))
+
+
+def test_block_shuffle_keeps_neighbouring_rows_together_and_shuffles_both():
+    rows = np.random.default_rng(3).permutation(64)  # the dataset is in another order than the store
+    s = GlobalBatchSampler(np.ones(64, bool), 16, 0, rows=rows, block=8)
+    order = epoch(s)
+    assert sorted(order) == list(range(64))
+    assert (blocks_of(order, rows, 8) == 8).all()
+    blocks = rows[order].reshape(8, 8)
+    assert (blocks // 8 == blocks[:, :1] // 8).all()
+    assert list(blocks[:, 0] // 8) != sorted(blocks[:, 0] // 8)  # blocks are shuffled
+    assert all(list(block) != sorted(block) for block in blocks)  # and so is what is in them
+    other = GlobalBatchSampler(np.ones(64, bool), 16, 1, rows=rows, block=8)
+    assert (epoch(s, 1) != order).any()
+    assert (epoch(other) != order).any()
+    assert (epoch(GlobalBatchSampler(np.ones(64, bool), 16, 0, rows=rows, block=8)) == order).all()
+
+
+def test_block_shuffle_spreads_samples_without_an_image_like_blocks_of_one():
+    rows = np.where(np.arange(60) % 3 == 0, -1, np.arange(60))
+    s = GlobalBatchSampler(rows >= 0, 12, 0, rows=rows, block=20)
+    order = epoch(s)
+    assert sorted(order) == list(range(60))
+    text = np.flatnonzero(rows[order] < 0)
+    assert len(text) == 20
+    assert len(np.flatnonzero(np.diff(text) > 1)) >= 2  # not one block of 20
+    with_image = order[rows[order] >= 0]
+    assert len(blocks_of(with_image, rows, 20)) == 3
+
+
+def test_block_shuffle_within_each_modality():
+    has_image = np.arange(80) % 5 != 0
+    rows = np.where(has_image, np.arange(80), -1)
+    s = GlobalBatchSampler(has_image, 8, 0, True, rows, 16)
+    kinds = [set(has_image[s.batch(k)]) for k in range(len(s))]
+    assert all(len(kind) == 1 for kind in kinds)
+    assert {True} in kinds
+    assert {False} in kinds
+    for k in range(len(s)):
+        if has_image[s.batch(k)[0]]:
+            assert len(set(rows[s.batch(k)] // 16)) <= 2  # a block has 12 or 13 images here, a batch 8
+    assert sorted(epoch(s)) == list(range(80))
+
+
+def test_block_of_one_row_is_an_ordinary_shuffle_of_images():
+    """Several samples of an image stay together, as their one row does."""
+    rows = np.repeat(np.arange(10), 3)
+    order = epoch(GlobalBatchSampler(np.ones(30, bool), 5, 0, rows=rows, block=1))
+    assert (blocks_of(order, rows, 1) == 3).all()
+    assert sorted(order) == list(range(30))
+
+
+def test_rows_are_the_stores_or_places_among_the_datasets_images(recipe, tmp_path, pt_json):
+    samples = json.loads(pt_json.read_text())
+    mixed = [samples[4], {**samples[0], "id": "text", "image": ""}, samples[1], {**samples[4], "id": "again"}]
+    (tmp_path / "mixed.json").write_text(json.dumps(mixed))
+    dataset = Dataset([tmp_path / "mixed.json"])
+    assert neighbour_rows(dataset, None).tolist() == [0, -1, 1, 0]
+    assert neighbour_rows(dataset, CachedTargets(recipe())).tolist() == [4, -1, 1, 4]  # the store is in pt_json's order
+
+
+def test_fewer_samples_of_a_kind_than_blocks_can_be_made_of():
+    s = GlobalBatchSampler(np.ones(3, bool), 2, 0, True, np.arange(3), 8)  # no text-only sample at all
+    assert sorted(epoch(s)[:3]) == [0, 1, 2]

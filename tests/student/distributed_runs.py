@@ -1,0 +1,25 @@
+"""Runs of a JSON file, one after the other, in the processes that this program was launched in.
+
+    accelerate launch --config_file CONFIG --num_processes 2 tests/student/distributed_runs.py JOBS.json
+
+A job is {"stage", "recipe"}: a resolved recipe. Starting processes costs seconds, so that tests share a launch.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from olavlm.pipelines.cli import quiet_models
+from olavlm.student.recipes import load_recipe
+from olavlm.student.trainer import leave_processes, train
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    quiet_models()
+    for number, job in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        file = Path(f"{sys.argv[1]}.{number}")
+        file.write_text(json.dumps(job["recipe"]))
+        train(load_recipe(str(file), [], job["stage"]), job["stage"], {"test": "1"})
+    leave_processes()
