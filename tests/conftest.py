@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported: no test may ask the network
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -105,6 +106,21 @@ def recipe(tiny, pt_json, store32, tmp_path):
         }
         return load_recipe("tiny", [f"--{k}={v}" for k, v in values.items()], stage)
 
+    return make
+
+
+@pytest.fixture(scope="session")
+def llava(tiny, tmp_path_factory):
+    """llava(kind, **changes) -> a tiny stock LLaVA of `llava_checkpoints.py`, beside this file, which no
+    package holds; `llava.module` is that file."""
+    spec = importlib.util.spec_from_file_location("llava_checkpoints", Path(__file__).with_name("llava_checkpoints.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def make(kind: str, **changes) -> Path:
+        return getattr(module, kind)(tmp_path_factory.mktemp("llava") / kind, tiny["llm"], **changes)
+
+    make.module = module
     return make
 
 
