@@ -239,8 +239,8 @@ _INHERITED = ("template", "num_task_tokens", "select_layer")  # what a later sta
 def check_start(recipe: Recipe, start: dict[str, Any], tasks: list[TaskSpec]) -> None:
     """RecipeError if the recipe says otherwise than `init.from` what the model is: it would be trained as another."""
     inherited = [name for name in _INHERITED if name != "num_task_tokens" or recipe.task_order or tasks]
-    said = {f"model.{name}": (getattr(recipe.model, name), start[name]) for name in inherited}
-    said["tasks, in model.order"] = recipe.task_order, [task.name for task in tasks]
+    said: dict[str, tuple[Any, Any]] = {"tasks, in model.order": (recipe.task_order, [task.name for task in tasks])}
+    said |= {f"model.{name}": (getattr(recipe.model, name), start[name]) for name in inherited}
     for name in ("llm", "encoder"):
         there = start.get(name)
         if there is not None and (Path(there).is_dir() or not Path(there).is_absolute()):  # it has not been moved
