@@ -9,7 +9,8 @@ from olavlm.pipelines import generate
 from olavlm.student.trainer import train
 
 QUESTION = "What is in the picture?"
-ANSWERS = {"cat.jpg": "A cat.", "rocket.jpg": "A rocket.", "koala.jpg": "Two birds.", "chair.jpg": "A wooden chair."}
+ANSWERS = {"cat.jpg": "Four cats.", "rocket.jpg": "A red boat.", "koala.jpg": "Two birds.", "chair.jpg": "The table."}
+"""Some of them wrong, so that only what was learnt can be the answer."""
 SWAPPED = dict(zip(ANSWERS, [*list(ANSWERS)[1:], *list(ANSWERS)[:1]], strict=True))
 """By the name that a picture is given, which one it is: the next."""
 
@@ -54,7 +55,7 @@ def test_answers_follow_the_pictures(recipe, data, tmp_path, ask):
     no_tasks = {f"tasks.{name}": "null" for name in ("gen", "depth", "seg")}
     common = {**no_tasks, "data.file": data, "train.batch_size": 4, "train.save_every": 1000}
     pt = train(recipe("pt", **common, **{"train.epochs": 1}), "pt", {})
-    settings = {"init.from": pt, "train.epochs": 60, "train.lr": 2e-3}
+    settings = {"init.from": pt, "train.epochs": 60, "train.lr": 4e-3, "train.max_grad_norm": 1.0}
     ift = train(recipe("ift", **common, **settings), "ift", {})
     same = dict(zip(ANSWERS, ANSWERS, strict=True))
     assert ask(ift, same) == ANSWERS
