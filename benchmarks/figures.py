@@ -104,7 +104,44 @@ class Agreement:
         return "\n\n".join([f"**{self.title}**: {self.rows:,} rows", table(header, lines), *self.notes])
 
 
-Figures = Comparison | Measurement | Agreement
+@dataclass
+class Answers:
+    """What a model answered about pictures, and how often it was what the picture shown calls for."""
+
+    title: str
+    arms: dict[
+        str, list[dict]
+    ]  # arm -> of each question: name, shown, answer, expected; else learnt, for another picture
+    must: dict[str, float] = field(default_factory=dict)  # arm -> the share that it is to reach
+    notes: list[str] = field(default_factory=list)
+    kind: str = "answers"
+
+    def right(self, arm: str) -> int:
+        """Answers that are the expected one or, where none is, another one than was learnt for another picture."""
+        return sum(
+            one["answer"] != one["learnt"] if one["expected"] is None else one["answer"] == one["expected"]
+            for one in self.arms[arm]
+        )
+
+    def markdown(self) -> str:
+        header, lines = ["arm", "questions", "answers that the picture calls for", "share", "must reach"], []
+        for arm, asked in self.arms.items():
+            right = self.right(arm)
+            must = f"{self.must[arm]}" if arm in self.must else ""
+            lines.append([arm, str(len(asked)), str(right), f"{right / len(asked):.2f}", must])
+        shown = [f"**{self.title}**", table(header, lines), *self.notes]
+        for arm, asked in self.arms.items():
+            examples = [[one["shown"], one.get("question", ""), _cell(one["answer"])] for one in asked[:3]]
+            shown += [f"Of *{arm}*:", table(["shown", "question", "answer"], examples)]
+        return "\n\n".join(shown)
+
+
+def _cell(text: str) -> str:
+    """Text within a table's bounds."""
+    return " ".join(text.replace("|", "/").split())
+
+
+Figures = Comparison | Measurement | Agreement | Answers
 
 
 def to_json(figures: Iterable[Figures]) -> list[dict]:
@@ -112,7 +149,7 @@ def to_json(figures: Iterable[Figures]) -> list[dict]:
 
 
 def from_json(figures: Iterable[dict]) -> list[Figures]:
-    kinds = {"comparison": Comparison, "measurement": Measurement, "agreement": Agreement}
+    kinds = {"comparison": Comparison, "measurement": Measurement, "agreement": Agreement, "answers": Answers}
     return [kinds[f["kind"]](**f) for f in figures]
 
 

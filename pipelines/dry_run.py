@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from olavlm.cache import CacheError, Dataset
 from olavlm.student.chain import num_processes, say
+from olavlm.student.checkpoint import whole_model
 from olavlm.student.config import Recipe, Stage
 from olavlm.student.conversation import IGNORE_INDEX, encode, load_tokenizer
 from olavlm.student.data import prompt_turns
@@ -55,7 +57,11 @@ def memory_lines(recipe: Recipe, stage: Stage, dataset: Dataset) -> Iterator[str
     distil = recipe.distils(stage)
     try:
         specs, fused = ([], fused_shapes(recipe)) if recipe.fuses else (task_shapes(recipe, distil), [])
-        tokenizer = load_tokenizer(recipe.model.llm, recipe.model.chat_template)
+        start = recipe.init.from_
+        if start is not None and Path(start).is_dir() and (whole := whole_model(start)):
+            tokenizer = load_tokenizer(whole)
+        else:
+            tokenizer = load_tokenizer(recipe.model.llm, recipe.model.chat_template)
         shape = batch_shape(recipe, dataset, tokenizer)
         common = {
             "vocabulary": 1 + max(tokenizer.get_vocab().values()),

@@ -16,6 +16,7 @@ from olavlm.student.conversation import IGNORE_INDEX
 from olavlm.student.errors import RecipeError, SampleError
 
 KeyBlocks = Literal["img+t", "sys+img+t", "sys+img+t+txt"]
+PaddingSide = Literal["right", "left"]
 
 
 def check_key_blocks(key_blocks: str) -> None:
@@ -53,11 +54,38 @@ class AssembledBatch:
     labels: torch.Tensor
     """long [B, L], -100 at padding and at inserted tokens."""
     layouts: list[SampleLayout]
+    padding_side: PaddingSide = "right"
+
+    @property
+    def starts(self) -> list[int]:
+        """Of each row, the position of the sample's first token, from which its layout counts."""
+        if self.padding_side == "right":
+            return [0] * len(self.layouts)
+        return [self.embeds.shape[1] - layout.length for layout in self.layouts]
 
     @property
     def complete(self) -> torch.Tensor:
         """bool [B]: samples with an image, whole."""
         return torch.tensor([layout.complete for layout in self.layouts], device=self.embeds.device)
+
+
+def padded_right(
+    attention_mask: torch.Tensor, *tensors: torch.Tensor | None
+) -> tuple[PaddingSide, list[torch.Tensor | None]]:
+    """The side that a batch is padded on, and its tensors with the padding on the right, the mask first.
+
+    It is left when any row has padding ahead of its text. A row may be padded on the other side, or on both.
+
+    Args:
+        attention_mask: (B, L), 1 for text and 0 for padding.
+        tensors: (B, L) each, or None.
+    """
+    ahead = (attention_mask != 0).int().argmax(dim=1)
+    if not ahead.any():
+        return "right", [attention_mask, *tensors]
+    length = attention_mask.shape[1]
+    places = (torch.arange(length, device=ahead.device) + ahead[:, None]) % length
+    return "left", [None if tensor is None else tensor.gather(1, places) for tensor in (attention_mask, *tensors)]
 
 
 def locate(
@@ -72,11 +100,11 @@ def locate(
     """The layout of each sample of a right-padded text batch (B, L), after insertion and cut to `max_length`.
 
     Raises:
-        SampleError: more than one `<image>` in a sample, or padding ahead of text.
+        SampleError: more than one `<image>` in a sample, or padding ahead of text (`padded_right`) or within it.
     """
     mask = attention_mask.cpu().bool()
     if (mask[:, 1:] & ~mask[:, :-1]).any():
-        raise SampleError("attention_mask has padding ahead of text; pad on the right")
+        raise SampleError("attention_mask has a 0 with text on either side of it; pad at the ends of the text alone")
     is_image = (input_ids.cpu() == image_token_id) & mask
     counts = is_image.sum(dim=1).tolist()
     if max(counts, default=0) > 1:
@@ -101,7 +129,7 @@ def assemble(
     layouts: Sequence[SampleLayout],
     image_embeds: torch.Tensor,
     task_embeds: torch.Tensor,
-    padding_side: Literal["right", "left"] = "right",
+    padding_side: PaddingSide = "right",
 ) -> AssembledBatch:
     """Puts the pieces of each sample together and pads the batch.
 
@@ -114,7 +142,7 @@ def assemble(
         layouts: of `locate`.
         image_embeds: (samples with an image, num_image_tokens, H), or (0, ., H).
         task_embeds: (T*N, H).
-        padding_side: left for generation.
+        padding_side: of the result; left for generation.
     """
     images = iter(image_embeds)
     none = torch.cat([image_embeds.flatten(0, 1)[:0], task_embeds[:0]])
@@ -141,6 +169,7 @@ def assemble(
         attention_mask=pad_sequence(lengths, batch_first=True, padding_side=padding_side),
         labels=pad_sequence(label_rows, True, IGNORE_INDEX, padding_side=padding_side),
         layouts=list(layouts),
+        padding_side=padding_side,
     )
 
 
@@ -156,17 +185,18 @@ def key_mask(batch: AssembledBatch, task: int, key_blocks: KeyBlocks, include_an
         include_answer: whether supervised positions, the answers, belong to the text. The public code includes them.
     """
     mask = torch.zeros(batch.embeds.shape[:2], dtype=torch.bool)
-    for row, layout in enumerate(batch.layouts):
-        mask[row, : layout.length] = True
+    for row, (start, layout) in enumerate(zip(batch.starts, batch.layouts, strict=True)):
+        own = mask[row, start : start + layout.length]
+        own[:] = True
         if layout.image is None:
             continue
         if key_blocks == "img+t":
-            mask[row, : layout.image.start] = False
+            own[: layout.image.start] = False
         for index, place in enumerate(layout.tasks):
             if index != task:
-                mask[row, place] = False
+                own[place] = False
         if key_blocks != "sys+img+t+txt":
-            mask[row, (layout.tasks[-1] if layout.tasks else layout.image).stop :] = False
+            own[(layout.tasks[-1] if layout.tasks else layout.image).stop :] = False
     mask = mask.to(batch.embeds.device)
     return mask if include_answer else mask & (batch.labels == IGNORE_INDEX)
 

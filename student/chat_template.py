@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from olavlm.student.errors import RecipeError, SampleError
 
 IMAGE_TOKEN = "<image>"
+_PARTS = re.compile(r"""['"]type['"]|\.type\b""")
 
 Message = dict[str, str]
 """{"role": "user" | "assistant", "content": text}"""
@@ -143,8 +144,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], is_
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             template = _SOME_DAY + template
+        # A template that writes the image itself is given it as a part of the message, as the library's processors do.
+        in_parts = IMAGE_TOKEN in template and _PARTS.search(template) is not None
+        conversation = [_in_parts(message) for message in messages] if in_parts else list(messages)
         text = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=is_open
+            conversation, chat_template=template, tokenize=False, add_generation_prompt=is_open
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise SampleError(f"the chat template refuses the conversation: {error}") from error
@@ -152,6 +156,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], is_
     if given != written:
         raise SampleError(f"the chat template writes {IMAGE_TOKEN} {written} times, and the conversation {given} times")
     return text
+
+
+def _in_parts(message: Message) -> dict[str, Any]:
+    """The message with a list for its content: the image, if there is one, ahead of the text."""
+    content = message["content"]
+    text = content.removeprefix(f"{IMAGE_TOKEN}\n")
+    image = [] if text == content else [{"type": "image"}]
+    return {"role": message["role"], "content": [*image, {"type": "text", "text": text}]}
 
 
 def _difference(one: str, other: str) -> str:

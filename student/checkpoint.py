@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .conversation import load_tokenizer
 from .errors import ModelError, TrainingError
+from .extension import extend
 from .model import OlaVLM
 from .parallel import Replicated
 from .stages import ADAPTER
@@ -36,7 +37,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 
 @dataclass
 class Adapter:
-    """What PT trained, and the base models that it was trained on."""
+    """What PT trained, and what it was trained on: two base models, or the parts of a whole one."""
 
     folder: Path
     llm: str
@@ -45,6 +46,8 @@ class Adapter:
     """Keyword arguments of `OlaVLM.build`."""
     tasks: list[TaskSpec]
     recipe_hash: str
+    whole: str | None = None
+    """Folder of the model that PT started from, where it was a whole one; then `llm` and `encoder` are not read."""
 
     def build(self, *, with_predictors: bool = True, **overrides: Any) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
         """Base models with the adapter's weights in place; `overrides` replace arguments of `OlaVLM.build`.
@@ -55,7 +58,13 @@ class Adapter:
         tokenizer = load_tokenizer(str(self.folder))
         arguments = {**self.config, **overrides}
         llm, encoder = arguments.pop("llm", self.llm), arguments.pop("encoder", self.encoder)
-        model = OlaVLM.build(llm, encoder, tokenizer, self.tasks, with_predictors=with_predictors, **arguments)
+        if self.whole is None:
+            model = OlaVLM.build(llm, encoder, tokenizer, self.tasks, with_predictors=with_predictors, **arguments)
+        else:
+            options = {name: arguments.pop(name, None) for name in ("dtype", "attn_implementation")}
+            base = OlaVLM.from_pretrained(self.whole, **{k: v for k, v in options.items() if v is not None})
+            model = extend(base, self.tasks, with_predictors=with_predictors, **arguments)
+            model.tokenizer = tokenizer
         weights = _load(self.folder / ADAPTER_WEIGHTS)
         if not with_predictors:
             weights = {k: v for k, v in weights.items() if k.partition(".")[0] not in ("predictors", "logit_scales")}
@@ -66,7 +75,7 @@ class Adapter:
             model.load_state_dict(weights, strict=False)
         except RuntimeError as e:
             raise ModelError(
-                f"{self.folder} does not fit {llm} and {encoder}: {str(e).splitlines()[-1].strip()}"
+                f"{self.folder} does not fit {self.whole or f'{llm} and {encoder}'}: {str(e).splitlines()[-1].strip()}"
             ) from None
         return model, tokenizer
 
@@ -80,6 +89,7 @@ def save_adapter(
     encoder: str,
     config: dict[str, Any],
     recipe_hash: str,
+    whole: str | None = None,
 ) -> None:
     """Write PT's result: adapter weights, how to build the model around them, and the tokenizer."""
     weights = {k: v.contiguous() for k, v in model.state_dict().items() if k.partition(".")[0] in ADAPTER}
@@ -92,6 +102,7 @@ def save_adapter(
         "config": config,
         "tasks": [task.to_dict() for task in model.tasks],
         "recipe_sha256": recipe_hash,
+        "whole": whole,
     }
     write_json(folder / ADAPTER_CONFIG, content)
 
@@ -101,7 +112,9 @@ def read_adapter(folder: Path) -> Adapter:
     try:
         content = json.loads((folder / ADAPTER_CONFIG).read_text())
         tasks = [TaskSpec.from_dict(task) for task in content["tasks"]]
-        return Adapter(folder, content["llm"], content["encoder"], content["config"], tasks, content["recipe_sha256"])
+        names = ("llm", "encoder", "config")
+        parts = [content[name] for name in names]
+        return Adapter(folder, *parts, tasks, content["recipe_sha256"], content["whole"])
     except FileNotFoundError:
         raise ModelError(f"{folder} holds neither {ADAPTER_CONFIG} (from pt) nor config.json (from ift)") from None
     except (KeyError, TypeError, ValueError) as e:
@@ -122,6 +135,13 @@ def is_adapter(path: str | Path) -> bool:
     if (folder / "checkpoints").is_dir():
         raise ModelError(f"{path} is a run that has not finished; run the same olavlm-train command again to finish it")
     raise ModelError(f"{path} holds no checkpoint: neither {ADAPTER_CONFIG} (from pt) nor config.json (from ift)")
+
+
+def whole_model(path: str | Path | None) -> str | None:
+    """The folder of the whole model that a start goes back to, None for base models apart; errors of `is_adapter`."""
+    if path is None:
+        return None
+    return read_adapter(Path(path)).whole if is_adapter(path) else str(Path(path).absolute())
 
 
 def load_checkpoint(path: str | Path) -> tuple[OlaVLM, PreTrainedTokenizerBase]:

@@ -43,7 +43,8 @@ class ModelConfig:
     chat_template: str | None = None
     """Jinja file in place of the tokenizer's own chat template."""
     geometry: Geometry | None = None
-    """What the base encoder sees: square (centre crop) or pad. By default square in pt, pad after it."""
+    """What the base encoder sees: square (centre crop), pad, or squash (the whole, distorted). By default square in pt,
+    pad after it."""
     select_layer: int = -2
     """Hidden state of the encoder that is projected."""
     dtype: Literal["float32", "bfloat16"] = "float32"

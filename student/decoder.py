@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ def state_width(llm: PreTrainedModel) -> int:
             f"{type(llm).__name__} has embeddings {embeddings} wide and states {states} wide; use an LLM of one width"
         )
     return embeddings
+
+
+def takes_positions(llm: PreTrainedModel) -> bool:
+    """Whether the LLM can be told the position of each token; some derive them, or need none."""
+    return all("position_ids" in signature(part.forward).parameters for part in (llm, llm.get_decoder()))
 
 
 @contextmanager

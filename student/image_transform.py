@@ -11,7 +11,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from olavlm.student.errors import ModelError, RecipeError
 
-Geometry = Literal["square", "pad"]
+Geometry = Literal["square", "pad", "squash"]
 
 LONGEST_SIDE = 8192
 """Pixels; a longer picture is made smaller before it is padded to a square, which would be over 200 MB."""
@@ -31,7 +31,7 @@ class ImageTransform:
     std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
     geometry: Geometry = "square"
     """square: the short edge to S, then the centre crop. pad: first pasted centred on a square of the longer side that
-    is filled with the mean colour, so that nothing is cut off."""
+    is filled with the mean colour, so that nothing is cut off. squash: both edges to S, whatever shape that gives."""
     interpolation: str = "bicubic"
     """Name of one of Pillow's filters, in small letters."""
 
@@ -51,16 +51,22 @@ class ImageTransform:
         image = image.convert("RGB")
         if self.geometry == "pad":
             image = self._pad_to_square(image)
-        image = _without_extremes(image)
+        if self.geometry == "squash":
+            image = image.resize((self.size, self.size), Image.Resampling[self.interpolation.upper()])
+        else:
+            image = self._cover(_without_extremes(image))
+        pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
+        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def _cover(self, image: Image.Image) -> Image.Image:
+        """The short edge to S, and the middle of the long one."""
         width, height = image.size
         short = min(width, height)
         width, height = (int(self.size * side / short) for side in (width, height))
         image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
         left, top = (width - self.size) // 2, (height - self.size) // 2
-        image = image.crop((left, top, left + self.size, top + self.size))
-        pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
-        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return image.crop((left, top, left + self.size, top + self.size))
 
     def _pad_to_square(self, image: Image.Image) -> Image.Image:
         if max(image.size) > LONGEST_SIDE:
@@ -74,9 +80,10 @@ class ImageTransform:
 
     def save(self, folder: str | Path) -> None:
         """Writes `preprocessor_config.json`, which the library's image processors read."""
+        square = {"height": self.size, "width": self.size}
         CLIPImageProcessor(
-            size={"shortest_edge": self.size},
-            crop_size={"height": self.size, "width": self.size},
+            size=square if self.geometry == "squash" else {"shortest_edge": self.size},
+            crop_size=square,
             image_mean=list(self.mean),
             image_std=list(self.std),
             resample=int(Image.Resampling[self.interpolation.upper()]),

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .assembly import assemble, locate
+from .checkpoint import whole_model
 from .config import Recipe, Stage
 from .encoders import VisionEncoder, load_encoder_config, load_image_transform
 from .errors import ModelError
@@ -170,13 +172,19 @@ def _config(
     recipe: Recipe, specs: Sequence[TaskSpec], fused: Sequence[FusedTeacher], distil: bool
 ) -> tuple[OlaVLMConfig, ImageTransform]:
     m = recipe.model
-    with load_errors(m.llm):
-        text_config = AutoConfig.from_pretrained(m.llm)
+    there = recipe.init.from_ is not None and Path(recipe.init.from_).is_dir()  # or an earlier stage has yet to run
+    if whole := whole_model(recipe.init.from_) if there else None:
+        with load_errors(whole):
+            base = OlaVLMConfig.from_pretrained(whole)
+        text_config, vision_config, transform = base.text_config, base.vision_config, base.image_transform
+    else:
+        with load_errors(m.llm):
+            text_config = AutoConfig.from_pretrained(m.llm)
+        vision_config, transform = load_encoder_config(m.encoder), load_image_transform(m.encoder)
     text_config._attn_implementation = m.attention or "sdpa"
-    transform = load_image_transform(m.encoder)
     config = OlaVLMConfig(
         text_config=text_config,
-        vision_config=load_encoder_config(m.encoder),
+        vision_config=vision_config,
         tasks=list(specs),
         num_task_tokens=m.num_task_tokens,
         with_predictors=distil,

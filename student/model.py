@@ -30,9 +30,11 @@ from transformers.utils import ModelOutput
 
 from olavlm.student.assembly import (
     AssembledBatch,
+    PaddingSide,
     assemble,
     key_mask,
     locate,
+    padded_right,
 )
 from olavlm.student.conversation import (
     IGNORE_INDEX,
@@ -42,7 +44,14 @@ from olavlm.student.conversation import (
     prepare_tokenizer,
     terminator_id,
 )
-from olavlm.student.decoder import capture_states, decoder_blocks, grow_vocabulary, head_is_plain, state_width
+from olavlm.student.decoder import (
+    capture_states,
+    decoder_blocks,
+    grow_vocabulary,
+    head_is_plain,
+    state_width,
+    takes_positions,
+)
 from olavlm.student.encoders import VisionEncoder, load_image_transform
 from olavlm.student.errors import ModelError, RecipeError, SampleError
 from olavlm.student.fused_teachers import encode_fused, in_order, load_fused
@@ -302,7 +311,9 @@ class OlaVLM(PreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         teacher_features: Mapping[str, torch.Tensor] | None = None,
     ) -> OlaVLMOutput:
-        """One pass over a batch of right-padded text with at most one image a sample.
+        """One pass over a batch of text with at most one image a sample.
+
+        What comes out is padded on the side that the text is padded on: the left if any row has padding ahead of it.
 
         Args:
             input_ids: long (B, L), with `<image>` where a sample's image belongs.
@@ -323,7 +334,7 @@ class OlaVLM(PreTrainedModel):
         last, states, logits = self._run_llm(batch, layers, with_logits=labels is None)
         return OlaVLMOutput(
             logits=logits if labels is None else None,
-            text_loss_sum=None if labels is None else self._text_loss_sum(last, logits, batch.labels),
+            text_loss_sum=None if labels is None else self._text_loss_sum(last, logits, batch),
             predictions=self._predict(batch, states),
             logit_scales={name: scale.clone() for name, scale in self.logit_scales.items()},
             complete=batch.complete,
@@ -341,7 +352,7 @@ class OlaVLM(PreTrainedModel):
     ) -> torch.Tensor:
         """New token ids (B, new tokens), by the LLM's own `generate`, which takes the further arguments.
 
-        Inputs are those of `forward`: text padded on the right.
+        Inputs are those of `forward`, padded on either side.
         """
         batch = self._assemble(
             input_ids, attention_mask, None, pixel_values, None, teacher_features, padding_side="left"
@@ -420,9 +431,11 @@ class OlaVLM(PreTrainedModel):
         pixel_values: torch.Tensor | None,
         max_length: int | None,
         teacher_features: Mapping[str, torch.Tensor] | None = None,
-        padding_side: str = "right",
+        padding_side: PaddingSide | None = None,
     ) -> AssembledBatch:
+        """The batch padded on `padding_side`; None for that of the text."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        side, (attention_mask, input_ids, labels) = padded_right(attention_mask, input_ids, labels)
         layouts = locate(
             input_ids,
             attention_mask,
@@ -443,7 +456,7 @@ class OlaVLM(PreTrainedModel):
         else:
             nothing = [(self.vision.num_tokens, self.vision.width), *((t.tokens, t.dim) for t in self.fused_teachers)]
             images = self.projector(*(text.new_zeros(1, *shape) for shape in nothing))[:0]
-        return assemble(text, labels, layouts, images.to(text), self.task_tokens().to(text), padding_side=padding_side)
+        return assemble(text, labels, layouts, images.to(text), self.task_tokens().to(text), padding_side or side)
 
     def _run_llm(
         self, batch: AssembledBatch, layers: set[int], with_logits: bool
@@ -452,6 +465,8 @@ class OlaVLM(PreTrainedModel):
         if self._head_is_plain is None:
             self._head_is_plain = head_is_plain(self.llm)
         inputs = {"inputs_embeds": batch.embeds, "attention_mask": batch.attention_mask, "use_cache": False}
+        if batch.padding_side == "left" and takes_positions(self.llm):  # or it would count the padding ahead
+            inputs["position_ids"] = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         with capture_states(self.llm, layers) as states:
             if with_logits or not self._head_is_plain:
                 logits = self.llm(**inputs).logits
@@ -464,9 +479,10 @@ class OlaVLM(PreTrainedModel):
         assert not cut, f"states of layers {cut} are outside the graph; use non-reentrant gradient checkpointing"
         return last, states, logits
 
-    def _text_loss_sum(self, last: torch.Tensor, logits: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-        """Next-token cross-entropy, with vocabulary logits at labelled positions alone."""
-        wanted = labels[:, 1:] != IGNORE_INDEX
+    def _text_loss_sum(self, last: torch.Tensor, logits: torch.Tensor | None, batch: AssembledBatch) -> torch.Tensor:
+        """Next-token cross-entropy, with vocabulary logits at labelled positions alone; padding predicts nothing."""
+        labels = batch.labels
+        wanted = (labels[:, 1:] != IGNORE_INDEX) & batch.attention_mask[:, :-1].bool()
         if logits is None:
             logits = self.llm.get_output_embeddings()(last[:, :-1][wanted])
         else:
@@ -494,7 +510,10 @@ class OlaVLM(PreTrainedModel):
         if task.tokens > 1 or self.config.gen_query == "raw":
             return self.task_tokens.queries(task.name)[None]
         # A sample without the task's tokens, whose prediction is not used, reads its first positions instead.
-        first = [layout.tasks[index].start if layout.complete else 0 for layout in batch.layouts]
+        first = [
+            start + layout.tasks[index].start if layout.complete else 0
+            for start, layout in zip(batch.starts, batch.layouts, strict=True)
+        ]
         offsets = torch.arange(self.config.num_task_tokens, device=keys.device)
         positions = torch.tensor(first, device=keys.device)[:, None] + offsets
         positions = positions.clamp(max=keys.shape[1] - 1)  # [B, N]

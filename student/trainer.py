@@ -34,6 +34,7 @@ from .checkpoint import (
     read_adapter,
     save_adapter,
     save_step,
+    whole_model,
     write_json,
 )
 from .config import Recipe, Stage
@@ -41,6 +42,7 @@ from .conversation import load_tokenizer
 from .data import Collator, batches, check_images, check_samples, choose_samples, make_sampler
 from .encoder_name import EncoderName
 from .errors import RecipeError, TrainingError
+from .extension import extend
 from .fused_teachers import FusedTeacher
 from .lora import add_lora, lora_parameters, merge_lora, save_lora
 from .metrics import check_trackers, open_trackers
@@ -221,18 +223,24 @@ def start_model(
         return OlaVLM.build(m.llm, m.encoder, tokenizer, specs, **settings), tokenizer
     if is_adapter(recipe.init.from_):
         adapter = read_adapter(Path(recipe.init.from_))
-        check_start(recipe, {**adapter.config, "llm": adapter.llm, "encoder": adapter.encoder}, adapter.tasks, fused)
+        bases = {} if adapter.whole else {"llm": adapter.llm, "encoder": adapter.encoder}
+        check_start(recipe, {**adapter.config, **bases}, adapter.tasks, fused)
         if distil:
             adapter.tasks = specs
         return adapter.build(with_predictors=distil, llm=m.llm, encoder=m.encoder, **settings)
-    if distil:
+    if distil and stage != "pt":
         raise RecipeError(f"losses.stages has {stage}, and {recipe.init.from_} holds no predictors to go on with")
     model = OlaVLM.from_pretrained(recipe.init.from_, dtype=DTYPES[m.dtype], attn_implementation=m.attention)
-    names = (*_INHERITED, "fused_teachers")
-    check_start(recipe, {name: getattr(model.config, name) for name in names}, list(model.tasks), fused)
+    tokenizer = model.tokenizer or load_tokenizer(recipe.init.from_)  # which says why there is none
+    start = {name: getattr(model.config, name) for name in (*_INHERITED, "fused_teachers")}
+    if stage == "pt":
+        check_start(recipe, {**start, "num_task_tokens": m.num_task_tokens}, specs, fused)
+        own = {key: value for key, value in settings.items() if key not in ("dtype", "attn_implementation")}
+        return extend(model, specs, **own), tokenizer
+    check_start(recipe, start, list(model.tasks), fused)
     model.config.fused_teachers = settings["fused_teachers"]  # the same, as this stage's store knows them
     model.config.geometry, model.config.max_sequence_length = settings["geometry"], m.max_length
-    return model, model.tokenizer or load_tokenizer(recipe.init.from_)  # which says why there is none
+    return model, tokenizer
 
 
 _INHERITED = ("template", "num_task_tokens", "select_layer", "fusion")  # what a later stage cannot change
@@ -240,9 +248,12 @@ _INHERITED = ("template", "num_task_tokens", "select_layer", "fusion")  # what a
 
 def check_start(recipe: Recipe, start: dict[str, Any], tasks: list[TaskSpec], fused: list[FusedTeacher]) -> None:
     """RecipeError if the recipe says otherwise than `init.from` what the model is: it would be trained as another."""
-    said = {f"model.{name}": (getattr(recipe.model, name), start[name]) for name in _INHERITED}
+    inherited = [name for name in _INHERITED if name != "num_task_tokens" or recipe.task_order or tasks]
     before = [FusedTeacher.from_dict(teacher) for teacher in start["fused_teachers"]]
-    said["tasks, in model.order"] = recipe.task_order, [x.name for x in (*tasks, *before)]
+    said: dict[str, tuple[Any, Any]] = {
+        "tasks, in model.order": (recipe.task_order, [x.name for x in (*tasks, *before)])
+    }
+    said |= {f"model.{name}": (getattr(recipe.model, name), start[name]) for name in inherited}
     for teacher, there in zip(fused, before, strict=False):
         said[f"the fingerprint of {teacher.name}'s features"] = teacher.fingerprint, there.fingerprint
     for name in ("llm", "encoder"):
@@ -328,6 +339,7 @@ def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenize
         encoder=_absolute(m.encoder),
         config=config,
         recipe_hash=recipe.hash(),
+        whole=whole_model(recipe.init.from_),
     )
 
 

@@ -46,7 +46,8 @@ class TransformersFamily:
         """RecipeError for a layer that the tower has not, or pictures that its patches do not divide."""
         block_of(select_layer, tower.config.num_hidden_layers)
         patch = tower.config.patch_size
-        check_patches(side, patch)
+        if side != tower.config.image_size:  # its own may leave a rest, as 384 pixels do with patches of 14
+            check_patches(side, patch)
         return FeatureShape(side // patch, side // patch, tower.config.hidden_size)
 
     def features(self, tower: PreTrainedModel, pixels: torch.Tensor, select_layer: int) -> torch.Tensor:

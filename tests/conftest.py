@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported: no test may ask the network
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -113,6 +114,21 @@ def recipe_in(tiny, pt_json, store32):
 def recipe(recipe_in, tmp_path):
     """recipe(stage="pt", **overrides), as `recipe_in` in the test's own folder."""
     return partial(recipe_in, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def llava(tiny, tmp_path_factory):
+    """llava(kind, **changes) -> a tiny stock LLaVA of `llava_checkpoints.py`, beside this file, which no
+    package holds; `llava.module` is that file."""
+    spec = importlib.util.spec_from_file_location("llava_checkpoints", Path(__file__).with_name("llava_checkpoints.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def make(kind: str, **changes) -> Path:
+        return getattr(module, kind)(tmp_path_factory.mktemp("llava") / kind, tiny["llm"], **changes)
+
+    make.module = module
+    return make
 
 
 @pytest.fixture(scope="session")

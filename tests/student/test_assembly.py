@@ -1,7 +1,9 @@
+from itertools import product
+
 import pytest
 import torch
 
-from olavlm.student.assembly import SampleLayout, assemble, count_supervised, key_mask, locate
+from olavlm.student.assembly import SampleLayout, assemble, count_supervised, key_mask, locate, padded_right
 from olavlm.student.conversation import IGNORE_INDEX
 
 IMAGE, PATCHES, TASKS, N, WIDTH = 9, 3, 2, 2, 4
@@ -46,6 +48,29 @@ def test_left_padding():
     batch = assembled(padding_side="left")
     assert batch.embeds[1, :, 0].tolist() == [0, 0, 0, 200, 200, 200, 50, 51, 52, 53, 5]
     assert batch.attention_mask[1].tolist() == [0] * 3 + [1] * 8
+
+
+def test_padding_moves_to_the_right_from_wherever_it_is():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
+    ids = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 0], [0, 7, 8, 0], [0, 0, 0, 0]])
+    side, (right, moved, none) = padded_right(mask, ids, None)
+    assert (side, none) == ("left", None)
+    assert right.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+    assert moved.tolist() == [[5, 6, 0, 0], [1, 2, 3, 0], [7, 8, 0, 0], [0, 0, 0, 0]]
+    side, (same, unmoved) = padded_right(MASK, IDS)
+    assert side == "right"
+    assert same is MASK
+    assert unmoved is IDS
+
+
+def test_keys_of_a_batch_padded_on_the_left():
+    right, left = assembled(), assembled(padding_side="left")
+    assert left.starts == [0, 3, 5]
+    for blocks, answer in product(("img+t", "sys+img+t", "sys+img+t+txt"), (True, False)):
+        masks = key_mask(right, 1, blocks, answer), key_mask(left, 1, blocks, answer)
+        for row, (start, layout) in enumerate(zip(left.starts, left.layouts, strict=True)):
+            assert masks[1][row, start:].tolist() == masks[0][row, : layout.length].tolist()
+            assert not masks[1][row, :start].any()
 
 
 def test_cut_after_insertion():
@@ -96,5 +121,5 @@ def test_every_row_keeps_projector_and_tokens_in_the_graph():
 def test_errors():
     with pytest.raises(ValueError, match="row 1 has 2 image tokens"):
         locate(torch.tensor([[1, 9], [9, 9]]), torch.ones(2, 2), IMAGE, PATCHES, TASKS, N, None)
-    with pytest.raises(ValueError, match="pad on the right"):
-        locate(IDS[:1], torch.tensor([[0, 1, 1, 1, 1, 1]]), IMAGE, PATCHES, TASKS, N, None)
+    with pytest.raises(ValueError, match="pad at the ends"):
+        locate(IDS[:1], torch.tensor([[1, 1, 0, 1, 1, 1]]), IMAGE, PATCHES, TASKS, N, None)

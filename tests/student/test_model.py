@@ -311,6 +311,45 @@ def test_other_llms_and_heads_that_do_more(name, tiny, tokenizer, tmp_path, make
     assert all(torch.isfinite(prediction).all() for prediction in output.predictions.values())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_padding_on_the_left_changes_nothing_but_its_side(name, tiny, tokenizer, tmp_path, make_batch, samples):
+    """GPT-2 learns its positions, so that one which counted the padding would give other logits."""
+    folder = save_llm(tmp_path / "llm", other_llms()[name][0], tiny) if name == "gpt2" else tiny["llm"]
+    tasks = [TaskSpec("gen", 1, 32, (1, 3)), TaskSpec("depth", 16, 24, (2,))]
+    torch.manual_seed(3)
+    model = OlaVLM.build(folder, tiny["encoder"], tokenizer, tasks, num_task_tokens=4, include_answer=False).eval()
+    right = inputs_of(make_batch(samples))
+    lengths = right["attention_mask"].sum(dim=1)
+    left = dict(right)
+    for key in ("input_ids", "attention_mask", "labels"):
+        rows = zip(right[key], lengths.tolist(), strict=True)
+        left[key] = torch.stack([row.roll(len(row) - length) for row, length in rows])
+    assert left["attention_mask"][:, 0].sum() == 1, "one sample is the longest"
+    with torch.no_grad():
+        wanted, got = model(**right), model(**left)
+        for key, prediction in wanted.predictions.items():
+            whole = wanted.complete
+            torch.testing.assert_close(got.predictions[key][whole], prediction[whole], atol=1e-4, rtol=1e-4, msg=key)
+        torch.testing.assert_close(got.text_loss_sum, wanted.text_loss_sum)
+        assert torch.equal(got.complete, wanted.complete)
+        del right["labels"], left["labels"]
+        wanted, got = model(**right), model(**left)
+    assert torch.equal(got.attention_mask, wanted.attention_mask.flip(1))
+    for row, length in enumerate(wanted.attention_mask.sum(dim=1).tolist()):
+        torch.testing.assert_close(got.logits[row, -length:], wanted.logits[row, :length], atol=1e-4, rtol=1e-4)
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
+    assert torch.equal(model.generate(**left, **options), model.generate(**right, **options))
+
+
+def test_padding_predicts_nothing(build):
+    model = build().eval()
+    ids = torch.tensor([[4, 4, 7, 8, 9]])
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    all_labelled = torch.tensor([[-100, -100, 7, 8, 9]])
+    padded = model(ids, mask, all_labelled).text_loss_sum
+    torch.testing.assert_close(padded, model(ids[:, 2:], None, all_labelled[:, 2:]).text_loss_sum)
+
+
 def test_head_that_reads_other_states_is_found(build):
     model = build()
     assert head_is_plain(model.llm)

@@ -1,0 +1,100 @@
+"""olavlm-export: models of other projects to ours.
+
+olavlm-export llava-hf/llava-1.5-7b-hf start --from llava-hf --to olavlm     stock LLaVA, as a starting point
+olavlm-train ift --config RECIPE.yaml --init.from start
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import AutoConfig, LlavaConfig
+
+from olavlm.student.checkpoint import write_json
+from olavlm.student.llava_hf import from_llava_hf
+from olavlm.student.loading import load_errors
+
+from .cli import JobFailed, UsageError, command, quiet_models, versions
+
+RECORD = "export.json"
+
+
+def arguments() -> argparse.ArgumentParser:
+    sources = list(dict.fromkeys(source for source, _ in CONVERSIONS))
+    p = argparse.ArgumentParser(
+        prog="olavlm-export",
+        description="Turn a checkpoint of one kind into another. From llava-hf to olavlm: a stock LLaVA "
+        "(LlavaForConditionalGeneration) becomes a model without task tokens, with the same logits, that olavlm-train "
+        "starts from and olavlm-generate asks.",
+        epilog="example: olavlm-export llava-hf/llava-1.5-7b-hf start --from llava-hf --to olavlm",
+        allow_abbrev=False,
+    )
+    p.add_argument("source", metavar="SOURCE", help="checkpoint folder or hub id")
+    p.add_argument("out", metavar="OUT", type=Path, help="new folder")
+    p.add_argument("--from", dest="source_kind", choices=sources, help="what SOURCE is; its config says it by default")
+    p.add_argument("--to", dest="kind", choices=[kind for _, kind in CONVERSIONS], required=True, help="what OUT is")
+    p.add_argument(
+        "--template",
+        metavar="NAME",
+        help="prompt template of the model: llama_3, phi_3, vicuna_v1, or chat, the tokenizer's own; by default the "
+        "one that its chat template writes",
+    )
+    return p
+
+
+@command("olavlm-export")
+def main(argv: list[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise JobFailed(f"{args.out} exists; name another folder, or remove it")
+    quiet_models()
+    args.source_kind = args.source_kind or kind_of(args.source)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{args.out.name}-", dir=args.out.parent) as staging:
+        folder = Path(staging, "model")
+        CONVERSIONS[args.source_kind, args.kind](args, folder)
+        folder.rename(args.out)  # appears whole or not at all
+    print(f"{args.out}: done", flush=True)
+    return 0
+
+
+def kind_of(source: str) -> str:
+    """What a checkpoint is, by its config. ModelError without one, UsageError for none that we know."""
+    with load_errors(source):
+        model_type = AutoConfig.from_pretrained(source).model_type
+    if model_type not in KINDS:
+        raise UsageError(f"{source} holds a {model_type!r} model; --from takes {', '.join(KINDS.values())}")
+    return KINDS[model_type]
+
+
+def llava_hf_to_olavlm(args: argparse.Namespace, folder: Path) -> None:
+    """StudentError for a checkpoint that cannot be taken, and why."""
+    converted = from_llava_hf(args.source, args.template)
+    model, config = converted.model, converted.model.config
+    for note in converted.notes:
+        print(note)
+    print(
+        f"{config.text_config.model_type} of {config.text_config.vocab_size} vocabulary rows, "
+        f"{config.vision_config.model_type} of {model.vision.num_tokens} image tokens at layer {config.select_layer}; "
+        f"template {config.template}, geometry {config.geometry}"
+    )
+    model.save_pretrained(folder)
+    record = {"source": args.source, "from": args.source_kind, "to": args.kind, "template": config.template}
+    write_json(folder / RECORD, record | {"notes": converted.notes, "versions": versions()})
+
+
+KINDS = {LlavaConfig.model_type: "llava-hf"}
+"""By the `model_type` of a config."""
+
+CONVERSIONS: dict[tuple[str, str], Callable[[argparse.Namespace, Path], None]] = {
+    ("llava-hf", "olavlm"): llava_hf_to_olavlm,
+}
+"""By what SOURCE is and what OUT is to be. Another pair is another entry."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
