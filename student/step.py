@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from .config import Recipe
 from .data import MicroBatch
 from .errors import TrainingError
+from .scaled_features import joined
 from .targets import TargetSource
 from .task import Batch, BatchTotals, DistillTask
 
@@ -105,7 +106,7 @@ class OptimizerStep:
         totals = BatchTotals(supervised_tokens=tokens, valid_rows=dict(zip(names, valid, strict=True)))
         for name in names:
             # No gradient flows to targets, so gathering those of the whole batch is exact.
-            totals.targets[name] = accelerator.gather(torch.cat([b["targets"][name] for b in prepared]))
+            totals.targets[name] = joined([b["targets"].pop(name) for b in prepared], accelerator.gather)
             totals.targets_valid[name] = accelerator.gather(torch.cat([b["valid"][name] for b in prepared]))
         totals.offset = accelerator.process_index * sum(len(b["input_ids"]) for b in prepared)
         return totals

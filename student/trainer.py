@@ -115,7 +115,10 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     if first_step:
         accelerator.print(f"resumed from step {first_step}")
 
-    task = DistillTask(model.tasks if distil else [], recipe.losses.contrastive, recipe.losses.contrastive_weight)
+    settings = recipe.losses
+    task = DistillTask(
+        model.tasks if distil else [], settings.contrastive, settings.contrastive_weight, settings.kernels
+    )
     optimizer_step = OptimizerStep(recipe, accelerator, wrapped, optimizer, source, task)
     steps = range(first_step, schedule.total_steps)
     loading = batches(
