@@ -53,9 +53,7 @@ def smooth_l1_and_cosines(
     passes = choose(kernels, predictions[0])
     scales = targets.scales if isinstance(targets, ScaledFeatures) else None
     values = targets.values if isinstance(targets, ScaledFeatures) else targets.detach()
-    return _SmoothL1AndCosines.apply(
-        passes, overwrite, values, scales, labels, valid_rows, valid_targets, *predictions
-    )
+    return _SmoothL1AndCosines.apply(passes, overwrite, values, scales, labels, valid_rows, valid_targets, *predictions)
 
 
 def choose(kernels: Kernels, prediction: torch.Tensor) -> ModuleType:
@@ -90,9 +88,7 @@ class _SmoothL1AndCosines(torch.autograd.Function):
         features = predictions[0][0].numel()
         p_norm, t_norm = (square.sqrt().clamp_(min=_NORM_EPS) for square in (p_square, t_square))
         cosines = dots.div_(p_norm[..., None] * t_norm)
-        ctx.save_for_backward(
-            values, scales, labels, valid_rows, valid_targets, cosines, p_norm, t_norm, *predictions
-        )
+        ctx.save_for_backward(values, scales, labels, valid_rows, valid_targets, cosines, p_norm, t_norm, *predictions)
         ctx.passes, ctx.overwrite, ctx.features = passes, overwrite, features
         return torch.where(valid_rows, smooth_l1 / features, 0.0), cosines
 

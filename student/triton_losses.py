@@ -21,7 +21,8 @@ from .scaled_features import Features, ScaledFeatures
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET was set when this module was imported: the kernels run on a CPU then, step by step."""
-BLOCK_TARGETS, BLOCK_FEATURES = 64, 64
+BLOCK_TARGETS, BLOCK_FEATURES, WARPS = 32, 64, 8
+"""Twice as many targets, or half the warps, and the compiler runs out of registers."""
 _MAX_BLOCK_ROWS = 32
 _PROGRAMS = 1024
 """That a pass is divided into, about: a few for each multiprocessor of a large GPU."""
@@ -53,9 +54,8 @@ def backward_pass(
 ) -> None:
     """As `eager_losses.backward_pass`."""
     for layer, (prediction, gradient) in enumerate(zip(predictions, gradients, strict=True)):
-        p, out = prediction.contiguous(), gradient if gradient.is_contiguous() else torch.empty_like(
-            gradient, memory_format=torch.contiguous_format
-        )
+        p = prediction.contiguous()
+        out = gradient if gradient.is_contiguous() else torch.empty_like(p)
         values, scales = _parts(targets)
         b, n, dim = p.shape
         rows = _block_rows(b)
@@ -65,7 +65,7 @@ def backward_pass(
                 along_error[layer].contiguous(), along_targets[layer].contiguous(), along_itself[layer].contiguous(),
                 out, b, len(values), n * dim, dim,
                 HAS_SCALES=isinstance(targets, ScaledFeatures), ROWS=rows, TARGETS=BLOCK_TARGETS,
-                FEATURES=BLOCK_FEATURES,
+                FEATURES=BLOCK_FEATURES, num_warps=WARPS,
             )  # fmt: skip
         if out is not gradient:
             gradient.copy_(out)
@@ -89,6 +89,7 @@ def _forward(
             p, values, scales, labels, valid_rows, valid_targets, smooth_l1, dots, p_square, t_square,
             b, m, n * dim, dim, part_steps,
             HAS_SCALES=isinstance(targets, ScaledFeatures), ROWS=rows, TARGETS=BLOCK_TARGETS, FEATURES=BLOCK_FEATURES,
+            num_warps=WARPS,
         )  # fmt: skip
     return smooth_l1.sum(dim=0), dots.sum(dim=0), p_square.sum(dim=0), t_square.sum(dim=0)
 
