@@ -37,7 +37,7 @@ from .fused_teachers import FusedTeacher
 from .image_transform import ImageTransform
 from .loading import load_errors
 from .lora import add_lora
-from .losses import contrastive_sum, smooth_l1_sum, text_loss_sum
+from .losses import embedding_loss_sums, text_loss_sum
 from .model import OlaVLM, OlaVLMConfig
 from .stages import apply_stage, trains_llm
 from .tokens import TaskSpec
@@ -221,20 +221,22 @@ def _step_peak(model: OlaVLM, recipe: Recipe, shape: BatchShape, transform: Imag
             answers = last[:, -min(shape.supervised_tokens, last.shape[1]) :].flatten(0, 1)
             logits = model.llm.get_output_embeddings()(answers)
             loss = text_loss_sum(logits, torch.zeros(len(logits), dtype=torch.long))
-            for name, prediction in model._predict(batch, states).items():
-                task = name.partition("/")[0]
-                loss = loss + _embedding_loss(prediction, targets[task], model.logit_scales[task])
+            predictions = model._predict(batch, states)
+            for task in model.tasks if predictions else ():
+                of_layers = [predictions.pop(f"{task.name}/{layer}") for layer in task.layers]
+                loss = loss + _embedding_loss(of_layers, targets[task.name], model.logit_scales[task.name])
         del logits, answers, last, states, batch, images, text
         loss.backward()
     return live.peak
 
 
-def _embedding_loss(prediction: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    b, m = len(prediction), len(targets)
-    valid, rows = torch.ones(b, dtype=torch.bool), torch.zeros(b, dtype=torch.long)
-    return smooth_l1_sum(prediction, targets[:b], valid) + contrastive_sum(
-        prediction, targets, rows, valid, torch.ones(m, dtype=torch.bool), scale
+def _embedding_loss(predictions: list[torch.Tensor], targets: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    b, m = len(predictions[0]), len(targets)
+    valid, labels = torch.ones(b, dtype=torch.bool), torch.zeros(b, dtype=torch.long)
+    sums = embedding_loss_sums(
+        predictions, targets, labels, valid, torch.ones(m, dtype=torch.bool), scale, overwrite=True
     )
+    return torch.stack(sums).sum()
 
 
 def _layouts(model: OlaVLM, shape: BatchShape, recipe: Recipe) -> list[Any]:

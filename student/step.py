@@ -15,6 +15,7 @@ from .config import Recipe
 from .data import MicroBatch
 from .errors import TrainingError
 from .parallel import Replicated
+from .scaled_features import ScaledFeatures, joined
 from .targets import TargetSource
 from .task import Batch, BatchTotals, DistillTask
 
@@ -93,7 +94,10 @@ class OptimizerStep:
         )
         if self.recipe.fuses:
             batch["teacher_features"] = {
-                name: values.masked_fill(~valid[name][:, None, None], 0) for name, values in features.items()
+                name: (values.float() if isinstance(values, ScaledFeatures) else values).masked_fill(
+                    ~valid[name][:, None, None], 0
+                )
+                for name, values in features.items()
             }
         elif self.source is not None:
             complete = micro.complete.to(device)
@@ -113,7 +117,7 @@ class OptimizerStep:
         totals = BatchTotals(supervised_tokens=tokens, valid_rows=dict(zip(names, valid, strict=True)))
         for name in names:
             # No gradient flows to targets, so gathering those of the whole batch is exact.
-            totals.targets[name] = accelerator.gather(torch.cat([b["targets"][name] for b in prepared]))
+            totals.targets[name] = joined([b["targets"].pop(name) for b in prepared], accelerator.gather)
             totals.targets_valid[name] = accelerator.gather(torch.cat([b["valid"][name] for b in prepared]))
         totals.offset = accelerator.process_index * sum(len(b["input_ids"]) for b in prepared)
         return totals

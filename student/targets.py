@@ -19,6 +19,7 @@ from olavlm.cache import BadImage, CacheError, Dataset, FeatureStore, ImageRoots
 
 from .config import Recipe, Stage, TaskConfig
 from .errors import RecipeError, TargetsError
+from .scaled_features import Features, ScaledFeatures
 from .tokens import TaskSpec
 
 Loaded = dict[str, tuple[dict[str, np.ndarray], np.ndarray]]
@@ -37,13 +38,13 @@ class TargetSource(Protocol):
         """The host half, for the images of a micro-batch; None is a sample without an image."""
         ...
 
-    def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, Features], dict[str, torch.Tensor]]:
         """Targets (b, n, D) and valid bool (b,) of each task, on `device`. Invalid rows may hold anything."""
         ...
 
 
 class CachedTargets:
-    """Rows of a feature store, in its storage dtype; int8 is dequantised on the device, int4 by the loader."""
+    """Rows of a feature store, in its storage dtype; int8 stays so, with its scales; int4 is decoded by the loader."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.store = FeatureStore(recipe.targets.store)
@@ -76,13 +77,12 @@ class CachedTargets:
             )
         return loaded
 
-    def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, Features], dict[str, torch.Tensor]]:
         targets, valid = {}, {}
         for name, (parts, rows) in loaded.items():
             tensors = {part: torch.from_numpy(values).to(device, non_blocking=True) for part, values in parts.items()}
-            targets[name] = tensors["features"]
-            if "scales" in tensors:
-                targets[name] = targets[name].to(torch.float32) * tensors["scales"][..., None]
+            features = tensors["features"]
+            targets[name] = ScaledFeatures(features, tensors["scales"]) if "scales" in tensors else features
             valid[name] = torch.from_numpy(rows).to(device)
         return targets, valid
 

@@ -10,7 +10,9 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from olavlm.student.losses import MAX_SCALE, contrastive_sum, smooth_l1_sum
+from olavlm.student.config import Kernels
+from olavlm.student.losses import MAX_SCALE, embedding_loss_sums
+from olavlm.student.scaled_features import Features
 from olavlm.student.tokens import TaskSpec
 
 CONTRASTIVE_WEIGHT = 0.3
@@ -29,8 +31,8 @@ class Batch(TypedDict, total=False):
     """float (b, 3, S, S); zeros, or anything, for samples without an image."""
     teacher_features: dict[str, torch.Tensor]
     """Of a fusion baseline, for each teacher: float (b, n, D), finite."""
-    targets: dict[str, torch.Tensor]
-    """For each task: float (b, n, D), any float dtype; anything, NaN included, where not valid."""
+    targets: dict[str, Features]
+    """For each task: (b, n, D); anything, NaN included, where not valid. Not needed where `BatchTotals` has them."""
     valid: dict[str, torch.Tensor]
     """For each task: bool (b,), whether the sample has an image and a target."""
 
@@ -43,7 +45,7 @@ class BatchTotals:
     """Tokens that the text loss counts (`count_supervised`)."""
     valid_rows: Mapping[str, int]
     """For each task: rows with a valid target."""
-    targets: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    targets: Mapping[str, Features] = field(default_factory=dict)
     """For each task: (M, n, D), the targets of the whole batch; a task that is missing has those of the micro-batch."""
     targets_valid: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """For each task in `targets`: bool (M,)."""
@@ -62,11 +64,15 @@ class DistillTask:
     use_contrastive: bool = True
     """Off: the term is still reported, and weighs nothing."""
     contrastive_weight: float = CONTRASTIVE_WEIGHT
+    kernels: Kernels = "auto"
+    """What computes the embedding losses."""
 
     def compute(
         self, model: nn.Module, batch: Batch, totals: BatchTotals
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Losses of a micro-batch, such that those of all micro-batches and ranks add up to the whole batch's.
+
+        The backward leaves the gradients in the memory of the model's predictions.
 
         Args:
             model: an `OlaVLM`, or a wrapper with its forward.
@@ -82,40 +88,38 @@ class DistillTask:
         total = losses["loss/text"]
         report = {}
         for task in self.tasks:
-            for layer in task.layers:
-                if (key := f"{task.name}/{layer}") not in output.predictions:
-                    continue
-                scale = output.logit_scales[task.name]
-                smooth_l1, contrastive = self._layer_losses(
-                    task.name, output.predictions[key], output.complete, scale, batch, totals
-                )
+            keys = [key for layer in task.layers if (key := f"{task.name}/{layer}") in output.predictions]
+            if not keys:
+                continue
+            predictions, scale = [output.predictions[key] for key in keys], output.logit_scales[task.name]
+            of_layers = self._layer_losses(task.name, predictions, output.complete, scale, batch, totals)
+            for key, smooth_l1, contrastive in zip(keys, *of_layers, strict=True):
                 losses[f"loss/{key}/smooth_l1"] = smooth_l1
                 losses[f"loss/{key}/contrastive"] = contrastive
                 weight = self.contrastive_weight if self.use_contrastive else 0.0
                 total = total + task.weight * (smooth_l1 + weight * contrastive)
-                report[f"scale/{task.name}"] = scale.detach().exp().clamp(max=MAX_SCALE)
+            report[f"scale/{task.name}"] = scale.detach().exp().clamp(max=MAX_SCALE)
         losses["loss/total"] = total
         return losses, {name: loss.detach() for name, loss in losses.items()} | report
 
     def _layer_losses(
         self,
         task: str,
-        prediction: torch.Tensor,
+        predictions: Sequence[torch.Tensor],
         complete: torch.Tensor,
         scale: torch.Tensor,
         batch: Batch,
         totals: BatchTotals,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        target, target_valid = batch["targets"][task], batch["valid"][task]
-        valid = target_valid & complete
-        rows = torch.arange(len(prediction), device=prediction.device)
+        valid = batch["valid"][task]
+        labels = torch.arange(len(valid), device=valid.device)
         if task in totals.targets:
-            negatives, negatives_valid = totals.targets[task], totals.targets_valid[task]
-            rows = rows + totals.offset
+            targets, targets_valid = totals.targets[task], totals.targets_valid[task]
+            labels = labels + totals.offset
         else:
-            negatives, negatives_valid = target, target_valid
-        count = max(1, totals.valid_rows[task])
-        return (
-            smooth_l1_sum(prediction, target, valid) / count,
-            contrastive_sum(prediction, negatives, rows, valid, negatives_valid, scale) / count,
+            targets, targets_valid = batch["targets"][task], valid
+        smooth_l1, contrastive = embedding_loss_sums(
+            predictions, targets, labels, valid & complete, targets_valid, scale, kernels=self.kernels, overwrite=True
         )
+        count = max(1, totals.valid_rows[task])
+        return smooth_l1 / count, contrastive / count

@@ -124,7 +124,8 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     if first_step:
         accelerator.print(f"resumed from step {first_step}")
 
-    task = DistillTask(model.tasks if distil else [], recipe.losses.contrastive, recipe.losses.contrastive_weight)
+    losses = recipe.losses
+    task = DistillTask(model.tasks if distil else [], losses.contrastive, losses.contrastive_weight, losses.kernels)
     optimizer_step = OptimizerStep(recipe, accelerator, parallel, source, task)
     steps = range(first_step, schedule.total_steps)
     loading = batches(

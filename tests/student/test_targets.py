@@ -8,6 +8,7 @@ from olavlm.cache import Dataset, FeatureStore, StoreBuilder, convert, pending
 from olavlm.pipelines.extraction.extractor import ShardExtractor, TeacherSpec
 from olavlm.student.errors import RecipeError, TargetsError
 from olavlm.student.metrics import read_metrics
+from olavlm.student.scaled_features import joined
 from olavlm.student.targets import CachedTargets, OnlineTargets, check_targets, extract_command
 from olavlm.student.trainer import train
 
@@ -30,9 +31,13 @@ def test_a_batch_with_and_without_images(recipe, small_store):
         assert valid[name].tolist() == [True, False, True]
         for at, row in ((0, 7), (2, 2)):
             np.testing.assert_allclose(targets[name][at].float().numpy(), store[name][row], rtol=1e-6)
-        assert not targets[name][1].any()
-        if store[name].layout.dtype == "int8":  # it crosses to the device as it is stored
+        assert not targets[name].float()[1].any()
+        if store[name].layout.dtype == "int8":  # it crosses to the device, and is gathered, as it is stored
             assert loaded[name][0]["features"].dtype == np.int8
+            twice = joined([targets[name], targets[name][:1]], lambda x: torch.cat([x, x]))
+            assert twice.values.dtype == torch.int8
+            torch.testing.assert_close(twice.float()[[0, 3, 4, 7]], targets[name].float()[[0, 0, 0, 0]])
+            assert len(twice) == 8
 
 
 def test_losses_stay_near_those_of_exact_targets(recipe, small_store, tmp_path):
