@@ -55,7 +55,7 @@ def test_what_trains_in_pt_and_ift_and_what_they_leave_behind(run, fusion, mixed
     check = OptimizerStep._check
 
     def spy(self, *arguments):
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.parallel.model
         seen.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         return check(self, *arguments)
 
