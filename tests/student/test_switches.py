@@ -107,7 +107,7 @@ def seen(monkeypatch):
 @pytest.mark.parametrize("on", [True, False])
 def test_gradient_checkpointing(run, seen, on):
     run(**{"train.gradient_checkpointing": on})
-    model = seen[0][0].accelerator.unwrap_model(seen[0][0].model)
+    model = seen[0][0].parallel.model
     assert model.llm.is_gradient_checkpointing is on
 
 
