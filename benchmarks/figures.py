@@ -109,9 +109,7 @@ class Answers:
     """What a model answered about pictures, and how often it was what the picture shown calls for."""
 
     title: str
-    arms: dict[
-        str, list[dict]
-    ]  # arm -> of each question: name, shown, answer, expected; else learnt, for another picture
+    arms: dict[str, list[dict]]  # arm -> of each question: name, shown, answer, expected; learnt, if none is expected
     must: dict[str, float] = field(default_factory=dict)  # arm -> the share that it is to reach
     notes: list[str] = field(default_factory=list)
     kind: str = "answers"
@@ -131,14 +129,9 @@ class Answers:
             lines.append([arm, str(len(asked)), str(right), f"{right / len(asked):.2f}", must])
         shown = [f"**{self.title}**", table(header, lines), *self.notes]
         for arm, asked in self.arms.items():
-            examples = [[one["shown"], one.get("question", ""), _cell(one["answer"])] for one in asked[:3]]
-            shown += [f"Of *{arm}*:", table(["shown", "question", "answer"], examples)]
+            examples = [f"- {one['shown']}: {' '.join(one['answer'].split())}" for one in asked[:3]]
+            shown += [f"The first answers of *{arm}*:", "\n".join(examples)]
         return "\n\n".join(shown)
-
-
-def _cell(text: str) -> str:
-    """Text within a table's bounds."""
-    return " ".join(text.replace("|", "/").split())
 
 
 Figures = Comparison | Measurement | Agreement | Answers

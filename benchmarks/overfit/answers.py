@@ -46,8 +46,8 @@ def measure(models: BaseModels | None, toy: bool, folder: Path) -> list[Answers]
         arms,
         must={} if toy else {"one question": 0.9, "one question, pictures swapped": 0.9},
         notes=[
-            f"PT on {len(json.loads((SAMPLE / 'pt.json').read_text()))} captions, IFT on {len(described)} pictures with "
-            f'the one question "{QUESTION}" and {len(asked)} questions of their own. {"; ".join(losses)}. {times}.',
+            f'IFT on {len(described)} pictures with the one question "{QUESTION}" and {len(asked)} questions of their '
+            f"own. {'; '.join(losses)}. {times}.",
             *models.about,
         ],
     )
@@ -61,7 +61,7 @@ def curve(run: Path) -> str:
 
 
 def ask_by_name(checkpoint: Path, asked: list[Asked], instead: dict[str, str], folder: Path) -> list[dict]:
-    """Each picture, or the one `instead` of it, with the one question; expected is what was learnt for what is shown."""
+    """Each picture, or the one `instead` of it, with the one question; expected is what was learnt for that shown."""
     learnt = {one.picture: one.learnt for one in asked}
     shown = {name: instead.get(name, name) for name in learnt}
     given = answers_by_name(checkpoint, shown, SAMPLE / "images", QUESTION, folder)

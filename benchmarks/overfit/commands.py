@@ -12,6 +12,9 @@ from pathlib import Path
 
 from .weights import BaseModels
 
+MAX_NEW_TOKENS = 96
+"""More than the longest answer that is learnt."""
+
 
 def run(command: str, *words: object, text: str | None = None) -> str:
     """Standard output of `olavlm-COMMAND words`, `text` piped in; RuntimeError with what it said if it fails."""
@@ -47,7 +50,18 @@ def answers_by_name(checkpoint: Path, shown: Mapping[str, str], images: Path, qu
     pictures.mkdir(parents=True)
     for name, picture in shown.items():
         shutil.copy(images / picture, pictures / name)
-    run("generate", checkpoint, "--image", pictures, "--prompt", question, "--output", output, "--max-new-tokens", 64)
+    run(
+        "generate",
+        checkpoint,
+        "--image",
+        pictures,
+        "--prompt",
+        question,
+        "--output",
+        output,
+        "--max-new-tokens",
+        MAX_NEW_TOKENS,
+    )
     return {line["image"]: line["answer"] for line in map(json.loads, output.read_text().splitlines())}
 
 
@@ -55,7 +69,9 @@ def answers_in_turn(checkpoint: Path, asked: Iterable[tuple[Path, str]]) -> list
     """The greedy answers to questions, each about a picture and in a dialogue of its own, by one process."""
     pairs = list(asked)
     lines = "".join(f"/image {picture}\n{question}\n" for picture, question in pairs)
-    told = run("generate", checkpoint, "--image", pairs[0][0], "--max-new-tokens", 64, text=lines).splitlines()
+    told = run(
+        "generate", checkpoint, "--image", pairs[0][0], "--max-new-tokens", MAX_NEW_TOKENS, text=lines
+    ).splitlines()
     answers = [line.strip() for line in told if line.strip()]
     if len(answers) != len(pairs):
         raise RuntimeError(f"{len(pairs)} questions, {len(answers)} lines of answers: {told}")
