@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "benchmarks" / "cache"
 EXTRACT = ROOT / "benchmarks" / "extract"
+LOSSES = ROOT / "benchmarks" / "losses"
 
 
 @pytest.fixture
@@ -31,12 +32,12 @@ def module(monkeypatch: pytest.MonkeyPatch):
     return load
 
 
-@pytest.mark.parametrize("folder", [CACHE, EXTRACT])
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT, LOSSES])
 def test_the_tables_are_those_of_the_results(module, folder):
     assert (folder / "README.md").read_text() == module("readme").rendered(folder)
 
 
-@pytest.mark.parametrize("folder", [CACHE, EXTRACT])
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT, LOSSES])
 def test_results_are_small(folder):
     assert all(file.stat().st_size < 1e6 for file in folder.glob("results/*"))
 
@@ -293,3 +294,32 @@ def test_a_gpu_that_was_measured_stands_beside_the_one_that_is_computed(module):
     gpu = facts.Device("my-gpu", "A GPU, bfloat16", rates, rates, loaded.cpu.gflop)
     page = scale.render(dataclasses.replace(loaded, gpus=[gpu]))
     assert "| **the three together** | A GPU, bfloat16 (`my-gpu`) | 25 | 6.2 | 111 | 11,111 |" in page
+
+
+@pytest.fixture(scope="module")
+def toy_losses(tmp_path_factory):
+    """The results of all benchmarks of the losses at toy size."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    shutil.copy(LOSSES / "README.md", folder)
+    options = ["--size", "toy", "--device", "cpu", "--dir", folder, "--name", "toy", "--results", folder]
+    subprocess.run([sys.executable, "-m", "benchmarks.losses", *map(str, options)], cwd=ROOT, check=True)
+    assert "## Results: toy" in (folder / "README.md").read_text()
+    return json.loads((folder / "results" / "toy.json").read_text())["figures"]
+
+
+def test_every_benchmark_of_the_losses_runs(toy_losses, module):
+    arms = list(module("losses.arms").arms("cpu"))
+    (speed,), (memory,), (agree,) = (toy_losses[name] for name in ("speed", "memory", "agree"))
+    assert list(speed["seconds"]) == list(memory["values"]) == arms
+    assert min(min(seconds) for seconds in speed["seconds"].values()) > 0
+    assert all(columns["tensors MB"][0] > 0 for columns in memory["values"].values())
+    assert len(agree["values"]) == len(arms) - 1
+    for columns in agree["values"].values():
+        assert len(columns) == 4
+        assert max(value for (value,) in columns.values()) <= 1e-5
+
+
+def test_bytes_of_predictions_and_targets_by_hand(module):
+    case = module("losses.sizes").Case("depth", 576, 1024, layers=2, rows=16, negatives=256, dtype="int8")
+    assert case.prediction_bytes == 2 * 16 * 576 * 1024 * 4
+    assert case.target_bytes == 256 * 576 * (1024 + 4)
