@@ -49,6 +49,11 @@ class Inputs:
         labels = torch.arange(case.rows, device=device) + (case.negatives - case.rows) // 2
         return cls(sources, targets, labels, torch.tensor(2.0, device=device, requires_grad=True))
 
+    def in_float64(self) -> Inputs:
+        """The same values, for a reference."""
+        sources = [source.detach().double().requires_grad_() for source in self.sources]
+        return Inputs(sources, self.targets, self.labels, self.scale.detach().double().requires_grad_())
+
     def predictions(self) -> list[torch.Tensor]:
         """Fresh ones that are part of a graph, as a model's are."""
         return [source * 1 for source in self.sources]
@@ -78,20 +83,21 @@ def plain(inputs: Inputs, predictions: Sequence[torch.Tensor], *, share: bool) -
     Args:
         share: once for all layers.
     """
-    negatives = _normalised(inputs.targets) if share else None
-    own = inputs.targets[inputs.labels].float()
+    dtype = predictions[0].dtype
+    negatives = _normalised(inputs.targets, dtype) if share else None
+    own = inputs.targets[inputs.labels].float().to(dtype)
     smooth_l1, contrastive = [], []
     for prediction in predictions:
         smooth_l1.append(F.smooth_l1_loss(prediction, own))
-        others = _normalised(inputs.targets) if negatives is None else negatives
+        others = _normalised(inputs.targets, dtype) if negatives is None else negatives
         cosines = F.normalize(prediction.flatten(1), dim=1) @ others.T
         logits = cosines * inputs.scale.exp().clamp(max=MAX_SCALE)
         contrastive.append(F.cross_entropy(logits, inputs.labels))
     return torch.stack(smooth_l1), torch.stack(contrastive)
 
 
-def _normalised(targets: Features) -> torch.Tensor:
-    return F.normalize(targets.float().flatten(1), dim=1)
+def _normalised(targets: Features, dtype: torch.dtype) -> torch.Tensor:
+    return F.normalize(targets.float().to(dtype).flatten(1), dim=1)
 
 
 def total(losses: Losses) -> torch.Tensor:

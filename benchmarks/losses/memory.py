@@ -1,4 +1,4 @@
-"""What both losses add, forward and backward, to predictions and targets; and that every arm computes the same."""
+"""What both losses add, forward and backward, to predictions and targets; and how exact every arm is."""
 
 from __future__ import annotations
 
@@ -41,4 +41,8 @@ def agree(size: Size, device: str, folder: Path) -> list[Measurement]:
     found = fresh.run("deviations", TASKS, cases=[asdict(case) for case in size.cases], device=device)
     values = {line: {column: [value] for column, value in columns.items()} for line, columns in found.items()}
     columns = next(iter(found.values()))
-    return [Measurement(f"deviation from {PLAIN}, relative", values, limits=dict.fromkeys(columns, DEVIATION))]
+    return [
+        Measurement(
+            "deviation from the formulas in float64, relative", values, limits=dict.fromkeys(columns, DEVIATION)
+        )
+    ]

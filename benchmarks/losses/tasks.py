@@ -11,7 +11,7 @@ import torch
 from olavlm.student.memory import LiveBytes
 
 from ..cache.fresh import Peak
-from .arms import PLAIN, Inputs, arms, total
+from .arms import SHARED, Inputs, arms, total
 from .sizes import Case
 
 
@@ -47,21 +47,26 @@ def memory(case: dict, arm: str, device: str) -> dict:
 
 
 def deviations(cases: list[dict], device: str) -> dict:
-    """The largest deviations of each arm's values and gradients from plain's, relative to the largest of plain's."""
+    """The largest deviations of each arm's values and gradients from plain's in float64, relative to its largest."""
     columns = ("smooth-L1", "contrastive", "gradient of predictions", "gradient of the scale")
     lines = {}
     for case in (Case(**c) for c in cases):
-        inputs, reference = Inputs.of(case, device), None
-        for name, work in arms(device).items():
-            predictions = inputs.predictions()
-            losses = work(inputs, predictions)
-            gradients = torch.autograd.grad(total(losses), [*predictions, inputs.scale])
-            found = [x.detach() for x in (*losses, torch.stack(gradients[:-1]), gradients[-1])]
-            reference = reference or found
-            if name != PLAIN:
-                off = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, reference, strict=True)]
+        inputs, works = Inputs.of(case, device), arms(device)
+        exact = _found(works[SHARED], inputs.in_float64())
+        for name, work in works.items():
+            if name != SHARED:
+                pairs = zip(_found(work, inputs), exact, strict=True)
+                off = [((ours - true).abs().max() / true.abs().max()).item() for ours, true in pairs]
                 lines[f"{case}: {name}"] = dict(zip(columns, off, strict=True))
     return lines
+
+
+def _found(work, inputs: Inputs) -> list[torch.Tensor]:
+    """Both losses, the gradient of the predictions and that of the scale."""
+    predictions = inputs.predictions()
+    losses = work(inputs, predictions)
+    gradients = torch.autograd.grad(total(losses), [*predictions, inputs.scale])
+    return [x.detach() for x in (*losses, torch.stack(gradients[:-1]), gradients[-1])]
 
 
 def _step(work, inputs: Inputs, predictions: list[torch.Tensor] | None = None) -> None:
