@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "benchmarks" / "cache"
 EXTRACT = ROOT / "benchmarks" / "extract"
 OVERFIT = ROOT / "benchmarks" / "overfit"
+LOSSES = ROOT / "benchmarks" / "losses"
 
 
 @pytest.fixture
@@ -32,12 +33,12 @@ def module(monkeypatch: pytest.MonkeyPatch):
     return load
 
 
-@pytest.mark.parametrize("folder", [CACHE, EXTRACT, OVERFIT])
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT, LOSSES, OVERFIT])
 def test_the_tables_are_those_of_the_results(module, folder):
     assert (folder / "README.md").read_text() == module("readme").rendered(folder)
 
 
-@pytest.mark.parametrize("folder", [CACHE, EXTRACT, OVERFIT])
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT, LOSSES, OVERFIT])
 def test_results_are_small(folder):
     assert all(file.stat().st_size < 1e6 for file in folder.glob("results/*"))
 
@@ -346,3 +347,32 @@ def test_answers_are_read_back_in_order(module, tmp_path, monkeypatch):
     assert said["text"] == "/image a.jpg\nWhich colour?\n/image b.jpg\nHow many?\n"
     with pytest.raises(RuntimeError, match="1 questions, 2 lines"):
         commands.answers_in_turn(tmp_path, pairs[:1])
+
+
+@pytest.fixture(scope="module")
+def toy_losses(tmp_path_factory):
+    """The results of all benchmarks of the losses at toy size."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    shutil.copy(LOSSES / "README.md", folder)
+    options = ["--size", "toy", "--device", "cpu", "--dir", folder, "--name", "toy", "--results", folder]
+    subprocess.run([sys.executable, "-m", "benchmarks.losses", *map(str, options)], cwd=ROOT, check=True)
+    assert "## Results: toy" in (folder / "README.md").read_text()
+    return json.loads((folder / "results" / "toy.json").read_text())["figures"]
+
+
+def test_every_benchmark_of_the_losses_runs(toy_losses, module):
+    arms = list(module("losses.arms").arms("cpu"))
+    (speed,), (memory,), (agree,) = (toy_losses[name] for name in ("speed", "memory", "agree"))
+    assert list(speed["seconds"]) == list(memory["values"]) == arms
+    assert min(min(seconds) for seconds in speed["seconds"].values()) > 0
+    assert all(columns["tensors MB"][0] > 0 for columns in memory["values"].values())
+    assert list(agree["values"]) == [f"depth 4 x 16, int8 targets: {name}" for name in ("plain", "fused")]
+    for columns in agree["values"].values():
+        assert len(columns) == 4
+        assert max(value for (value,) in columns.values()) <= 1e-5
+
+
+def test_bytes_of_predictions_and_targets_by_hand(module):
+    case = module("losses.sizes").Case("depth", 576, 1024, layers=2, rows=16, negatives=256, dtype="int8")
+    assert case.prediction_bytes == 2 * 16 * 576 * 1024 * 4
+    assert case.target_bytes == 256 * 576 * (1024 + 4)

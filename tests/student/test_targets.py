@@ -1,5 +1,9 @@
 """Cached targets: what the store holds, in whatever storage dtype, reaches the losses."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +58,25 @@ def test_losses_stay_near_those_of_exact_targets(recipe, small_store, tmp_path):
         assert len([k for k in ours if "smooth_l1" in k]) >= 3
         assert ours == pytest.approx(theirs, rel=within)
     assert close != exact  # the control: they are other targets
+
+
+def test_two_processes_share_int8_targets(recipe, store32, tmp_path):
+    """Each has the targets of both as negatives, gathered in int8: the losses of one process with the whole batch."""
+    store = tmp_path / "int8"
+    convert(str(store32), str(store), dtype="int8")
+    one = recipe(**{"train.max_steps": 1, "targets.store": store, "train.output_dir": tmp_path / "one"})
+    (expected,) = read_metrics(train(one, "pt", {}) / "metrics.jsonl")
+    two = recipe(**{"train.max_steps": 1, "targets.store": store, "train.output_dir": tmp_path / "two",
+                    "train.batch_size": one.train.batch_size // 2})  # fmt: skip
+    (tmp_path / "two.json").write_text(json.dumps(two.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m",
+               "olavlm.pipelines.train", "pt", "--config", str(tmp_path / "two.json")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (found,) = read_metrics(tmp_path / "two" / "metrics.jsonl")
+    losses = {name: value for name, value in expected.items() if name.startswith("loss/")}
+    assert len([name for name in losses if name.endswith("contrastive")]) >= 3
+    assert {name: found[name] for name in losses} == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.fixture
