@@ -13,6 +13,7 @@ from olavlm.student.chain import num_processes, say
 from olavlm.student.config import Recipe, Stage
 from olavlm.student.conversation import IGNORE_INDEX, encode, load_tokenizer
 from olavlm.student.data import prompt_turns
+from olavlm.student.encoder_features import check_encoder_features
 from olavlm.student.errors import ModelError, RecipeError, TargetsError
 from olavlm.student.memory import BatchShape, MemoryEstimate, estimate_memory
 from olavlm.student.targets import CachedTargets, check_targets, tokens_without_losses
@@ -37,6 +38,13 @@ def dry_run(recipe: Recipe, stage: Stage) -> None:
     steps = recipe.train.max_steps or math.ceil(recipe.train.epochs * math.ceil(len(dataset) / global_batch))
     count = "one process" if processes == 1 else f"{processes} processes"
     say(f"{stage} with {count}: global batch {global_batch}, {steps} steps")
+    if recipe.data.encoder_features is not None:
+        group = check_encoder_features(recipe, dataset, stage)
+        _, tokens, width = group.shape
+        say(
+            f"encoder: not run; {tokens} x {width} {group.layout.dtype} an image from {group.folder}, "
+            f"{group.layout.row_bytes / 1e6:.3f} MB each, {with_images * group.layout.row_bytes / 1e9:.3f} GB an epoch"
+        )
     if stage in recipe.losses.stages and recipe.tasks:
         check_targets(recipe, dataset, stage)
         where = recipe.targets.store if recipe.targets.source == "cache" else "teachers in the loop"

@@ -111,6 +111,11 @@ class DataConfig:
     """Whether a global batch is all image samples or all text-only ones."""
     workers: int = 4
     """Loader processes; 0 loads in the training process."""
+    encoder_features: str | None = None
+    """Feature store with what the base encoder gives (olavlm-extract --teacher base), read in place of the images: the
+    encoder is not run. Another one for each geometry, so that pt and ift have their own."""
+    encoder_features_key: str | None = None
+    """Where that store keeps them; by default what `olavlm-extract` calls them."""
 
 
 @dataclass
@@ -220,6 +225,8 @@ class Recipe:
         rule(0 <= self.lora.dropout < 1, "lora.dropout", self.lora.dropout, "from 0 to below 1")
         rule(0 < d.fraction <= 1, "data.fraction", d.fraction, "above 0 and at most 1")
         rule(d.workers >= 0, "data.workers", d.workers, "at least 0")
+        keyless = d.encoder_features is not None or d.encoder_features_key is None
+        rule(keyless, "data.encoder_features", d.encoder_features, "data.encoder_features_key needs a store")
         rule(bool(d.file), "data.file", d.file, "name at least one dataset file")
         rule(bool(d.images), "data.images", d.images, "name at least one image root")
         for name, task in self.tasks.items():

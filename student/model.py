@@ -279,6 +279,7 @@ class OlaVLM(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
     ) -> OlaVLMOutput:
         """One pass over a batch of right-padded text with at most one image a sample.
 
@@ -288,11 +289,13 @@ class OlaVLM(PreTrainedModel):
             labels: long (B, L), -100 where nothing is learnt; None gives logits instead of the text loss.
             pixel_values: float (B, 3, S, S), one row a sample; rows of samples without `<image>` are not read. None
                 when no sample has one.
+            image_features: float (B, tokens, width), what the encoder gives for `pixel_values`, in their place.
 
         Raises:
-            SampleError: more than one `<image>` in a sample, or one without `pixel_values`.
+            SampleError: more than one `<image>` in a sample, or one without `pixel_values` and `image_features`.
         """
-        batch = self._assemble(input_ids, attention_mask, labels, pixel_values, self.config.max_sequence_length)
+        length = self.config.max_sequence_length
+        batch = self._assemble(input_ids, attention_mask, labels, pixel_values, length, image_features=image_features)
         layers = {layer for task in self.tasks for layer in task.layers} if len(self.predictors) else set()
         last, states, logits = self._run_llm(batch, layers, with_logits=labels is None)
         return OlaVLMOutput(
@@ -384,6 +387,7 @@ class OlaVLM(PreTrainedModel):
         pixel_values: torch.Tensor | None,
         max_length: int | None,
         padding_side: str = "right",
+        image_features: torch.Tensor | None = None,
     ) -> AssembledBatch:
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         layouts = locate(
@@ -398,10 +402,12 @@ class OlaVLM(PreTrainedModel):
         text = self.llm.get_input_embeddings()(input_ids)
         rows = [row for row, layout in enumerate(layouts) if layout.image is not None]
         if rows:
-            if pixel_values is None:
+            given = pixel_values if image_features is None else image_features
+            if given is None:
                 raise SampleError(f"row {rows[0]} has {IMAGE_TOKEN}, but no pixel_values are given")
-            pixels = pixel_values if len(rows) == len(layouts) else pixel_values[rows]
-            images = self.projector(self._projector_input(self.vision(pixels)))
+            given = given if len(rows) == len(layouts) else given[rows]
+            features = self.vision(given) if image_features is None else given
+            images = self.projector(self._projector_input(features))
         else:
             images = self.projector(self._projector_input(text.new_zeros(1, 1, self.vision.width)))[:0]
         return assemble(text, labels, layouts, images.to(text), self.task_tokens().to(text), padding_side=padding_side)

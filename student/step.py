@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from .config import Recipe
 from .data import MicroBatch
+from .encoder_features import on_device
 from .errors import TrainingError
 from .targets import TargetSource
 from .task import Batch, BatchTotals, DistillTask
@@ -82,10 +83,13 @@ class OptimizerStep:
         device = self.accelerator.device
         batch = Batch(
             **{
-                name: getattr(micro, name).to(device, non_blocking=True)
+                name: tensor.to(device, non_blocking=True)
                 for name in ("input_ids", "labels", "attention_mask", "pixel_values")
+                if (tensor := getattr(micro, name)) is not None
             }
         )
+        if micro.encoder_features is not None:
+            batch["image_features"] = on_device(micro.encoder_features, device)
         if self.source is not None:
             targets, valid = self.source.finish(micro.targets, device)
             complete = micro.complete.to(device)

@@ -39,6 +39,7 @@ from .checkpoint import (
 from .config import Recipe, Stage
 from .conversation import load_tokenizer
 from .data import Collator, batches, check_images, check_samples, choose_samples
+from .encoder_features import EncoderFeatures, check_encoder_features
 from .encoder_name import EncoderName
 from .errors import RecipeError, TrainingError
 from .lora import add_lora, lora_parameters, merge_lora, save_lora
@@ -71,7 +72,11 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     distil = stage in recipe.losses.stages and bool(recipe.tasks)
     dataset, roots = open_data(recipe)
     check_samples(dataset, recipe.model.template)
-    check_images(dataset, roots)
+    reads_encoder = recipe.data.encoder_features is not None
+    if reads_encoder:
+        check_encoder_features(recipe, dataset, stage)
+    else:
+        check_images(dataset, roots)
     if distil:
         check_targets(recipe, dataset, stage)
 
@@ -82,6 +87,9 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     set_seed(recipe.train.seed)
     specs = source.specs if source else tokens_without_losses(recipe) if stage == "pt" and recipe.tasks else []
     model, tokenizer = start_model(recipe, stage, specs, distil)
+    features = EncoderFeatures(recipe) if reads_encoder else None
+    if features is not None:  # of the models saved, pt's holds no encoder
+        features.take_the_place_of(model.vision, keep=stage != "pt" and accelerator.is_main_process)
     if recipe.model.max_length <= model.num_inserted_tokens + 1:
         raise RecipeError(
             f"model.max_length is {recipe.model.max_length}: an image alone takes "
@@ -108,7 +116,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     sampler = GlobalBatchSampler(
         np.asarray(dataset.has_image()), global_batch, recipe.train.seed, recipe.data.group_by_modality
     )
-    collator = Collator.of(recipe, model, tokenizer, dataset, roots, source)
+    collator = Collator.of(recipe, model, tokenizer, dataset, roots, source, features)
     schedule = Schedule(recipe, len(sampler))
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     trackers = open_trackers(recipe, run, first_step) if accelerator.is_main_process else []
@@ -306,6 +314,7 @@ def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenize
         save_lora(model.llm, run / "lora")
         merge_lora(model.llm)
     if stage != "pt":
+        model.vision.restore_tower()
         model.save_pretrained(run, tokenizer=tokenizer, with_predictors=False)
         return
     config = {k: v for k, v in build_settings(recipe, stage).items() if k not in ("dtype", "attn_implementation")}
