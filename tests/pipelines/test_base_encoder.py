@@ -2,31 +2,42 @@
 
 import json
 import os
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from olavlm.cache import FeatureStore
-from olavlm.pipelines import extract, store
+from olavlm.pipelines import extract, store, train
 from olavlm.student.encoders import VisionEncoder
 from olavlm.student.image_transform import ImageTransform
+from olavlm.student.metrics import read_metrics
 from olavlm.teachers import TeacherError, load_teacher
 
+PAGE = (Path(__file__).parents[2] / "docs" / "encoder-features.md").read_text()
 
-def test_from_the_command_to_verify_live(tiny, pt_json, sample_images, tmp_path, ray_address, monkeypatch, capsys):
-    monkeypatch.chdir(tiny["encoder"].parent)  # a relative name, and workers that are elsewhere
-    folder = tmp_path / "features"
-    words = ["--teacher", "gen=gen", "--teacher", "base=encoder", "--data", pt_json, "--images", sample_images]
-    words += ["--store", folder, "--batch-size", 4, "--device", "cpu", "--workers", 1, "--address", ray_address]
-    assert extract.main([str(word) for word in words]) == 0
+
+def test_the_page_works_and_what_is_stored_is_verified_live(
+    tiny, pt_json, sample_images, tmp_path, ray_address, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    features = FeatureStore(folder)["base"]
+    for name, target in {"tiny": tiny["encoder"].parent, "pt.json": pt_json, "images": sample_images}.items():
+        Path(name).symlink_to(target)
+    extraction, training = re.findall(r"^olavlm-.*$", PAGE, flags=re.M)
+    here = ["--batch-size", "4", "--device", "cpu", "--workers", "1", "--address", ray_address]
+    assert extract.main([*shlex.split(extraction)[1:], *here]) == 0
+    features = FeatureStore("features")["base"]
     assert features.coverage().valid == 10
-    assert features.card["model"] == str(tiny["encoder"])
+    assert features.card["model"] == str(tmp_path / "tiny" / "encoder"), "workers are elsewhere"
     assert (features.card["geometry"], features.card["recipe"]["layers"]) == ("square", [-2])
+
+    assert train.main([*shlex.split(training)[1:], "--data.workers", "0"]) == 0
+    assert len(read_metrics(Path("runs/pt/metrics.jsonl"))) == 2
     capsys.readouterr()
-    assert store.main(["verify", str(folder), "--live", "3", "--json"]) == 0
+    assert store.main(["verify", "features", "--teacher", "base", "--live", "3", "--json"]) == 0
     live = json.loads(capsys.readouterr().out)["live"]["teachers"]
     assert live["base"]["rows"] == 3
     assert live["base"]["worst"] > 0.9999
