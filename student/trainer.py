@@ -75,7 +75,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     reads_encoder = recipe.data.encoder_features is not None
     if reads_encoder:
         check_encoder_features(recipe, dataset, stage)
-    else:
+    if not reads_encoder or (distil and recipe.targets.source == "online"):
         check_images(dataset, roots)
     if distil:
         check_targets(recipe, dataset, stage)

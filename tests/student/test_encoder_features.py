@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
-from olavlm.cache import BadImage, Dataset, FeatureStore, ImageRoots, StoreBuilder, pending
+from olavlm.cache import BadImage, Dataset, DatasetError, FeatureStore, ImageRoots, StoreBuilder, pending
 from olavlm.pipelines import extract
 from olavlm.pipelines.dry_run import dry_run
 from olavlm.pipelines.extraction.extractor import ShardExtractor, TeacherSpec
@@ -103,9 +103,16 @@ def test_pt_has_the_same_losses_and_sees_no_image(recipe, encoder_store, tmp_pat
         torch.testing.assert_close(trained, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_images_without_the_encoder_are_found_by_the_control(recipe, blind):
+def test_control_without_features_images_are_opened(recipe, blind):
     with pytest.raises(AssertionError, match="an image was opened"):
         losses(recipe(**{"train.max_steps": 1}))
+
+
+def test_teachers_in_the_loop_need_the_images_all_the_same(recipe, encoder_store, tmp_path):
+    """Without any they would call every target invalid, and nothing would be distilled."""
+    settings = {"data.encoder_features": encoder_store(), "data.images": tmp_path, "targets.source": "online"}
+    with pytest.raises(DatasetError, match="none of 10 images tried can be read"):
+        train(recipe(**settings), "pt", {})
 
 
 def test_vpt_and_ift_with_text_only_samples_end_in_the_same_whole_model(recipe, encoder_store, ift_json, tmp_path):
