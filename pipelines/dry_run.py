@@ -15,6 +15,7 @@ from olavlm.student.checkpoint import whole_model
 from olavlm.student.config import Recipe, Stage
 from olavlm.student.conversation import IGNORE_INDEX, encode, load_tokenizer
 from olavlm.student.data import prompt_turns
+from olavlm.student.encoder_features import check_encoder_features
 from olavlm.student.errors import ModelError, RecipeError, TargetsError
 from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.memory import BatchShape, MemoryEstimate, estimate_memory
@@ -40,6 +41,13 @@ def dry_run(recipe: Recipe, stage: Stage) -> None:
     steps = recipe.train.max_steps or math.ceil(recipe.train.epochs * math.ceil(len(dataset) / global_batch))
     count = "one process" if processes == 1 else f"{processes} processes"
     say(f"{stage} with {count}: global batch {global_batch}, {steps} steps")
+    if recipe.data.encoder_features is not None:
+        group = check_encoder_features(recipe, dataset, stage)
+        _, tokens, width = group.shape
+        say(
+            f"encoder: not run; {tokens} x {width} {group.layout.dtype} an image from {group.folder}, "
+            f"{group.layout.row_bytes / 1e6:.3f} MB each, {with_images * group.layout.row_bytes / 1e9:.3f} GB an epoch"
+        )
     if recipe.distils(stage) or recipe.fuses:
         check_targets(recipe, dataset, stage)
         where = recipe.targets.store if recipe.targets.source == "cache" else "teachers in the loop"

@@ -24,6 +24,7 @@ from olavlm.cache.codec import CODECS
 from olavlm.cache.files import location
 from olavlm.cache.lease import leased
 from olavlm.cache.shard import COMPRESSIONS
+from olavlm.student.encoder_name import TEACHER, EncoderName
 from olavlm.teachers import GEOMETRIES, TeacherError, store_key
 from olavlm.teachers.base import COMPUTE_DTYPES, resolve_device
 
@@ -46,8 +47,9 @@ def arguments() -> argparse.ArgumentParser:
         "--images LLaVA-Pretrain/images --store features",
     )
     p.add_argument("--teacher", action="append", required=True, metavar="NAME[=MODEL]",
-                   help="depth, seg, gen, timm:MODEL or open_clip:MODEL/PRETRAINED; after =, the hub id, folder or "
-                   "(timm, open_clip) file of the weights; repeat for several, which share decoded images")  # fmt: skip
+                   help="depth, seg, gen, timm:MODEL, open_clip:MODEL/PRETRAINED, or base, a recipe's model.encoder; "
+                   "after =, the hub id, folder or (timm, open_clip) file of the weights; repeat for several, which "
+                   "share decoded images")  # fmt: skip
     p.add_argument(
         "--data", nargs="+", action="extend", required=True, metavar="FILE", help=".json, .jsonl or .parquet"
     )
@@ -121,7 +123,7 @@ def teacher_specs(args: argparse.Namespace) -> list[TeacherSpec]:
             key = store_key(name, args.recipe)  # which knows names and recipes; asked whatever the key is to be
         except TeacherError as e:
             raise UsageError(str(e)) from None
-        model = _absolute_folder(model or args.model)
+        model = absolute_model(name, model or args.model)
         specs.append(
             TeacherSpec(args.key or key, name, model, args.revision, args.recipe, args.geometry, args.compute_dtype)
         )
@@ -130,8 +132,10 @@ def teacher_specs(args: argparse.Namespace) -> list[TeacherSpec]:
     return specs
 
 
-def _absolute_folder(model: str | None) -> str | None:
-    """A local folder by its full path: workers have another working directory, and so has who reads the card later."""
+def absolute_model(teacher: str, model: str | None) -> str | None:
+    """With local paths in full: workers have another working directory, and so has who reads the card later."""
+    if model and teacher == TEACHER:
+        return EncoderName.parse(model).absolute()
     return str(Path(model).absolute()) if model and Path(model).exists() else model
 
 

@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import secrets
-from pathlib import Path
 
 import numpy as np
 
@@ -33,7 +32,7 @@ from olavlm.teachers import Teacher
 from olavlm.teachers.base import resolve_device
 
 from .cli import JobFailed, Stopped, UsageError
-from .extract import sweep
+from .extract import absolute_model, sweep
 from .extraction.extractor import TeacherSpec
 from .extraction.places import Job
 from .extraction.preflight import readable
@@ -197,12 +196,12 @@ def spec_of(group: TeacherFeatures, args: argparse.Namespace) -> TeacherSpec:
         key, eq, model = text.partition("=")
         if not (eq and key and model):
             raise UsageError(f"--model {text}: give KEY=MODEL, as in --model {group.key}=checkpoints/{group.key}")
-        models[key] = str(Path(model).absolute()) if Path(model).exists() else model
+        models[key] = model
     moved = group.key in models
     return TeacherSpec(
         group.key,
         card["name"],
-        models.get(group.key, card["model"]),
+        absolute_model(card["name"], models.get(group.key, card["model"])),
         None if moved else card.get("revision"),
         card["recipe"]["name"],
         card["geometry"],

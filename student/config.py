@@ -126,6 +126,11 @@ class DataConfig:
     divisor of the store's shard rows. By default every sample is drawn on its own."""
     workers: int = 4
     """Loader processes; 0 loads in the training process."""
+    encoder_features: str | None = None
+    """Feature store with what the base encoder gives (olavlm-extract --teacher base), read in place of the images: the
+    encoder is not run. Another one for each geometry, so that pt and ift have their own."""
+    encoder_features_key: str | None = None
+    """Where that store keeps them; by default what `olavlm-extract` calls them."""
 
 
 @dataclass
@@ -237,6 +242,8 @@ class Recipe:
         rule(0 < d.fraction <= 1, "data.fraction", d.fraction, "above 0 and at most 1")
         rule(d.shuffle_block is None or d.shuffle_block >= 1, "data.shuffle_block", d.shuffle_block, "at least 1")
         rule(d.workers >= 0, "data.workers", d.workers, "at least 0")
+        keyless = d.encoder_features is not None or d.encoder_features_key is None
+        rule(keyless, "data.encoder_features", d.encoder_features, "data.encoder_features_key needs a store")
         rule(bool(d.file), "data.file", d.file, "name at least one dataset file")
         rule(bool(d.images), "data.images", d.images, "name at least one image root")
         for name, task in self.tasks.items():

@@ -26,6 +26,7 @@ from olavlm.cache import BadImage, CacheError, Dataset, DatasetError, ImageRoots
 from .assembly import count_supervised
 from .config import Recipe
 from .conversation import IGNORE_INDEX, IMAGE_TOKEN, check_turns, encode
+from .encoder_features import EncoderFeatures, Stored
 from .errors import SampleError, StudentError, TrainingError
 from .image_transform import ImageTransform
 from .model import OlaVLM
@@ -40,13 +41,14 @@ class MicroBatch:
     input_ids: torch.Tensor  # long (b, L)
     labels: torch.Tensor  # long (b, L)
     attention_mask: torch.Tensor  # long (b, L)
-    pixel_values: torch.Tensor  # float32 (b, 3, S, S), zeros without an image
+    pixel_values: torch.Tensor | None  # float32 (b, 3, S, S), zeros without an image
     supervised: torch.Tensor  # long (b,): tokens of each sample that the text loss counts
     complete: torch.Tensor  # bool (b,): has an image, and its tokens fit into the sequence
     ids: list[str]
     images: list[str | None]
     bad_images: list[str]  # images that could not be read, or lack features to be fused; their samples train nothing
     targets: Loaded = field(default_factory=dict)
+    encoder_features: Stored | None = None  # in place of `pixel_values`, unless no sample has an image
 
     @property
     def supervised_tokens(self) -> int:
@@ -68,7 +70,10 @@ class MicroBatch:
     def pin_memory(self) -> MicroBatch:
         """With its tensors in pinned memory, which the loader asks for by this name. Targets are the source's own."""
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        if self.encoder_features is not None:
+            pinned["encoder_features"] = {name: part.pin_memory() for name, part in self.encoder_features.items()}
+        return replace(self, **pinned)
 
 
 @dataclass
@@ -84,6 +89,7 @@ class Collator:
     num_inserted_tokens: int  # by an image, beside its `<image>`
     max_length: int
     source: TargetSource | None
+    features: EncoderFeatures | None = None  # read in place of the images
 
     def __call__(self, indices: list[int]) -> MicroBatch | StudentError | CacheError:
         """The micro-batch; or the error, to be raised by the training process: the loader would bury it in its own."""
@@ -101,6 +107,7 @@ class Collator:
         dataset: Dataset,
         roots: ImageRoots,
         source: TargetSource | None,
+        features: EncoderFeatures | None = None,
     ) -> Collator:
         """For a recipe's samples and the model that is to see them."""
         return cls(
@@ -113,23 +120,23 @@ class Collator:
             num_inserted_tokens=model.num_inserted_tokens,
             max_length=recipe.model.max_length,
             source=source,
+            features=features,
         )
 
     def collate(self, indices: list[int]) -> MicroBatch:
         """The micro-batch of these samples; raises StudentError and CacheError."""
         samples = [self.dataset[int(i)] for i in indices]
-        size = self.transform.size
-        pixels = torch.zeros(len(samples), 3, size, size)
-        texts, bad = [], {}
+        images = [s.image for s in samples]
+        pixels, features = None, None
+        if self.features is None:
+            pixels, bad = self._pixels(images)
+        else:
+            features, bad = self.features.load(images)
+        texts = []
         for row, sample in enumerate(samples):
             text = encode(self.tokenizer, prompt_turns(sample), self.template, self.max_length, sample.id)
-            if sample.image is not None:
-                try:
-                    pixels[row] = torch.from_numpy(self.transform(self.roots.open(sample.image)))
-                except BadImage as e:
-                    # Learning to describe an image that is not there would teach to invent one.
-                    text["labels"] = [IGNORE_INDEX] * len(text["labels"])
-                    bad[row] = str(e)
+            if row in bad:  # learning to describe an image that is not there would teach to invent one
+                text["labels"] = [IGNORE_INDEX] * len(text["labels"])
             texts.append(text)
         width = max(len(t["input_ids"]) for t in texts)
         ids = torch.full((len(texts), width), self.tokenizer.pad_token_id)
@@ -139,7 +146,6 @@ class Collator:
             ids[row, :n] = torch.tensor(text["input_ids"])
             labels[row, :n] = torch.tensor(text["labels"])
             mask[row, :n] = 1
-        images = [s.image for s in samples]
         return MicroBatch(
             input_ids=ids,
             labels=labels,
@@ -163,7 +169,19 @@ class Collator:
             images=images,
             bad_images=list(bad.values()),
             targets=self.source.load(images) if self.source is not None else {},
+            encoder_features=features,
         )
+
+    def _pixels(self, images: list[str | None]) -> tuple[torch.Tensor, dict[int, str]]:
+        """float32 (b, 3, S, S), zeros for None and for what cannot be read; and by row why it could not."""
+        pixels, bad = torch.zeros(len(images), 3, self.transform.size, self.transform.size), {}
+        for row, image in enumerate(images):
+            if image is not None:
+                try:
+                    pixels[row] = torch.from_numpy(self.transform(self.roots.open(image)))
+                except BadImage as e:
+                    bad[row] = str(e)
+        return pixels, bad
 
     def _fits(self, input_ids: list[int]) -> bool:
         """Whether image and task tokens lie within the longest sequence."""

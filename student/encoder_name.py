@@ -20,6 +20,11 @@ from olavlm.student.errors import ModelError
 
 Library = Literal["transformers", "timm", "open_clip"]
 
+TEACHER = "base"
+"""What `olavlm-extract --teacher` calls a base encoder, whichever it is."""
+USUAL_LAYER = -2
+"""Of `model.select_layer`."""
+
 
 @dataclass(frozen=True)
 class EncoderName:
@@ -58,6 +63,11 @@ class EncoderName:
         if self.weights is not None:
             model += f"={_absolute(self.weights)}"
         return model if self.library == "transformers" else f"{self.library}:{model}"
+
+
+def layer_recipe(select_layer: int | str) -> str:
+    """What `olavlm-extract --recipe` calls an encoder's hidden state."""
+    return f"layer{select_layer}"
 
 
 def _absolute(path: str) -> str:

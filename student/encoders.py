@@ -84,6 +84,7 @@ class VisionEncoder(nn.Module):
         self.image_size = image_size or tower.config.image_size
         self._family = _family_of(tower.config)
         self._shape = self._family.feature_shape(tower, select_layer, self.image_size)
+        self._aside: list[PreTrainedModel] = []  # in a list, so that it is no part of the module
 
     @classmethod
     def from_config(
@@ -132,13 +133,29 @@ class VisionEncoder(nn.Module):
         """Width of a patch feature."""
         return self._shape.width
 
+    def set_tower_aside(self, *, keep: bool) -> None:
+        """Leaves shapes alone, for a model that is given features: no memory on the device, nothing in the state dict.
+
+        Args:
+            keep: whether the tower stays on the host, for `restore_tower`.
+        """
+        self._aside = [self.tower] if keep else []
+        self.tower = None
+
+    def restore_tower(self) -> None:
+        """Puts back what was set aside and kept."""
+        if self._aside:
+            self.tower = self._aside.pop()
+
     def train(self, mode: bool = True) -> "VisionEncoder":
         """Stays in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patch features (B, num_tokens, width) in the tower's dtype."""
+        """Patch features (B, num_tokens, width) in the tower's dtype; ModelError when the tower was set aside."""
+        if self.tower is None:
+            raise ModelError("the encoder's weights were set aside, as its features come from a store; give those")
         return self._family.features(self.tower, pixel_values.to(self.tower.dtype), self.select_layer)
 
 

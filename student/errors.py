@@ -18,7 +18,7 @@ class SampleError(StudentError, ValueError):
 
 
 class TargetsError(StudentError, ValueError):
-    """Distillation targets that are missing or do not fit the recipe."""
+    """Features in a store, distillation targets or the base encoder's, that are missing or do not fit the recipe."""
 
 
 class TrainingError(StudentError, RuntimeError):

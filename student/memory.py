@@ -109,6 +109,8 @@ def estimate_memory(
     config, transform = _config(recipe, specs, fused, distil)
     checkpointing = recipe.train.gradient_checkpointing if gradient_checkpointing is None else gradient_checkpointing
     model = empty_model(recipe, stage, config, vocabulary=vocabulary, distil=distil)
+    if recipe.data.encoder_features is not None:
+        model.vision.set_tower_aside(keep=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     weights, gradients = _bytes(model.parameters()), _bytes(trained)
     if checkpointing:
@@ -207,14 +209,18 @@ def _step_peak(model: OlaVLM, recipe: Recipe, shape: BatchShape, transform: Imag
     b, length = shape.samples, shape.text_tokens
     with LiveBytes() as live:
         ids = torch.zeros(b, length, dtype=torch.long)
-        pixels = torch.zeros(b, 3, transform.size, transform.size)
+        if recipe.data.encoder_features is None:
+            pictures = torch.zeros(b, 3, transform.size, transform.size)
+        else:
+            pictures = torch.zeros(b, model.vision.num_tokens, model.vision.width, dtype=torch.float16)
         targets = {t.name: torch.empty(shape.global_batch, t.tokens, t.dim, dtype=torch.float16) for t in model.tasks}
         rows = _own_rows(recipe, shape)
         features = [torch.empty(rows, t.tokens, t.dim, dtype=torch.float16) for t in model.fused_teachers]
         autocast = torch.autocast("cpu", torch.bfloat16) if recipe.train.mixed_precision == "bf16" else nullcontext()
         with autocast:
             text = model.llm.get_input_embeddings()(ids)
-            images = model.projector(model.vision(pixels), *(values[:b] for values in features))
+            seen = pictures if model.vision.tower is None else model.vision(pictures)
+            images = model.projector(seen, *(values[:b] for values in features))
             batch = assemble(text, ids, _layouts(model, shape, recipe), images.to(text), model.task_tokens().to(text))
             layers = {layer for task in model.tasks for layer in task.layers} if distil else set()
             last, states, _ = model._run_llm(batch, layers, with_logits=False)
@@ -225,7 +231,7 @@ def _step_peak(model: OlaVLM, recipe: Recipe, shape: BatchShape, transform: Imag
             for task in model.tasks if predictions else ():
                 of_layers = [predictions.pop(f"{task.name}/{layer}") for layer in task.layers]
                 loss = loss + _embedding_loss(of_layers, targets[task.name], model.logit_scales[task.name])
-        del logits, answers, last, states, batch, images, text
+        del logits, answers, last, states, batch, images, seen, text
         loss.backward()
     return live.peak
 

@@ -309,6 +309,7 @@ class OlaVLM(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         teacher_features: Mapping[str, torch.Tensor] | None = None,
     ) -> OlaVLMOutput:
         """One pass over a batch of text with at most one image a sample.
@@ -321,14 +322,16 @@ class OlaVLM(PreTrainedModel):
             labels: long (B, L), -100 where nothing is learnt; None gives logits instead of the text loss.
             pixel_values: float (B, 3, S, S), one row a sample; rows of samples without `<image>` are not read. None
                 when no sample has one.
+            image_features: float (B, tokens, width), what the encoder gives for `pixel_values`, in their place.
             teacher_features: of each of `fused_teachers`, by name: float (B, n, D), one row a sample; rows of samples
                 without `<image>` are not read. Needed where `pixel_values` are.
 
         Raises:
-            SampleError: more than one `<image>` in a sample, or one without `pixel_values` or `teacher_features`.
+            SampleError: more than one `<image>` in a sample, or one without what is to be seen of it.
         """
+        length = self.config.max_sequence_length
         batch = self._assemble(
-            input_ids, attention_mask, labels, pixel_values, self.config.max_sequence_length, teacher_features
+            input_ids, attention_mask, labels, pixel_values, length, teacher_features, image_features=image_features
         )
         layers = {layer for task in self.tasks for layer in task.layers} if len(self.predictors) else set()
         last, states, logits = self._run_llm(batch, layers, with_logits=labels is None)
@@ -432,6 +435,7 @@ class OlaVLM(PreTrainedModel):
         max_length: int | None,
         teacher_features: Mapping[str, torch.Tensor] | None = None,
         padding_side: PaddingSide | None = None,
+        image_features: torch.Tensor | None = None,
     ) -> AssembledBatch:
         """The batch padded on `padding_side`; None for that of the text."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -448,11 +452,13 @@ class OlaVLM(PreTrainedModel):
         text = self.llm.get_input_embeddings()(input_ids)
         rows = [row for row, layout in enumerate(layouts) if layout.image is not None]
         if rows:
-            if pixel_values is None:
+            given = pixel_values if image_features is None else image_features
+            if given is None:
                 raise SampleError(f"row {rows[0]} has {IMAGE_TOKEN}, but no pixel_values are given")
             chosen = slice(None) if len(rows) == len(layouts) else rows
-            features = in_order(self.fused_teachers, teacher_features or {}, rows[0])
-            images = self.projector(self.vision(pixel_values[chosen]), *(values[chosen] for values in features))
+            fused = in_order(self.fused_teachers, teacher_features or {}, rows[0])
+            features = self.vision(given[chosen]) if image_features is None else given[chosen]
+            images = self.projector(features, *(values[chosen] for values in fused))
         else:
             nothing = [(self.vision.num_tokens, self.vision.width), *((t.tokens, t.dim) for t in self.fused_teachers)]
             images = self.projector(*(text.new_zeros(1, *shape) for shape in nothing))[:0]

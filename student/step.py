@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from .config import Recipe
 from .data import MicroBatch
+from .encoder_features import on_device
 from .errors import TrainingError
 from .parallel import Replicated
 from .scaled_features import ScaledFeatures, joined
@@ -88,10 +89,13 @@ class OptimizerStep:
             micro = micro.without(torch.tensor([image is not None for image in micro.images]) & ~has_all)
         batch = Batch(
             **{
-                name: getattr(micro, name).to(device, non_blocking=True)
+                name: tensor.to(device, non_blocking=True)
                 for name in ("input_ids", "labels", "attention_mask", "pixel_values")
+                if (tensor := getattr(micro, name)) is not None
             }
         )
+        if micro.encoder_features is not None:
+            batch["image_features"] = on_device(micro.encoder_features, device)
         if self.recipe.fuses:
             batch["teacher_features"] = {
                 name: (values.float() if isinstance(values, ScaledFeatures) else values).masked_fill(

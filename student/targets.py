@@ -18,6 +18,7 @@ from PIL import Image
 from olavlm.cache import BadImage, CacheError, Dataset, FeatureStore, ImageRoots, MissingFeatures, TeacherFeatures
 
 from .config import Recipe, Stage, TaskConfig
+from .coverage import check_covered, rows_in_plan
 from .errors import RecipeError, TargetsError
 from .scaled_features import Features, ScaledFeatures
 from .tokens import TaskSpec
@@ -198,23 +199,9 @@ def check_targets(recipe: Recipe, dataset: Dataset, stage: Stage) -> None:
         if recipe.fuses:
             return
         raise TargetsError(f"{', '.join(recipe.files)}: no sample has an image, so there is nothing to distil")
-    rows = store.rows.rows_of(dataset.images())
-    if (outside := int((rows < 0).sum())) > 0:
-        first = dataset.images()[int(np.argmin(rows))].as_py()
-        raise TargetsError(
-            f"store {recipe.targets.store} does not cover the dataset: {outside} of its {len(rows)} images (first: "
-            f"{first!r}) are not in the plan; add to --data the files that "
-            f"the plan was made from, and run: {extract_command(recipe, recipe.task_order)}"
-        )
+    rows = rows_in_plan(store, dataset, extract_command(recipe, recipe.task_order))
     for name, key in keys.items():
-        if len(missing := store[key].missing_rows(rows)):
-            raise TargetsError(
-                f"store {recipe.targets.store} does not cover the dataset: {len(missing)} of its {len(rows)} images "
-                f"have no '{key}' features yet (first: {store.rows.image_of(int(missing[0]))!r}); finish it with: "
-                f"{extract_command(recipe, [name])}"
-            )
-        if not store[key].coverage(rows).valid:
-            raise TargetsError(f"store {recipe.targets.store}: every '{key}' row of the dataset is quarantined")
+        check_covered(store, key, rows, extract_command(recipe, [name]))
 
 
 def _check_card(recipe: Recipe, name: str, card: dict[str, Any]) -> None:

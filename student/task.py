@@ -29,6 +29,8 @@ class Batch(TypedDict, total=False):
     """(b, L), 1 for text, 0 for padding."""
     pixel_values: torch.Tensor
     """float (b, 3, S, S); zeros, or anything, for samples without an image."""
+    image_features: torch.Tensor
+    """In place of `pixel_values`: float (b, tokens, width), what the base encoder gives for them."""
     teacher_features: dict[str, torch.Tensor]
     """Of a fusion baseline, for each teacher: float (b, n, D), finite."""
     targets: dict[str, Features]
@@ -82,7 +84,7 @@ class DistillTask:
                 `loss/{task}/{layer}/contrastive` (ahead of its weight), `loss/total`.
             report: detached scalars: the losses, and `scale/{task}`, the factor on the task's similarities.
         """
-        names = ("input_ids", "attention_mask", "labels", "pixel_values", "teacher_features")
+        names = ("input_ids", "attention_mask", "labels", "pixel_values", "image_features", "teacher_features")
         output = model(**{name: batch.get(name) for name in names})
         losses = {"loss/text": output.text_loss_sum / max(1, totals.supervised_tokens)}
         total = losses["loss/text"]

@@ -40,6 +40,7 @@ from .checkpoint import (
 from .config import Recipe, Stage
 from .conversation import load_tokenizer
 from .data import Collator, batches, check_images, check_samples, choose_samples, make_sampler
+from .encoder_features import EncoderFeatures, check_encoder_features
 from .encoder_name import EncoderName
 from .errors import RecipeError, TrainingError
 from .extension import extend
@@ -76,7 +77,11 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     check_trackers(recipe.train.trackers)
     dataset, roots = open_data(recipe)
     check_samples(dataset, recipe.model.template)
-    check_images(dataset, roots)
+    reads_encoder = recipe.data.encoder_features is not None
+    if reads_encoder:
+        check_encoder_features(recipe, dataset, stage)
+    if not reads_encoder or (reads_features and recipe.targets.source == "online"):
+        check_images(dataset, roots)
     if reads_features:
         check_targets(recipe, dataset, stage)
 
@@ -93,6 +98,9 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     elif stage == "pt" and recipe.tasks:
         specs = tokens_without_losses(recipe)
     model, tokenizer = start_model(recipe, stage, specs, fused, distil)
+    features = EncoderFeatures(recipe) if reads_encoder else None
+    if features is not None:  # of the models saved, pt's holds no encoder
+        features.take_the_place_of(model.vision, keep=stage != "pt" and accelerator.is_main_process)
     if recipe.model.max_length <= model.num_inserted_tokens + 1:
         raise RecipeError(
             f"model.max_length is {recipe.model.max_length}: an image alone takes "
@@ -112,7 +120,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     if accelerator.is_main_process:
         describe_run(run, recipe, stage, table, versions, accelerator.num_processes)
     sampler = make_sampler(recipe, dataset, source, global_batch)
-    collator = Collator.of(recipe, model, tokenizer, dataset, roots, source)
+    collator = Collator.of(recipe, model, tokenizer, dataset, roots, source, features)
     schedule = Schedule(recipe, len(sampler))
     parallel = spread(model, accelerator, recipe.train)
     optimizer = parallel.optimizer
@@ -327,6 +335,7 @@ def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenize
         save_lora(model.llm, run / "lora")
         merge_lora(model.llm)
     if stage != "pt":
+        model.vision.restore_tower()
         model.save_pretrained(run, tokenizer=tokenizer, with_predictors=False)
         return
     config = {k: v for k, v in build_settings(recipe, stage).items() if k not in ("dtype", "attn_implementation")}

@@ -34,7 +34,7 @@ class Entry:
     model: str | None
     """Hub id of the teacher's own checkpoint; None where the factory knows, or has none."""
     recipes: tuple[str, ...]
-    """Valid recipes, the default first."""
+    """Valid recipes, the default first. The N of one that ends in it, such as `layerN`, stands for any whole number."""
     load: Callable[..., Teacher]
     """Factory; takes the arguments of `load_teacher`, checked and complete."""
     variant: str = ""
@@ -150,9 +150,15 @@ def look_up(name: str, recipe: str | None = None) -> tuple[Entry, str]:
         raise TeacherError(f"teacher {name!r}: unknown; use one of {known}")
     if recipe is None:
         return entry, entry.recipes[0]
-    if recipe not in entry.recipes:
+    if not any(_is_of(recipe, known) for known in entry.recipes):
         raise TeacherError(f"recipe {recipe!r}: unknown to {name}; use one of {', '.join(entry.recipes)}")
     return entry, recipe
+
+
+def _is_of(recipe: str, known: str) -> bool:
+    if known.endswith("N"):
+        return re.fullmatch(f"{re.escape(known[:-1])}-?[0-9]+", recipe) is not None
+    return recipe == known
 
 
 def _installed(name: str) -> Entry | None:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from olavlm.student.checkpoint import is_adapter, load_checkpoint, save_adapter
+from olavlm.student.encoder_features import tower_digest
 from olavlm.student.encoder_name import EncoderName
 from olavlm.student.encoders import VisionEncoder, load_image_transform
 from olavlm.student.errors import ModelError, RecipeError
@@ -30,6 +31,7 @@ from olavlm.student.model import OlaVLM
 from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.tower_configs import OpenClipTowerConfig
 from olavlm.student.trainer import train
+from olavlm.teachers import load_teacher
 
 FAMILIES = (
     "siglip", "siglip tower", "dinov2", "dinov2 with registers", "timm vit", "timm eva02", "timm swin",
@@ -146,6 +148,24 @@ def test_transform_of_a_checkpoint(tiny, tmp_path):
         load_image_transform(folder)
     preprocessor.unlink()
     assert load_image_transform(folder) == ImageTransform(56)
+
+
+@pytest.mark.parametrize("family", ["tiny", *FAMILIES])
+def test_as_a_teacher_it_gives_what_it_gives_in_training(names, tiny, family):
+    name = str(tiny["encoder"]) if family == "tiny" else names[family]
+    pictures = [picture(90, 40), picture(33, 70, seed=1)]
+    for geometry in ("square", "pad"):
+        transform = load_image_transform(name, geometry)
+        pixels = torch.from_numpy(np.stack([transform(image) for image in pictures]))
+        teacher = load_teacher("base", model=name, geometry=geometry, device="cpu")
+        encoder = VisionEncoder.from_pretrained(name)
+        assert torch.equal(teacher.encode(pictures), encoder(pixels))
+        assert (teacher.card.tokens, teacher.card.dim, teacher.card.grid) == (
+            encoder.num_tokens, encoder.width, encoder.grid
+        )  # fmt: skip
+        assert teacher.card.geometry == geometry
+    rounded = VisionEncoder.from_pretrained(name, dtype=torch.bfloat16).tower
+    assert teacher.card.weights_sha256 == tower_digest(rounded)
 
 
 def test_unknown_geometry():

@@ -284,7 +284,15 @@ def test_a_micro_batch_is_pinned_as_the_loader_asks_for_it(monkeypatch):
         "complete": torch.tensor([True, False]),
     }
     targets = {"depth": (np.ones((2, 5), np.float16), np.array([True, False]))}
-    batch = MicroBatch(**tensors, ids=["a", "b"], images=["a.jpg", None], bad_images=[], targets=targets)
+    features = {"features": torch.zeros(2, 5, 3, dtype=torch.int8), "scales": torch.ones(2, 5)}
+    batch = MicroBatch(
+        **tensors,
+        ids=["a", "b"],
+        images=["a.jpg", None],
+        bad_images=[],
+        targets=targets,
+        encoder_features=features,
+    )
     pinned = {}
 
     def pin(tensor, device=None):
@@ -297,7 +305,10 @@ def test_a_micro_batch_is_pinned_as_the_loader_asks_for_it(monkeypatch):
     for name, tensor in tensors.items():
         assert id(getattr(result, name)) in pinned, name
         assert torch.equal(getattr(result, name), tensor)
-    assert len(pinned) == len(tensors)
+    for name, tensor in features.items():
+        assert id(result.encoder_features[name]) in pinned, name
+        assert torch.equal(result.encoder_features[name], tensor)
+    assert len(pinned) == len(tensors) + len(features)
     assert result.targets is targets
     assert (result.ids, result.supervised_tokens) == (["a", "b"], 6)
 

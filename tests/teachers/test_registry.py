@@ -17,6 +17,10 @@ from olavlm.teachers import TEACHERS, TeacherError, load_teacher, look_up, store
         ("gen", None, "gen"),
         ("timm:vit_small_patch14_dinov2.lvd142m", None, "timm-vit_small_patch14_dinov2.lvd142m"),
         ("timm:convnext_tiny", "embedding", "timm-convnext_tiny-embedding"),
+        ("base", None, "base"),
+        ("base", "layer-2", "base"),
+        ("base", "layer-1", "base-layer-1"),
+        ("base", "layer23", "base-layer23"),
         ("open_clip:ViT-H-14/laion2b_s32b_b79k", None, "open_clip-ViT-H-14-laion2b_s32b_b79k"),
         ("open_clip:ViT-H-14/laion2b_s32b_b79k", "tokens", "open_clip-ViT-H-14-laion2b_s32b_b79k-tokens"),
     ],
@@ -36,6 +40,9 @@ def test_an_unknown_name_lists_the_valid_ones(call, name):
 def test_an_unknown_recipe_lists_the_valid_ones(call):
     with pytest.raises(TeacherError, match=r"'stage4'.*depth.*mean4, last"):
         call("depth", recipe="stage4")
+    for recipe in ("layer", "layerN", "layer-", "layer1.5", "player1", ""):
+        with pytest.raises(TeacherError, match=rf"'{recipe}': unknown to base; use one of layer-2, layerN"):
+            call("base", recipe=recipe)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +103,7 @@ def test_an_entry_point_is_a_teacher(installed):
         "device": torch.device("cpu"),
         "compute_dtype": "bfloat16",
     }
-    with pytest.raises(TeacherError, match=r"depth, .*, mine$"):
+    with pytest.raises(TeacherError, match=r"depth, .*, mine\b"):
         store_key("other")
 
 
