@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from olavlm.cache import FeatureStore, StoreBuilder
-from olavlm.student import OlaVLM, RecipeError, TargetsError, TrainingError, load_checkpoint
+from olavlm.student import OlaVLM, RecipeError, TargetsError, TrainingError, load_checkpoint, task
 from olavlm.student import trainer as trainer_module
 from olavlm.student.checkpoint import read_adapter
 from olavlm.student.data import MicroBatch, _leave_signals_to_the_trainer
@@ -173,13 +172,13 @@ def test_gradients_and_negatives_are_those_of_the_whole_batch(recipe, tmp_path, 
     for name, gradient in whole.items():
         assert (parts[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
-    original = OptimizerStep._totals
+    original = task.embedding_loss_sums
 
-    def forget(self, *args):
-        totals = original(self, *args)
-        return replace(totals, targets={}, targets_valid={})
+    def own_alone(predictions, targets, labels, valid, targets_valid, scale, **options):
+        own = torch.arange(len(labels))
+        return original(predictions, targets[labels], own, valid, targets_valid[labels], scale, **options)
 
-    monkeypatch.setattr(OptimizerStep, "_totals", forget)
+    monkeypatch.setattr(task, "embedding_loss_sums", own_alone)
     _, (control,) = one_step("control", 1)
     assert control["loss/depth/2/contrastive"] == pytest.approx(0.0, abs=1e-6)  # one target to choose from
     assert expected[0]["loss/depth/2/contrastive"] > 0.5
@@ -362,19 +361,25 @@ def test_quarantined_rows_are_masked_and_counted(recipe, make_store, pt_json, tm
     assert 0 < masked[0]["supervised_tokens"] < metrics[0]["supervised_tokens"]
 
 
+def times_smooth_l1(monkeypatch, factor):
+    original = task.embedding_loss_sums
+
+    def changed(*arguments, **options):
+        smooth_l1, contrastive = original(*arguments, **options)
+        return smooth_l1 * factor, contrastive
+
+    monkeypatch.setattr(task, "embedding_loss_sums", changed)
+
+
 def test_a_zero_embedding_loss_stops_the_run(recipe, monkeypatch):
     """The control: with the loss zeroed as the public code zeroed it, the guard speaks."""
-    from olavlm.student import task
-
-    monkeypatch.setattr(task, "smooth_l1_sum", lambda p, t, v: p.sum() * 0)
+    times_smooth_l1(monkeypatch, 0.0)
     with pytest.raises(TrainingError, match="exactly zero though the batch has valid targets"):
         run(recipe(**{"train.max_steps": 1}))
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_samples(recipe, monkeypatch, pt_json):
-    from olavlm.student import task
-
-    monkeypatch.setattr(task, "smooth_l1_sum", lambda p, t, v: p.sum() * float("nan"))
+    times_smooth_l1(monkeypatch, float("nan"))
     with pytest.raises(TrainingError, match=r"step 1: .* is nan; samples of process 0: ") as error:
         run(recipe(**{"train.max_steps": 1}))
     assert any(s["id"] in str(error.value) for s in json.loads(pt_json.read_text()))
