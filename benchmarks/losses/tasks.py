@@ -47,8 +47,11 @@ def memory(case: dict, arm: str, device: str) -> dict:
 
 
 def deviations(cases: list[dict], device: str) -> dict:
-    """The largest deviations of each arm's values and gradients from plain's in float64, relative to its largest."""
-    columns = ("smooth-L1", "contrastive", "gradient of predictions", "gradient of the scale")
+    """The largest deviations of each arm's values and gradients from plain's in float64, relative to its largest.
+
+    Of the scale's gradient, which is a sum of terms that cancel, the deviation is absolute.
+    """
+    columns = ("smooth-L1", "contrastive", "gradient of predictions", "gradient of the scale, absolute")
     lines = {}
     for case in (Case(**c) for c in cases):
         inputs, works = Inputs.of(case, device), arms(device)
@@ -56,7 +59,8 @@ def deviations(cases: list[dict], device: str) -> dict:
         for name, work in works.items():
             if name != SHARED:
                 pairs = zip(_found(work, inputs), exact, strict=True)
-                off = [((ours - true).abs().max() / true.abs().max()).item() for ours, true in pairs]
+                *off, of_scale = [((ours - true).abs().max() / true.abs().max()).item() for ours, true in pairs]
+                off.append(of_scale * exact[-1].abs().item())
                 lines[f"{case}: {name}"] = dict(zip(columns, off, strict=True))
     return lines
 
