@@ -26,12 +26,14 @@ class Zero(Replicated):
     """A model whose gradients and optimizer state lie in parts (ZeRO 1 and 2); its weights are whole on each process.
 
     Raises:
-        RecipeError: ZeRO 3, whose gathering of weights would wait for ever for a process whose batch is text alone.
+        RecipeError: no accelerator; or ZeRO 3, whose gathering of weights would wait for ever for a process whose batch is text alone.
     """
 
     def __init__(self, model: OlaVLM, accelerator: Accelerator, settings: TrainConfig) -> None:
         self.model, self.accelerator = model, accelerator
         plugin = accelerator.state.deepspeed_plugin
+        if plugin is None:
+            raise RecipeError("accelerate runs DeepSpeed on no CPU; launch with the configuration ddp or fsdp")
         if plugin.zero_stage > 2:
             raise RecipeError(f"zero_stage is {plugin.zero_stage}: use 1 or 2, or shard the weights too with fsdp")
         plugin.deepspeed_config.update(engine_settings(settings))

@@ -99,3 +99,9 @@ def test_zero_updates_once_a_step_after_the_last_micro_batch(settings):
 def test_zero_with_weights_in_parts_is_refused(settings):
     with pytest.raises(RecipeError, match="zero_stage is 3: use 1 or 2, or shard the weights too with fsdp"):
         zero(settings, 3)
+
+
+def test_zero_without_an_accelerator_is_refused(settings):
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None))
+    with pytest.raises(RecipeError, match="DeepSpeed on no CPU; launch with the configuration ddp or fsdp"):
+        Zero(Two(), accelerator, settings)
