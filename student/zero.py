@@ -26,7 +26,8 @@ class Zero(Replicated):
     """A model whose gradients and optimizer state lie in parts (ZeRO 1 and 2); its weights are whole on each process.
 
     Raises:
-        RecipeError: no accelerator; or ZeRO 3, whose gathering of weights would wait for ever for a process whose batch is text alone.
+        RecipeError: no accelerator; or ZeRO 3, whose gathering of weights would wait for ever for a process whose batch
+            is text alone.
     """
 
     def __init__(self, model: OlaVLM, accelerator: Accelerator, settings: TrainConfig) -> None:
