@@ -1,6 +1,6 @@
 """Measures the distillation losses beside a plain implementation of their formulas, and prints tables.
 
-    python -m benchmarks.losses                                 all of it: the paper's shapes, minutes, 8 GB of memory
+    python -m benchmarks.losses                                 all of it: the paper's shapes, 25 minutes, 8 GB
     python -m benchmarks.losses speed --size small              one of it, a minute
     python -m benchmarks.losses --device cuda --name my-gpu     also results/my-gpu.json and README.md's tables
 
