@@ -1,7 +1,7 @@
 """The passes of the embedding losses in plain PyTorch, on any device: the oracle of other kernels, and their fall-back.
 
-Predictions and targets are widened a few tokens at a time, into buffers that stay in a core's cache: beside these,
-some MB on a CPU, nothing is allocated. Each pass reads and widens the targets once, for all predictions together.
+Predictions and targets are widened a few tokens at a time, into buffers that stay in a CPU's cache: beside these,
+some 20 MB, nothing is allocated. Each pass reads and widens the targets once, for all predictions together.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ import torch.nn.functional as F
 
 from .scaled_features import Features, ScaledFeatures
 
-_CHUNK_ELEMENTS = {"cpu": 3 * 2**18}
-"""Elements that are widened at once, by device type: so few that they stay in a CPU's cache."""
+_CHUNK_ELEMENTS = {"cpu": 3 * 2**20}
+"""Elements that are widened at once, by device type.
+
+So few that they stay in a CPU's last cache; fewer would make its threads, which wait for each other after each
+operation, wait the more on a machine that does other work too.
+"""
 _CHUNK_ELEMENTS_ELSEWHERE = 2**24  # where a kernel's launch is what costs
 
 

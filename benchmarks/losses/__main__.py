@@ -1,6 +1,6 @@
 """Measures the distillation losses beside a plain implementation of their formulas, and prints tables.
 
-    python -m benchmarks.losses                                 all of it: the paper's shapes, minutes, 8 GB of memory
+    python -m benchmarks.losses                                 all of it: the paper's shapes, 25 minutes, 8 GB
     python -m benchmarks.losses speed --size small              one of it, a minute
     python -m benchmarks.losses --device cuda --name my-gpu     also results/my-gpu.json and README.md's tables
 
@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = harness.parsed(parser, argv, BENCHMARKS)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)  # several wait for each other, and on a machine that is not idle for its other work
     machine = describe(args.dir, ("torch", "triton"))
     if device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()

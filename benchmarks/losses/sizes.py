@@ -56,7 +56,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size({"gen": (1, 1024), "depth": (576, 1024), "seg": (576, 1536)}, 16, 256, rounds=7, fresh_rounds=3),
+    "full": Size({"gen": (1, 1024), "depth": (576, 1024), "seg": (576, 1536)}, 16, 256, rounds=5, fresh_rounds=1),
     "small": Size({"gen": (1, 1024), "depth": (64, 1024), "seg": (64, 1536)}, 16, 256, rounds=5, fresh_rounds=1),
     "toy": Size({"depth": (4, 16)}, 2, 4, rounds=1, fresh_rounds=1, dtypes=("int8",)),
 }

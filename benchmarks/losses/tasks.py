@@ -81,4 +81,5 @@ def _step(work, inputs: Inputs, predictions: list[torch.Tensor] | None = None) -
 TASKS = {"memory": memory, "deviations": deviations}
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     print(json.dumps(TASKS[sys.argv[1]](**json.loads(sys.argv[2]))))
