@@ -23,7 +23,7 @@ from .tokens import PredictorWidth, QueryKind
 
 Stage = Literal["pt", "vpt", "ift"]
 TrackerName = Literal["tensorboard", "wandb"]
-Kernels = Literal["auto", "eager", "triton"]
+Kernels = Literal["eager", "triton"]
 STAGES = ("pt", "vpt", "ift")
 
 
@@ -105,8 +105,8 @@ class LossConfig:
     """Whether the contrastive term counts (table V of the appendix)."""
     contrastive_weight: float = 0.3
     """Its weight beside smooth-L1."""
-    kernels: Kernels = "auto"
-    """What computes them: Triton, plain PyTorch (eager), or auto: Triton on CUDA where it is installed, else eager."""
+    kernels: Kernels = "eager"
+    """What computes them: plain PyTorch, or Triton's kernels on CUDA, which no GPU has run yet."""
 
 
 @dataclass

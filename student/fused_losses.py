@@ -30,7 +30,7 @@ def smooth_l1_and_cosines(
     valid_rows: torch.Tensor,
     valid_targets: torch.Tensor,
     *,
-    kernels: Kernels = "auto",
+    kernels: Kernels = "eager",
     overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean smooth-L1 (beta 1) of each prediction with its own target, and its cosine with every target.
@@ -41,7 +41,7 @@ def smooth_l1_and_cosines(
         labels: long (b,), the row of `targets` that belongs to each prediction.
         valid_rows: bool (b,). Others give 0 and get a gradient of 0.
         valid_targets: bool (m,). Others have cosine 0, and may hold anything, NaN included.
-        kernels: what runs the two passes; auto is Triton on CUDA where it is installed, plain PyTorch elsewhere.
+        kernels: what runs the two passes: plain PyTorch, or Triton on CUDA.
         overwrite: the backward writes the gradient into the memory of contiguous predictions. Whoever has kept one for
             a later backward gets PyTorch's error of a tensor modified in place; other readers find the gradient there.
 
@@ -60,19 +60,17 @@ def choose(kernels: Kernels, prediction: torch.Tensor) -> ModuleType:
     """The module with `forward_pass` and `backward_pass`. ValueError for kernels that cannot run on the prediction."""
     if kernels not in get_args(Kernels):
         raise ValueError(f"kernels are {kernels!r}; use {', '.join(get_args(Kernels))}")
-    single = compute_dtype(prediction) == torch.float32
-    if kernels == "eager" or (
-        kernels == "auto" and not (prediction.is_cuda and single and find_spec("triton") is not None)
-    ):
+    if kernels == "eager":
         return eager_losses
     if find_spec("triton") is None:
-        raise ValueError("kernels are triton, which is not installed; use auto or eager")
+        raise ValueError("kernels are triton, which is not installed; use eager")
     from . import triton_losses
 
+    single = compute_dtype(prediction) == torch.float32
     if not single or not (prediction.is_cuda or triton_losses.INTERPRETED):
         raise ValueError(
             f"the Triton kernels take no {prediction.dtype} prediction on {prediction.device}: they compute in float32 "
-            "on CUDA (elsewhere with TRITON_INTERPRET=1, slowly); use auto or eager"
+            "on CUDA (elsewhere with TRITON_INTERPRET=1, slowly); use eager"
         )
     return triton_losses
 

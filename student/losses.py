@@ -29,7 +29,7 @@ def embedding_loss_sums(
     valid_targets: torch.Tensor,
     logit_scale: torch.Tensor,
     *,
-    kernels: Kernels = "auto",
+    kernels: Kernels = "eager",
     overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over valid rows of the smooth-L1 and of the contrastive loss of several layers' predictions.
