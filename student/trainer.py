@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
@@ -85,6 +86,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     if reads_features:
         check_targets(recipe, dataset, stage)
 
+    AcceleratorState._reset_state()  # a stage before this one may have had another precision; processes stay joined
     # Without `cpu`, accelerate would take several processes on a machine without an accelerator for one each.
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, cpu=not torch.accelerator.is_available())
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "processes do not see each other"
