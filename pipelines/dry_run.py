@@ -19,6 +19,7 @@ from olavlm.student.encoder_features import check_encoder_features
 from olavlm.student.errors import ModelError, RecipeError, TargetsError
 from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.memory import BatchShape, MemoryEstimate, estimate_memory
+from olavlm.student.parallel import launched_with
 from olavlm.student.targets import CachedTargets, check_targets, tokens_without_losses
 from olavlm.student.tokens import TaskSpec
 from olavlm.student.trainer import open_data
@@ -76,7 +77,7 @@ def memory_lines(recipe: Recipe, stage: Stage, dataset: Dataset) -> Iterator[str
             "distil": distil,
             "fused": fused,
             "processes": num_processes(),
-            "sharded": os.environ.get("ACCELERATE_USE_FSDP", "false") == "true",
+            "sharded": launched_with("FSDP"),
         }
         estimates = {
             on: estimate_memory(recipe, stage, specs, shape, gradient_checkpointing=on, **common)

@@ -1,6 +1,6 @@
 """Measures extraction beside the teachers' bare forward and the bare disk, and prints tables.
 
-    python -m benchmarks.extract                                 all of it: the better part of an hour on two cores
+    python -m benchmarks.extract                                 all of it: half an hour on two cores
     python -m benchmarks.extract free decode --size small        two of it, some minutes
     python -m benchmarks.extract --device cuda --name my-gpu     also results/my-gpu.json, README.md and docs/scale.md
 

@@ -1,6 +1,6 @@
 """Random kills while extractions run on a cluster of several Ray nodes of this machine.
 
-    python -m benchmarks.extract.kills --kills 30 --seed 1       about six minutes on two cores; results/kills.json
+    python -m benchmarks.extract.kills --kills 30 --seed 1       10 to 20 minutes on two cores; results/kills.json
 
 Workers are killed and made to hang, nodes are killed with their workers or without, and new nodes join; more runs, each
 into a store of its own, until so many kills have struck. Every run must end within its time limit with status 0 and
