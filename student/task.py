@@ -66,7 +66,7 @@ class DistillTask:
     use_contrastive: bool = True
     """Off: the term is still reported, and weighs nothing."""
     contrastive_weight: float = CONTRASTIVE_WEIGHT
-    kernels: Kernels = "auto"
+    kernels: Kernels = "eager"
     """What computes the embedding losses."""
 
     def compute(

@@ -341,7 +341,8 @@ def test_damage_to_a_member_raises_nothing_else_and_hurts_no_other(method, rng):
             assert archive.read("bad.jpg") == members["bad.jpg"]
         except OSError:
             hurt += 1
-    assert hurt > 0.9 * (stop - start - 30)  # a flipped bit in the header may mean nothing
+    # A flipped bit means nothing in much of the header and in what bzip2 keeps and does not use.
+    assert hurt > 0.8 * (stop - start - 30)
 
 
 def test_damage_to_the_directory_is_an_error_of_the_zip_or_of_members(rng):
