@@ -14,9 +14,9 @@ from pathlib import Path
 
 from transformers import AutoConfig, LlavaConfig
 
-from olavlm.student.checkpoint import write_json
-from olavlm.student.llava_hf import from_llava_hf
+from olavlm.student.formats.llava_hf import from_llava_hf
 from olavlm.student.loading import load_errors
+from olavlm.student.training.checkpoint import write_json
 
 from .cli import JobFailed, UsageError, command, quiet_models, versions
 

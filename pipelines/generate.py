@@ -25,7 +25,7 @@ from transformers import TextStreamer
 
 from olavlm.cache import BadImage, decode_rgb
 from olavlm.student import load_checkpoint
-from olavlm.student.dialogue import Dialogue
+from olavlm.student.text.dialogue import Dialogue
 
 from .cli import JobFailed, Progress, UsageError, command, quiet_models
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from olavlm.student.checkpoint import ADAPTER_CONFIG
+from olavlm.student.training.checkpoint import ADAPTER_CONFIG
 
 from .cli import JobFailed
 from .page import Curve

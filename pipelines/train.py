@@ -23,10 +23,10 @@ import time
 
 from tqdm import tqdm
 
-from olavlm.student.chain import train_chain
 from olavlm.student.config import STAGES, describe
 from olavlm.student.recipes import load_chain, load_recipe, shipped_recipes, table_rows
-from olavlm.student.trainer import leave_processes, train
+from olavlm.student.training.chain import train_chain
+from olavlm.student.training.trainer import leave_processes, train
 
 from .cli import command, quiet_models, versions
 from .dry_run import dry_run

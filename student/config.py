@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from transformers import AttentionInterface
 
-from .assembly import KeyBlocks
-from .errors import RecipeError
-from .image_transform import Geometry
-from .projector import Fusion
-from .tokens import PredictorWidth, QueryKind
+from olavlm.student.assembly import KeyBlocks
+from olavlm.student.errors import RecipeError
+from olavlm.student.projector import Fusion
+from olavlm.student.tokens import PredictorWidth, QueryKind
+from olavlm.student.vision.image_transform import Geometry
 
 Stage = Literal["pt", "vpt", "ift"]
 TrackerName = Literal["tensorboard", "wandb"]

@@ -29,8 +29,8 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from .config import STAGES, Recipe, Stage
-from .errors import RecipeError
+from olavlm.student.config import STAGES, Recipe, Stage
+from olavlm.student.errors import RecipeError
 
 SHIPPED = "olavlm.pipelines"
 TABLES = "tables.yaml"

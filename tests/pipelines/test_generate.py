@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from olavlm.pipelines import generate
-from olavlm.student.conversation import encode_prompt, load_tokenizer
-from olavlm.student.dialogue import Dialogue
 from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.model import OlaVLM
+from olavlm.student.text.conversation import encode_prompt, load_tokenizer
+from olavlm.student.text.dialogue import Dialogue
 from olavlm.student.tokens import TaskSpec
 from olavlm.teachers import load_teacher
 from olavlm.teachers.tiny import make_tiny

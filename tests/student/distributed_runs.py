@@ -13,7 +13,7 @@ import torch
 
 from olavlm.pipelines.cli import quiet_models
 from olavlm.student.recipes import load_recipe
-from olavlm.student.trainer import leave_processes, train
+from olavlm.student.training.trainer import leave_processes, train
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

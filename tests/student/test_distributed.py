@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from olavlm.pipelines.launch_configs import launch_configs
-from olavlm.student.metrics import read_metrics
-from olavlm.student.sampler import GlobalBatchSampler
-from olavlm.student.trainer import open_data, train
+from olavlm.student.data.sampler import GlobalBatchSampler
+from olavlm.student.training.metrics import read_metrics
+from olavlm.student.training.trainer import open_data, train
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the runs of all
 PROGRAM = Path(__file__).with_name("distributed_runs.py")

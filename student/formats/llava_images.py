@@ -9,10 +9,10 @@ from typing import Any
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedConfig
 
-from .errors import ModelError
-from .image_transform import Geometry, ImageTransform
-from .loading import load_errors
-from .transformers_encoders import FAMILIES
+from olavlm.student.errors import ModelError
+from olavlm.student.loading import load_errors
+from olavlm.student.vision.image_transform import Geometry, ImageTransform
+from olavlm.student.vision.transformers_encoders import FAMILIES
 
 
 def read_image_transform(source: str | Path, tower: PreTrainedConfig) -> tuple[ImageTransform, list[str]]:

@@ -28,19 +28,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .assembly import assemble, locate
+from olavlm.student.assembly import assemble, locate
+from olavlm.student.config import Recipe, Stage
+from olavlm.student.errors import ModelError
+from olavlm.student.fused_teachers import FusedTeacher
+from olavlm.student.loading import load_errors
+from olavlm.student.lora import add_lora
+from olavlm.student.losses.embedding import embedding_loss_sums, text_loss_sum
+from olavlm.student.model import OlaVLM, OlaVLMConfig
+from olavlm.student.stages import apply_stage, trains_llm
+from olavlm.student.tokens import TaskSpec
+from olavlm.student.vision.encoders import VisionEncoder, load_encoder_config, load_image_transform
+from olavlm.student.vision.image_transform import ImageTransform
+
 from .checkpoint import whole_model
-from .config import Recipe, Stage
-from .encoders import VisionEncoder, load_encoder_config, load_image_transform
-from .errors import ModelError
-from .fused_teachers import FusedTeacher
-from .image_transform import ImageTransform
-from .loading import load_errors
-from .lora import add_lora
-from .losses import embedding_loss_sums, text_loss_sum
-from .model import OlaVLM, OlaVLMConfig
-from .stages import apply_stage, trains_llm
-from .tokens import TaskSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -24,13 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .conversation import load_tokenizer
-from .errors import ModelError, TrainingError
-from .extension import extend
-from .model import OlaVLM
+from olavlm.student.errors import ModelError, TrainingError
+from olavlm.student.extension import extend
+from olavlm.student.model import OlaVLM
+from olavlm.student.stages import ADAPTER
+from olavlm.student.text.conversation import load_tokenizer
+from olavlm.student.tokens import TaskSpec
+
 from .parallel import Replicated
-from .stages import ADAPTER
-from .tokens import TaskSpec
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 

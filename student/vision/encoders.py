@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-from olavlm.student.encoder_name import EncoderName, Library
 from olavlm.student.errors import ModelError
-from olavlm.student.image_transform import Geometry, ImageTransform
-from olavlm.student.select_layer import FeatureShape
-from olavlm.student.tower_configs import OpenClipTowerConfig, TimmTowerConfig
+
+from .encoder_name import EncoderName, Library
+from .image_transform import Geometry, ImageTransform
+from .select_layer import FeatureShape
+from .tower_configs import OpenClipTowerConfig, TimmTowerConfig
 
 
 class EncoderFamily(Protocol):
@@ -54,7 +55,7 @@ class EncoderLibrary(Protocol):
 
 def _library(name: Library) -> EncoderLibrary:
     """Imported when it is asked for: timm and open_clip take a second each."""
-    return import_module(f"olavlm.student.{name}_encoders")
+    return import_module(f"olavlm.student.vision.{name}_encoders")
 
 
 def _family_of(config: PreTrainedConfig) -> EncoderFamily:

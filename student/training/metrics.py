@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from .config import TrackerName
-from .errors import RecipeError, TrainingError
+from olavlm.student.config import TrackerName
+from olavlm.student.errors import RecipeError, TrainingError
 
 
 class Tracker(Protocol):

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .config import Kernels
-from .eager_losses import compute_dtype
-from .fused_losses import smooth_l1_and_cosines
+from olavlm.student.config import Kernels
+
+from .eager import compute_dtype
+from .fused import smooth_l1_and_cosines
 from .scaled_features import Features
 
 MAX_SCALE = 100.0
@@ -45,7 +46,7 @@ def embedding_loss_sums(
         valid_targets: bool (m,). Other targets are no negatives, and may hold anything, NaN included; a row whose own
             target is not valid does not count.
         logit_scale: scalar parameter s.
-        kernels: what computes it, see `fused_losses.smooth_l1_and_cosines`.
+        kernels: what computes it, see `fused.smooth_l1_and_cosines`.
         overwrite: the gradient takes the place of the predictions, as told there.
 
     Returns:

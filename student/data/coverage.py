@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from olavlm.cache import Dataset, FeatureStore
-
-from .errors import TargetsError
+from olavlm.student.errors import TargetsError
 
 
 def rows_in_plan(store: FeatureStore, dataset: Dataset, command: str) -> np.ndarray:

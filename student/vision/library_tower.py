@@ -13,7 +13,8 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from olavlm.student.errors import RecipeError
-from olavlm.student.select_layer import FeatureShape, block_of, check_patches
+
+from .select_layer import FeatureShape, block_of, check_patches
 
 
 class Blocks(NamedTuple):

@@ -14,8 +14,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from olavlm.student.model import OlaVLM
+
 from .conversation import IMAGE_TOKEN
-from .model import OlaVLM
 
 
 class Dialogue:

@@ -25,10 +25,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from .config import TrainConfig
-from .decoder import decoder_blocks
-from .errors import RecipeError
-from .model import OlaVLM
+from olavlm.student.config import TrainConfig
+from olavlm.student.decoder import decoder_blocks
+from olavlm.student.errors import RecipeError
+from olavlm.student.model import OlaVLM
 
 OPTIMIZER = "optimizer.pt"
 

@@ -16,12 +16,13 @@ from torch import nn
 from transformers import AutoModel
 from transformers.utils import cached_file
 
-from olavlm.student.encoder_name import EncoderName
 from olavlm.student.errors import ModelError, RecipeError
-from olavlm.student.image_transform import Geometry, ImageTransform
-from olavlm.student.library_tower import Blocks, LibraryFamily, LibraryTower
 from olavlm.student.loading import load_errors, why_not_loaded
-from olavlm.student.tower_configs import TimmTowerConfig
+
+from .encoder_name import EncoderName
+from .image_transform import Geometry, ImageTransform
+from .library_tower import Blocks, LibraryFamily, LibraryTower
+from .tower_configs import TimmTowerConfig
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

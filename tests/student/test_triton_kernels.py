@@ -53,7 +53,7 @@ def test_a_gpu_agrees_with_eager(name):
 @pytest.mark.parametrize(("values", "rows", "capability"), [("fp16", 16, 80), ("i8", 32, 90)])
 def test_they_compile_for_gpus(values, rows, capability):
     """To machine code, which needs no GPU, within the shared memory that a block has without asking for more."""
-    from olavlm.student import triton_losses
+    from olavlm.student.losses import triton_kernels
 
     floats = ("smooth_l1", "dots", "p_square", "t_square", "along_error", "along_targets", "along_itself")
     types = dict.fromkeys(floats, "*fp32") | {
@@ -64,13 +64,13 @@ def test_they_compile_for_gpus(values, rows, capability):
     constants = {
         "HAS_SCALES": values == "i8",
         "ROWS": rows,
-        "TARGETS": triton_losses.BLOCK_TARGETS,
-        "FEATURES": triton_losses.BLOCK_FEATURES,
+        "TARGETS": triton_kernels.BLOCK_TARGETS,
+        "FEATURES": triton_kernels.BLOCK_FEATURES,
     }
-    for kernel in (triton_losses.forward_kernel, triton_losses.backward_kernel):
+    for kernel in (triton_kernels.forward_kernel, triton_kernels.backward_kernel):
         signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
         source = triton.compiler.ASTSource(kernel, signature, constants)
         target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-        made = triton.compile(source, target=target, options={"num_warps": triton_losses.WARPS})
+        made = triton.compile(source, target=target, options={"num_warps": triton_kernels.WARPS})
         assert made.asm["cubin"]
         assert made.metadata.shared <= 48 * 1024

@@ -11,14 +11,15 @@ import math
 import torch
 from accelerate import Accelerator
 
-from .config import Recipe
-from .data import MicroBatch
-from .encoder_features import on_device
-from .errors import TrainingError
+from olavlm.student.config import Recipe
+from olavlm.student.data.batches import MicroBatch
+from olavlm.student.data.encoder_features import on_device
+from olavlm.student.data.targets import TargetSource
+from olavlm.student.errors import TrainingError
+from olavlm.student.losses.scaled_features import ScaledFeatures, joined
+from olavlm.student.task import Batch, BatchTotals, DistillTask
+
 from .parallel import Replicated
-from .scaled_features import ScaledFeatures, joined
-from .targets import TargetSource
-from .task import Batch, BatchTotals, DistillTask
 
 NAMED_SAMPLES = 32  # in the message of a run that stops on a non-finite loss
 

@@ -27,6 +27,20 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
 from olavlm.cache import Dataset, ImageRoots
+from olavlm.student.config import Recipe, Stage
+from olavlm.student.data.batches import Collator, batches, check_images, check_samples, choose_samples, make_sampler
+from olavlm.student.data.encoder_features import EncoderFeatures, check_encoder_features
+from olavlm.student.data.targets import check_targets, open_targets, tokens_without_losses
+from olavlm.student.errors import RecipeError, TrainingError
+from olavlm.student.extension import extend
+from olavlm.student.fused_teachers import FusedTeacher
+from olavlm.student.lora import add_lora, lora_parameters, merge_lora, save_lora
+from olavlm.student.model import OlaVLM
+from olavlm.student.stages import PartRow, apply_stage, trains_llm
+from olavlm.student.task import DistillTask
+from olavlm.student.text.conversation import load_tokenizer
+from olavlm.student.tokens import TaskSpec
+from olavlm.student.vision.encoder_name import EncoderName
 
 from .checkpoint import (
     is_adapter,
@@ -38,24 +52,10 @@ from .checkpoint import (
     whole_model,
     write_json,
 )
-from .config import Recipe, Stage
-from .conversation import load_tokenizer
-from .data import Collator, batches, check_images, check_samples, choose_samples, make_sampler
-from .encoder_features import EncoderFeatures, check_encoder_features
-from .encoder_name import EncoderName
-from .errors import RecipeError, TrainingError
-from .extension import extend
-from .fused_teachers import FusedTeacher
-from .lora import add_lora, lora_parameters, merge_lora, save_lora
 from .metrics import check_trackers, open_trackers
-from .model import OlaVLM
 from .parallel import launched_with, spread
 from .signals import stop_requests
-from .stages import PartRow, apply_stage, trains_llm
 from .step import OptimizerStep
-from .targets import check_targets, open_targets, tokens_without_losses
-from .task import DistillTask
-from .tokens import TaskSpec
 
 STAGE_FILE = "stage.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from olavlm.student.chat_template import check_chat_template
 from olavlm.student.errors import RecipeError
+
+from .chat_template import check_chat_template
 
 _ASSISTANT_SENTENCES = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -14,16 +14,17 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from olavlm.student.chat_template import (
+from olavlm.student.errors import ModelError, SampleError
+from olavlm.student.loading import why_not_loaded
+
+from .chat_template import (
     IMAGE_TOKEN,
     mark_answers,
     open_prompt,
     terminator,
     use_chat_template,
 )
-from olavlm.student.errors import ModelError, SampleError
-from olavlm.student.loading import why_not_loaded
-from olavlm.student.templates import CHAT, Template, get_template
+from .templates import CHAT, Template, get_template
 
 PAD_TOKEN = "<pad>"
 IGNORE_INDEX = -100

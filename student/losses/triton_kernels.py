@@ -1,4 +1,4 @@
-"""The passes of the embedding losses as Triton kernels, for CUDA; `eager_losses` says what they compute.
+"""The passes of the embedding losses as Triton kernels, for CUDA; `eager` says what they compute.
 
 Each pass is one kernel that reads predictions and targets once, widens them in registers, and skips rows that are not
 valid. Products are float32's own ("ieee"): TF32 would miss the plain formula by 1e-3. Sums over the features are cut
@@ -35,7 +35,7 @@ def forward_pass(
     valid_rows: torch.Tensor,
     valid_targets: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `eager_losses.forward_pass`."""
+    """As `eager.forward_pass`."""
     found = [_forward(p.contiguous(), targets, labels, valid_rows, valid_targets) for p in predictions]
     smooth_l1, dots, p_square, t_square = zip(*found, strict=True)
     return torch.stack(smooth_l1), torch.stack(dots), torch.stack(p_square), t_square[0]
@@ -52,7 +52,7 @@ def backward_pass(
     along_itself: torch.Tensor,
     gradients: Sequence[torch.Tensor],
 ) -> None:
-    """As `eager_losses.backward_pass`."""
+    """As `eager.backward_pass`."""
     for layer, (prediction, gradient) in enumerate(zip(predictions, gradients, strict=True)):
         p = prediction.contiguous()
         out = gradient if gradient.is_contiguous() else torch.empty_like(p)

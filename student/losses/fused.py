@@ -15,9 +15,10 @@ from typing import get_args
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import eager_losses
-from .config import Kernels
-from .eager_losses import compute_dtype
+from olavlm.student.config import Kernels
+
+from . import eager
+from .eager import compute_dtype
 from .scaled_features import Features, ScaledFeatures
 
 _NORM_EPS = 1e-12
@@ -61,18 +62,18 @@ def choose(kernels: Kernels, prediction: torch.Tensor) -> ModuleType:
     if kernels not in get_args(Kernels):
         raise ValueError(f"kernels are {kernels!r}; use {', '.join(get_args(Kernels))}")
     if kernels == "eager":
-        return eager_losses
+        return eager
     if find_spec("triton") is None:
         raise ValueError("kernels are triton, which is not installed; use eager")
-    from . import triton_losses
+    from . import triton_kernels
 
     single = compute_dtype(prediction) == torch.float32
-    if not single or not (prediction.is_cuda or triton_losses.INTERPRETED):
+    if not single or not (prediction.is_cuda or triton_kernels.INTERPRETED):
         raise ValueError(
             f"the Triton kernels take no {prediction.dtype} prediction on {prediction.device}: they compute in float32 "
             "on CUDA (elsewhere with TRITON_INTERPRET=1, slowly); use eager"
         )
-    return triton_losses
+    return triton_kernels
 
 
 class _SmoothL1AndCosines(torch.autograd.Function):

@@ -13,9 +13,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from olavlm.student.config import Recipe, Stage
+from olavlm.student.errors import RecipeError
+
 from .checkpoint import latest_step
-from .config import Recipe, Stage
-from .errors import RecipeError
 from .trainer import STAGE_FILE, OnStep, Schedule, open_data, run_identity, train
 
 

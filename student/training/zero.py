@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from .config import TrainConfig
-from .errors import RecipeError
-from .model import OlaVLM
+from olavlm.student.config import TrainConfig
+from olavlm.student.errors import RecipeError
+from olavlm.student.model import OlaVLM
+
 from .parallel import Replicated, make_optimizer
 
 TAG = "zero"

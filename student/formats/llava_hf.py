@@ -25,17 +25,18 @@ from transformers import (
     ProcessorMixin,
 )
 
-from .chat_template import IMAGE_TOKEN, check_chat_template
-from .conversation import encode, encode_prompt, load_tokenizer, terminator_id
-from .decoder import grow_vocabulary, head_is_plain
-from .encoders import VisionEncoder
-from .errors import ModelError, RecipeError, StudentError
+from olavlm.student.decoder import grow_vocabulary, head_is_plain
+from olavlm.student.errors import ModelError, RecipeError, StudentError
+from olavlm.student.loading import load_complete, load_errors
+from olavlm.student.model import OlaVLM
+from olavlm.student.model_config import OlaVLMConfig
+from olavlm.student.text.chat_template import IMAGE_TOKEN, check_chat_template
+from olavlm.student.text.conversation import encode, encode_prompt, load_tokenizer, terminator_id
+from olavlm.student.text.templates import CHAT, TEMPLATES, check_template
+from olavlm.student.vision.encoders import VisionEncoder
+from olavlm.student.vision.transformers_encoders import FAMILIES
+
 from .llava_images import read_image_transform
-from .loading import load_complete, load_errors
-from .model import OlaVLM
-from .model_config import OlaVLMConfig
-from .templates import CHAT, TEMPLATES, check_template
-from .transformers_encoders import FAMILIES
 
 MODEL_TYPE = LlavaConfig.model_type
 

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from olavlm.cache import BadImage, CacheError, Dataset, FeatureStore, ImageRoots, MissingFeatures, TeacherFeatures
+from olavlm.student.config import Recipe, Stage, TaskConfig
+from olavlm.student.errors import RecipeError, TargetsError
+from olavlm.student.losses.scaled_features import Features, ScaledFeatures
+from olavlm.student.tokens import TaskSpec
 
-from .config import Recipe, Stage, TaskConfig
 from .coverage import check_covered, rows_in_plan
-from .errors import RecipeError, TargetsError
-from .scaled_features import Features, ScaledFeatures
-from .tokens import TaskSpec
 
 Loaded = dict[str, tuple[dict[str, np.ndarray], np.ndarray]]
 """For each task named arrays with one row a sample, and bool (b,): whether the row holds anything."""

@@ -17,13 +17,13 @@ import torch
 from transformers import PreTrainedModel
 
 from olavlm.cache import CacheError, Dataset, FeatureStore, MissingFeatures, TeacherFeatures
+from olavlm.student.config import Recipe, Stage
+from olavlm.student.errors import TargetsError
+from olavlm.student.vision.encoder_name import TEACHER, USUAL_LAYER, layer_recipe
+from olavlm.student.vision.encoders import VisionEncoder, load_image_transform
+from olavlm.student.vision.image_transform import ImageTransform
 
-from .config import Recipe, Stage
 from .coverage import check_covered, rows_in_plan
-from .encoder_name import TEACHER, USUAL_LAYER, layer_recipe
-from .encoders import VisionEncoder, load_image_transform
-from .errors import TargetsError
-from .image_transform import ImageTransform
 
 Stored = dict[str, torch.Tensor]
 """Rows in their storage dtype: "features" (b, tokens, width) and, for int8, "scales" (b, tokens)."""

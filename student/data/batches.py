@@ -22,14 +22,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from olavlm.cache import BadImage, CacheError, Dataset, DatasetError, ImageRoots, Sample
+from olavlm.student.assembly import count_supervised
+from olavlm.student.config import Recipe
+from olavlm.student.errors import SampleError, StudentError, TrainingError
+from olavlm.student.model import OlaVLM
+from olavlm.student.text.conversation import IGNORE_INDEX, IMAGE_TOKEN, check_turns, encode
+from olavlm.student.vision.image_transform import ImageTransform
 
-from .assembly import count_supervised
-from .config import Recipe
-from .conversation import IGNORE_INDEX, IMAGE_TOKEN, check_turns, encode
 from .encoder_features import EncoderFeatures, Stored
-from .errors import SampleError, StudentError, TrainingError
-from .image_transform import ImageTransform
-from .model import OlaVLM
 from .sampler import GlobalBatchSampler
 from .targets import CachedTargets, Loaded, TargetSource
 

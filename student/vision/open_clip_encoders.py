@@ -20,13 +20,14 @@ from transformers import AutoModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
-from olavlm.student.encoder_name import EncoderName
 from olavlm.student.errors import ModelError
-from olavlm.student.image_transform import Geometry, ImageTransform
-from olavlm.student.library_tower import Blocks, LibraryFamily, LibraryTower
 from olavlm.student.loading import load_errors, why_not_loaded
-from olavlm.student.timm_encoders import blocks_of_one_grid, map_behind
-from olavlm.student.tower_configs import OpenClipTowerConfig
+
+from .encoder_name import EncoderName
+from .image_transform import Geometry, ImageTransform
+from .library_tower import Blocks, LibraryFamily, LibraryTower
+from .timm_encoders import blocks_of_one_grid, map_behind
+from .tower_configs import OpenClipTowerConfig
 
 CONFIG, WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors", "model.safetensors")
 PREFIX = "visual."
