@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from olavlm.cache import CacheError, Dataset
-from olavlm.student.config import Recipe, Stage
+from olavlm.student.choices import Stage
+from olavlm.student.config import Recipe
 from olavlm.student.data.batches import prompt_turns
 from olavlm.student.data.encoder_features import check_encoder_features
 from olavlm.student.data.targets import CachedTargets, check_targets, tokens_without_losses

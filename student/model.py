@@ -36,6 +36,7 @@ from olavlm.student.assembly import (
     locate,
     padded_right,
 )
+from olavlm.student.choices import Geometry
 from olavlm.student.decoder import (
     capture_states,
     decoder_blocks,
@@ -62,7 +63,6 @@ from olavlm.student.text.conversation import (
 from olavlm.student.text.templates import check_template
 from olavlm.student.tokens import TaskSpec, TaskTokens
 from olavlm.student.vision.encoders import VisionEncoder, load_image_transform
-from olavlm.student.vision.image_transform import Geometry
 
 LOGIT_SCALE_INIT = 2.0
 """Initial value of the learnt s; similarities are multiplied by exp(s)."""

@@ -29,7 +29,8 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from olavlm.student.config import STAGES, Recipe, Stage
+from olavlm.student.choices import Stage
+from olavlm.student.config import STAGES, Recipe
 from olavlm.student.errors import RecipeError
 
 SHIPPED = "olavlm.pipelines"

@@ -10,7 +10,7 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from olavlm.student.config import Kernels
+from olavlm.student.choices import Kernels
 from olavlm.student.losses.embedding import MAX_SCALE, embedding_loss_sums
 from olavlm.student.losses.scaled_features import Features
 from olavlm.student.tokens import TaskSpec

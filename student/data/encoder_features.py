@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from olavlm.cache import CacheError, Dataset, FeatureStore, MissingFeatures, TeacherFeatures
-from olavlm.student.config import Recipe, Stage
+from olavlm.student.choices import Stage
+from olavlm.student.config import Recipe
 from olavlm.student.errors import TargetsError
 from olavlm.student.vision.encoder_name import TEACHER, USUAL_LAYER, layer_recipe
 from olavlm.student.vision.encoders import VisionEncoder, load_image_transform

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from olavlm.cache import BadImage, CacheError, Dataset, FeatureStore, ImageRoots, MissingFeatures, TeacherFeatures
-from olavlm.student.config import Recipe, Stage, TaskConfig
+from olavlm.student.choices import Stage
+from olavlm.student.config import Recipe, TaskConfig
 from olavlm.student.errors import RecipeError, TargetsError
 from olavlm.student.losses.scaled_features import Features, ScaledFeatures
 from olavlm.student.tokens import TaskSpec

@@ -9,9 +9,10 @@ from typing import Any
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedConfig
 
+from olavlm.student.choices import Geometry
 from olavlm.student.errors import ModelError
 from olavlm.student.loading import load_errors
-from olavlm.student.vision.image_transform import Geometry, ImageTransform
+from olavlm.student.vision.image_transform import ImageTransform
 from olavlm.student.vision.transformers_encoders import FAMILIES
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from olavlm.student.config import Kernels
+from olavlm.student.choices import Kernels
 
 from .eager import compute_dtype
 from .fused import smooth_l1_and_cosines

@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 from torch.autograd.function import once_differentiable
 
-from olavlm.student.config import Kernels
+from olavlm.student.choices import Kernels
 
 from . import eager
 from .eager import compute_dtype

@@ -13,7 +13,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from olavlm.student.config import Recipe, Stage
+from olavlm.student.choices import Stage
+from olavlm.student.config import Recipe
 from olavlm.student.errors import RecipeError
 
 from .checkpoint import latest_step

@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from olavlm.student.assembly import assemble, locate
-from olavlm.student.config import Recipe, Stage
+from olavlm.student.choices import Stage
+from olavlm.student.config import Recipe
 from olavlm.student.errors import ModelError
 from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.loading import load_errors

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from olavlm.student.config import TrackerName
+from olavlm.student.choices import TrackerName
 from olavlm.student.errors import RecipeError, TrainingError
 
 

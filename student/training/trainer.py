@@ -27,7 +27,8 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
 from olavlm.cache import Dataset, ImageRoots
-from olavlm.student.config import Recipe, Stage
+from olavlm.student.choices import Stage
+from olavlm.student.config import Recipe
 from olavlm.student.data.batches import Collator, batches, check_images, check_samples, choose_samples, make_sampler
 from olavlm.student.data.encoder_features import EncoderFeatures, check_encoder_features
 from olavlm.student.data.targets import check_targets, open_targets, tokens_without_losses

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from olavlm.student.choices import Geometry
 from olavlm.student.errors import ModelError
 
 from .encoder_name import EncoderName, Library
-from .image_transform import Geometry, ImageTransform
+from .image_transform import ImageTransform
 from .select_layer import FeatureShape
 from .tower_configs import OpenClipTowerConfig, TimmTowerConfig
 

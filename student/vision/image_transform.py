@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from olavlm.student.choices import Geometry
 from olavlm.student.errors import ModelError, RecipeError
-
-Geometry = Literal["square", "pad", "squash"]
 
 LONGEST_SIDE = 8192
 """Pixels; a longer picture is made smaller before it is padded to a square, which would be over 200 MB."""

@@ -20,11 +20,12 @@ from transformers import AutoModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
+from olavlm.student.choices import Geometry
 from olavlm.student.errors import ModelError
 from olavlm.student.loading import load_errors, why_not_loaded
 
 from .encoder_name import EncoderName
-from .image_transform import Geometry, ImageTransform
+from .image_transform import ImageTransform
 from .library_tower import Blocks, LibraryFamily, LibraryTower
 from .timm_encoders import blocks_of_one_grid, map_behind
 from .tower_configs import OpenClipTowerConfig

@@ -16,11 +16,12 @@ from torch import nn
 from transformers import AutoModel
 from transformers.utils import cached_file
 
+from olavlm.student.choices import Geometry
 from olavlm.student.errors import ModelError, RecipeError
 from olavlm.student.loading import load_errors, why_not_loaded
 
 from .encoder_name import EncoderName
-from .image_transform import Geometry, ImageTransform
+from .image_transform import ImageTransform
 from .library_tower import Blocks, LibraryFamily, LibraryTower
 from .tower_configs import TimmTowerConfig
 

@@ -20,11 +20,12 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
+from olavlm.student.choices import Geometry
 from olavlm.student.errors import ModelError
 from olavlm.student.loading import load_complete, load_errors
 
 from .encoder_name import EncoderName
-from .image_transform import Geometry, ImageTransform
+from .image_transform import ImageTransform
 from .select_layer import FeatureShape, block_of, check_patches
 
 
