@@ -1,0 +1,331 @@
+"""Training of probes, from their settings to a run folder.
+
+    RUN/recipe.yaml versions.json          the resolved settings, and versions
+    RUN/metrics.jsonl                      loss/total, loss/{task}/{layer}/smooth_l1, cosine/{task}/{layer}
+    RUN/checkpoints/step-000200/           what a run that stopped is resumed from
+    RUN/train_images.parquet               the images that probes have seen
+    RUN/probes.safetensors probes.json     the result (`probes.py`)
+
+A micro-batch is one forward of the frozen model without a graph, at which the states of all layers are taken, and then
+forward and backward of each probe on its own, so that the graph of one probe is in memory at a time. Nothing joins the
+probes: each learns what it would learn alone.
+
+Source: arXiv 2412.09585, probing experiments; hyper-parameters as in the public code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from olavlm.cache import Dataset, ImageRoots
+
+from .checkpoint import latest_step, load_trained, save_step, write_json
+from .config import TrainConfig
+from .data import MicroBatch, batches, check_images
+from .errors import RecipeError, TrainingError
+from .fused_losses import smooth_l1_and_cosines
+from .metrics import open_trackers
+from .model import OlaVLM
+from .parallel import Replicated, launched_with, make_optimizer
+from .probe_rows import ProbeData, ProbeRows
+from .probed_model import TURNS, chosen_layers, load_probed, probe_collator, token_layout
+from .probes import BYTES_A_PARAMETER, ProbeBank, ProbedTeacher, ProbeRun
+from .sampler import GlobalBatchSampler
+from .signals import stop_requests
+from .step import NAMED_SAMPLES
+from .tokens import TaskSpec
+from .trainer import DTYPES, OnStep, Schedule, start_digest
+
+TRAIN_IMAGES = "train_images.parquet"
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """Everything a run of probes depends on."""
+
+    model: str
+    """What is probed: a run folder, or a stock LLaVA."""
+    data: ProbeData
+    """The images, each once, and where the targets are."""
+    tasks: Mapping[str, str]
+    """By task, the key of its features in the store."""
+    output: str
+    """Run folder."""
+    layers: list[int] | None = None
+    """Decoder blocks, counted from 1; all of them by default."""
+    template: str | None = None
+    """Of a stock LLaVA, in place of what its chat template writes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen LLM and encoder."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Autocast of model and probes; the probes' weights are float32."""
+    batch_size: int = 256
+    """Images an optimizer step, over all processes."""
+    micro_batch: int = 16
+    """Images a process and forward."""
+    epochs: float = 2.0
+    max_steps: int | None = None
+    """Stop after this many steps; the learning rate's schedule keeps its length."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW, without weight decay."""
+    warmup: float = 0.03
+    """Part of the run with rising learning rate; then a cosine to 0."""
+    seed: int = 0
+    """Of first weights and order."""
+    workers: int = 4
+    """Loader processes."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 1
+    """Checkpoints kept."""
+    num_processes: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
+
+    def __post_init__(self) -> None:
+        def rule(ok: bool, flag: str, value: object, text: str) -> None:
+            if not ok:
+                raise RecipeError(f"--{flag} is {value}: {text}")
+
+        for flag in ("batch_size", "micro_batch", "save_every", "keep"):
+            rule(getattr(self, flag) >= 1, flag.replace("_", "-"), getattr(self, flag), "at least 1")
+        rule(self.max_steps is None or self.max_steps >= 1, "max-steps", self.max_steps, "at least 1")
+        rule(self.workers >= 0, "workers", self.workers, "at least 0")
+        rule(self.lr > 0, "lr", self.lr, "above 0")
+        rule(self.epochs > 0, "epochs", self.epochs, "above 0")
+        rule(0 <= self.warmup < 1, "warmup", self.warmup, "a part of the run, from 0 to below 1")
+        rule(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2**32 - 1, as NumPy's generators take")
+        rule(bool(self.tasks), "tasks", "empty", "name one at least, such as depth")
+        split = self.num_processes * self.forward_size
+        text = f"{self.num_processes} processes with forwards of {self.forward_size} images do not divide it"
+        rule(split > 0 and self.batch_size % split == 0, "batch-size", self.batch_size, text)
+
+    @property
+    def forward_size(self) -> int:
+        """Images of a forward: `micro_batch`, or fewer in a small batch."""
+        return min(self.micro_batch, self.batch_size // self.num_processes)
+
+    @property
+    def train(self) -> TrainConfig:
+        """As the parts of the trainer take it."""
+        return TrainConfig(
+            output_dir=self.output,
+            epochs=self.epochs,
+            max_steps=self.max_steps,
+            seed=self.seed,
+            batch_size=self.forward_size,
+            accumulation=self.batch_size // (self.forward_size * self.num_processes),
+            lr=self.lr,
+            warmup=self.warmup,
+            mixed_precision=self.mixed_precision,
+        )
+
+    def identity(self, layers: tuple[int, ...]) -> str:
+        """Of what a run's numbers follow from: it is resumed under the same one alone."""
+        content = asdict(self) | {"layers": layers}
+        for name in ("output", "max_steps", "micro_batch", "workers", "save_every", "keep", "num_processes"):
+            del content[name]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return f"probe-{digest}-{start_digest(self.model)}"
+
+
+class WholeProbes(Replicated):
+    """The probes on each process, and their optimizer. Gradients are exchanged once a step, after the last backward."""
+
+    loss_factor = 1
+
+    def __init__(self, bank: ProbeBank, accelerator: Accelerator, settings: TrainConfig) -> None:
+        self.model = self.module = bank.to(accelerator.device)
+        self.accelerator = accelerator
+        self.optimizer = make_optimizer(bank, settings, accelerator.device)
+
+    def finish_gradients(self) -> None:
+        if self.accelerator.num_processes > 1:
+            for parameter in self.model.parameters():
+                torch.distributed.all_reduce(parameter.grad)
+
+
+def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnStep = lambda *_: None) -> Path:
+    """Train the probes; returns the run folder. Resumes what an earlier call with the same settings left unfinished.
+
+    Raises:
+        StudentError, CacheError: what the user can mend, before the model is loaded where that is possible.
+        TrainingError: a loss that is not finite, or a stop by SIGINT or SIGTERM (after a checkpoint).
+    """
+    if launched_with("FSDP") or launched_with("DEEPSPEED"):
+        raise RecipeError("probes are whole on each process: launch without the settings of FSDP or DeepSpeed")
+    dataset, roots = Dataset(settings.data.files).asking(TURNS), ImageRoots(settings.data.images)
+    rows = ProbeRows(settings.data, settings.tasks)
+    rows.check_covers(dataset)
+    check_images(dataset, roots)
+    AcceleratorState._reset_state()  # a run before this one may have had another precision
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=not torch.accelerator.is_available())
+    model, notes = load_probed(settings.model, dtype=DTYPES[settings.dtype], template=settings.template)
+    layers = chosen_layers(model, settings.layers)
+    layout = token_layout(model)
+    tasks = [TaskSpec(spec.name, spec.tokens, spec.dim, layers) for spec in rows.specs]
+    rows.feed(model.fused_teachers, dataset)
+    run, identity = Path(settings.output), settings.identity(layers)
+    resumed_from, first_step = latest_step(run, identity)
+    bank = ProbeBank(tasks, layout["width"], settings.seed)
+    if resumed_from is not None:
+        load_trained(resumed_from, bank)
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        content = asdict(settings) | {"tasks": dict(settings.tasks), "layers": list(layers)}
+        (run / "recipe.yaml").write_text(yaml.safe_dump({"probe": content}, sort_keys=False))
+        write_json(run / "versions.json", versions)
+        pq.write_table(pa.table({"image": dataset.images()}), run / TRAIN_IMAGES)
+        for line in (*notes, *describe(bank, layout)):
+            print(line, flush=True)
+    model.to(accelerator.device)
+    parallel = WholeProbes(bank, accelerator, settings.train)
+    if resumed_from is not None:
+        parallel.load_optimizer(resumed_from)
+        accelerator.print(f"resumed from step {first_step}")
+    sampler = GlobalBatchSampler(np.ones(len(dataset), bool), settings.batch_size, settings.seed)
+    schedule = Schedule(settings, len(sampler))
+    steps = range(first_step, schedule.total_steps)
+    loading = batches(
+        probe_collator(model, dataset, roots, rows),
+        sampler,
+        steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulation=settings.train.accumulation,
+        workers=settings.workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    probe_step = ProbeStep(model, rows, parallel)
+    trackers = open_trackers([], run, first_step, {}) if accelerator.is_main_process else []
+    with ExitStack() as leaving, stop_requests() as stop:
+        for tracker in trackers:
+            leaving.callback(tracker.close)
+        for step in steps:
+            began = time.perf_counter()
+            micro_batches = next(loading)
+            data_wait = time.perf_counter() - began
+            for group in parallel.optimizer.param_groups:
+                group["lr"] = schedule.lr(step)
+            values = probe_step(step, micro_batches) | {
+                "lr": schedule.lr(step),
+                "epoch": (step + 1) / len(sampler),
+                "data_wait_ms": 1000 * data_wait,
+                "step_ms": 1000 * (time.perf_counter() - began),
+            }
+            for tracker in trackers:
+                tracker.log(step + 1, values)
+            if accelerator.is_main_process:
+                on_step(step + 1, schedule.total_steps, values)
+            last = step + 1 == schedule.total_steps
+            stopping = bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device)) > 0)
+            if last or stopping or (step + 1) % settings.save_every == 0:
+                save_step(run, step + 1, parallel, identity, settings.keep)
+            if stopping and not last:
+                raise TrainingError(
+                    f"stopped by {stop[0] if stop else 'another process'} after step {step + 1}, which is saved; run "
+                    "the same command again to finish"
+                )
+    if accelerator.is_main_process:
+        result = ProbeRun(
+            model=str(Path(settings.model).absolute()) if Path(settings.model).exists() else settings.model,
+            template=settings.template,
+            dtype=settings.dtype,
+            layout=layout,
+            tasks=tasks,
+            teachers={name: ProbedTeacher(key, rows.cards[name]) for name, key in settings.tasks.items()},
+            seed=settings.seed,
+            steps=schedule.total_steps,
+        )
+        result.save(run, bank)
+    accelerator.wait_for_everyone()
+    accelerator.print(f"probes finished: {run}")
+    accelerator.free_memory()
+    return run
+
+
+def describe(bank: ProbeBank, layout: dict[str, Any]) -> list[str]:
+    """What is trained and what it takes, line by line."""
+    tokens = " + ".join(f"{count} {name}" for name, count in layout["task_tokens"])
+    lines = [
+        f"sequences: {layout['template']}, {layout['geometry']} frame of {layout['image_size']} px, "
+        f"{layout['image_tokens']} image tokens" + (f" + {tokens}" if tokens else "")
+    ]
+    sizes = bank.sizes()
+    for task in bank.tasks:
+        count = len(task.layers)
+        lines.append(f"{task.name}: {count} probes of {sizes[task.name]:,} parameters, {task.tokens} x {task.dim}")
+    total = sum(sizes[task.name] * len(task.layers) for task in bank.tasks)
+    lines.append(
+        f"in all {total:,} parameters: {total * BYTES_A_PARAMETER / 1e9:.2f} GB with gradients and AdamW's state; "
+        "--layers or one task at a time takes less, and gives the same probes"
+    )
+    return lines
+
+
+class ProbeStep:
+    """One optimizer step: a function of the step's micro-batches on this process that gives the whole batch's metrics.
+
+    The loss is the sum over tasks and layers of smooth-L1, each the mean over the whole batch's valid images.
+    """
+
+    def __init__(self, model: OlaVLM, rows: ProbeRows, parallel: WholeProbes) -> None:
+        self.model, self.rows, self.parallel = model, rows, parallel
+        self.terms = [(task.name, layer) for task in parallel.model.tasks for layer in task.layers]
+
+    def __call__(self, step: int, micro_batches: list[MicroBatch]) -> dict[str, float]:
+        """Raises TrainingError for a loss that is not finite; nothing is updated then."""
+        accelerator, bank = self.parallel.accelerator, self.parallel.model
+        prepared = [self.rows.on_device(micro, accelerator.device) for micro in micro_batches]
+        names = [task.name for task in bank.tasks]
+        counts = [sum(int(batch.valid[name].sum()) for batch in prepared) for name in names]
+        counts.append(sum(len(micro.bad_images) for micro in micro_batches))
+        counts = torch.tensor(counts, dtype=torch.long, device=accelerator.device)
+        counted = accelerator.reduce(counts, reduction="sum").tolist()
+        valid = dict(zip(names, counted, strict=False))
+        sums = torch.zeros(2, len(self.terms), dtype=torch.float64, device=accelerator.device)
+        for batch in prepared:
+            with accelerator.autocast():
+                states, mask = self.model.states(bank.layers, **batch.inputs)
+            for place, (task, layer) in enumerate(self.terms):
+                with accelerator.autocast():
+                    prediction = bank(task, layer, states[layer], mask)
+                own = torch.arange(len(prediction), device=prediction.device)
+                usable = batch.valid[task]
+                smooth_l1, cosines = smooth_l1_and_cosines(
+                    [prediction], batch.targets[task], own, usable, usable, overwrite=True
+                )
+                loss = smooth_l1.sum() / max(1, valid[task])
+                loss.backward()
+                sums[0, place] += loss.detach()
+                sums[1, place] += cosines[0].detach().diagonal().sum() / max(1, valid[task])  # 0 where not usable
+        self.parallel.finish_gradients()
+        losses, cosines = accelerator.reduce(sums, reduction="sum").tolist()
+        values = {"loss/total": math.fsum(losses)}
+        values |= {f"loss/{t}/{x}/smooth_l1": loss for (t, x), loss in zip(self.terms, losses, strict=True)}
+        values |= {f"cosine/{t}/{x}": cosine for (t, x), cosine in zip(self.terms, cosines, strict=True)}
+        self._check(step, values, micro_batches)
+        self.parallel.update()
+        return values | {f"valid/{name}": valid[name] for name in names} | {"bad_images": counted[-1]}
+
+    @staticmethod
+    def _check(step: int, values: dict[str, float], micro_batches: list[MicroBatch]) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            ids = [i for micro in micro_batches for i in micro.ids][:NAMED_SAMPLES]
+            raise TrainingError(f"step {step + 1}: {bad[0]} is {values[bad[0]]}; images: {', '.join(ids)}")
