@@ -4,16 +4,13 @@ A tiny decoder whose layer `PLANTED` carries a linear image of the target at its
 the picture; ahead of it and from `WIPED` on, no state depends on the picture at all.
 """
 
-import hashlib
 import json
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
-from olavlm.cache import FeatureStore, StoreBuilder, pending
 from olavlm.student import probe_scores, probe_training, probed_model
 from olavlm.student.conversation import encode
 from olavlm.student.decoder import decoder_blocks
@@ -43,7 +40,7 @@ def make_targets():
 
 
 @pytest.fixture(scope="module")
-def planted_data(tmp_path_factory):
+def planted_data(write_store, tmp_path_factory):
     """Pictures of one colour each, which says their number; two datasets of them, and a store of their targets."""
     folder = tmp_path_factory.mktemp("planted")
     names = [f"{i:03d}.png" for i in range(TRAINED + HELD_OUT)]
@@ -55,19 +52,7 @@ def planted_data(tmp_path_factory):
         samples = [{"id": x, "image": x, "conversations": turns} for x in images]
         (folder / f"{part}.json").write_text(json.dumps(samples))
     targets = make_targets()
-    builder = StoreBuilder(folder / "store")
-    builder.extend_plan(pa.array(names, pa.large_string()))
-    for name, features in targets.items():
-        card = {"name": name, "tokens": features.shape[1], "dim": features.shape[2], "versions": {}}
-        card["fingerprint"] = hashlib.sha256(json.dumps(card).encode()).hexdigest()
-        builder.ensure_teacher(name, card, dtype="float32", shard_rows=64)
-        group = FeatureStore(folder / "store")[name]
-        for task in pending(group):
-            with builder.writer(group).begin(task.shard, (task.start, task.stop), task.segment) as shard:
-                for row in range(task.start, task.stop):
-                    number = int(group.plan.image_of(row)[:3])
-                    shard.append(features[number], image_sha256="0" * 64)
-                shard.commit()
+    write_store(folder / "store", names, targets)
     data = {part: ProbeData([str(folder / f"{part}.json")], [str(folder)], str(folder / "store")) for part in parts}
     return data, {name: torch.from_numpy(values) for name, values in targets.items()}
 
@@ -120,9 +105,16 @@ def scores(planted_data, tiny, recipe_in, tmp_path_factory):
         for module in (probe_training, probe_scores):
             patch.setattr(module, "load_probed", load_planted)
         settings = ProbeSettings(
-            str(start), data["train"], {name: name for name in SHAPES}, str(folder / "run"), layers=[PLANTED - 1, PLANTED, WIPED],
-            batch_size=BATCH, epochs=STEPS * BATCH / TRAINED, lr=LR, workers=0,
-        )  # fmt: skip
+            str(start),
+            data["train"],
+            {name: name for name in SHAPES},
+            str(folder / "run"),
+            layers=[PLANTED - 1, PLANTED, WIPED],
+            batch_size=BATCH,
+            epochs=STEPS * BATCH / TRAINED,
+            lr=LR,
+            workers=0,
+        )
         run = train_probes(settings, {})
         found = probe_cosines(run, data["held-out"], workers=0, batch_size=HELD_OUT)
     assert (found.seen, found.unreadable, len(found.images)) == (0, 0, HELD_OUT)
