@@ -34,7 +34,7 @@ def layer_plot(panels: Mapping[str, Sequence[Line]], *, y_title: str, note: str 
     """The SVG file. A line's name stands for the same model in every panel; `note` is a sentence at the foot."""
     names = list(dict.fromkeys(line.name for lines in panels.values() for line in lines))
     styles = {name: number % len(_LIGHT) for number, name in enumerate(names)}
-    width = len(panels) * (_WIDTH + _GAP) - _GAP + 24
+    width = round(max(len(panels) * (_WIDTH + _GAP) - _GAP, _LETTER * len(note)) + 24)
     legend, rows = _legend(names, styles, width)
     top = 16 + rows * _LEGEND_LINE
     height = top + _HEIGHT + (26 if note else 8)
@@ -84,7 +84,8 @@ def _panel(task: str, lines: Sequence[Line], styles: Mapping[str, int], y_title:
     def to_y(value: float) -> float:
         return bottom - (value - low) / (high - low) * (bottom - _TOP)
 
-    parts = [f'<text class="name" x="{_LEFT}" y="14">{escape(task)}</text>']
+    title = f'<tspan class="name">{escape(task)}</tspan> {escape(y_title)}'
+    parts = [f'<text x="{_LEFT}" y="14">{title}</text>']
     for value in _ticks(low, high, 5):
         parts.append(f'<path class="grid" d="M{_LEFT} {to_y(value):.1f}H{right}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{to_y(value) + 3.5:.1f}" text-anchor="end">{value:.4g}</text>')
@@ -92,7 +93,6 @@ def _panel(task: str, lines: Sequence[Line], styles: Mapping[str, int], y_title:
         parts.append(f'<text x="{to_x(value):.1f}" y="{bottom + 16}" text-anchor="middle">{value:.0f}</text>')
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
     parts.append(f'<text x="{right}" y="{bottom + 32}" text-anchor="end">layer</text>')
-    parts.append(f'<text x="{_LEFT}" y="{bottom + 32}">{escape(y_title)}</text>')
     for line in lines:
         style = f"s{styles[line.name]}"
         there = _points(line.layers, line.highs, to_x, to_y)
@@ -131,7 +131,7 @@ def _style() -> str:
         f"{colours(_LIGHT)}@media (prefers-color-scheme:dark){{"
         f"svg{{--paper:#15171b;--ink:#e4e6ea;--soft:#9ba2ad;--rule:#343943}}{colours(_DARK)}}}"
         'text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:var(--soft);'
-        "font-variant-numeric:tabular-nums}text.ink{fill:var(--ink)}text.name{fill:var(--ink);font-weight:600}"
+        "font-variant-numeric:tabular-nums}text.ink{fill:var(--ink)}tspan.name{fill:var(--ink);font-weight:600}"
         ".paper{fill:var(--paper)}.grid{stroke:var(--rule)}.axis{stroke:var(--soft)}"
         ".line{fill:none;stroke:var(--s);stroke-width:1.9;stroke-linejoin:round}"
         f".band{{fill:var(--s);opacity:.18}}.bar{{stroke:var(--s);opacity:.6}}.dot{{fill:var(--s)}}{dashes}"

@@ -18,13 +18,13 @@ import torch
 from olavlm.cache import Dataset, ImageRoots
 
 from .data import batches, check_images
-from .errors import TargetsError
+from .errors import ModelError, TargetsError
 from .probe_rows import ProbeData, ProbeRows
 from .probe_training import TRAIN_IMAGES
 from .probed_model import TURNS, check_layout, load_probed, probe_collator
 from .probes import ProbeRun
 from .scaled_features import Features, ScaledFeatures
-from .trainer import DTYPES
+from .trainer import DTYPES, start_digest
 
 
 @dataclass
@@ -84,11 +84,12 @@ def probe_cosines(
 
     Args:
         folder: its run folder.
-        model_path: where the probed model lies now, if it has moved.
+        model_path: where the probed model lies now, if it has moved. Its weights are not compared then.
         on_images: called after each batch with its number of images and that of all.
 
     Raises:
-        ModelError: no such run, or a model whose sequences are not those of the training.
+        ModelError: no such run, a model that has changed, or whose sequences are not those of the training; a
+            prediction or a target without a direction.
         TargetsError: a store that lacks features, or has those of other teachers.
         CacheError: the data cannot be read.
     """
@@ -105,11 +106,16 @@ def probe_cosines(
     rows.check_covers(dataset)
     check_images(dataset, roots)
     bank = run.bank(folder).to(device)
+    if model_path is None and start_digest(run.model) != run.weights:
+        raise ModelError(
+            f"{run.model} has other weights than when the probes in {folder} were trained; train them again"
+        )
     model, _ = load_probed(model_path or run.model, dtype=DTYPES[run.dtype], template=run.template)
     check_layout(model, run.layout, folder)
     rows.feed(model.fused_teachers, dataset)
     model.to(device)
     values = {task.name: {x: np.full(len(dataset), np.nan) for x in task.layers} for task in run.tasks}
+    valid = {task.name: np.zeros(len(dataset), bool) for task in run.tasks}
     unreadable, place = 0, 0
     sampler = _InOrder(len(dataset), batch_size)
     collator = probe_collator(model, dataset, roots, rows)
@@ -124,19 +130,27 @@ def probe_cosines(
             here = slice(place, place + len(micro.ids))
             for task in run.tasks:
                 usable = batch.valid[task.name]
+                valid[task.name][here] = usable.cpu().numpy()
                 for layer in task.layers:
                     found = cosines(bank(task.name, layer, states[layer], mask), batch.targets[task.name])
                     values[task.name][layer][here] = torch.where(usable, found, torch.nan).cpu().numpy()
             unreadable += len(micro.bad_images)
             place = here.stop
             on_images(len(micro.ids), len(dataset))
-    left_out = {name: int(np.isnan(next(iter(of.values()))).sum()) for name, of in values.items()}
+    images = dataset.images().to_pylist()
+    for name, by_layer in values.items():
+        for layer, found in by_layer.items():
+            if (undefined := valid[name] & ~np.isfinite(found)).any():
+                raise ModelError(
+                    f"{folder}: {name}, layer {layer}, {images[int(undefined.argmax())]}: no cosine, for prediction or "
+                    "target is zero or not finite"
+                )
     return Cosines(
         run=run,
-        images=dataset.images().to_pylist(),
+        images=images,
         values=values,
         unreadable=unreadable,
-        quarantined={name: count - unreadable for name, count in left_out.items()},
+        quarantined={name: int((~there).sum()) - unreadable for name, there in valid.items()},
         seen=_count_seen(folder, dataset.images()),
     )
 

@@ -244,6 +244,7 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
     if accelerator.is_main_process:
         result = ProbeRun(
             model=str(Path(settings.model).absolute()) if Path(settings.model).exists() else settings.model,
+            weights=start_digest(settings.model),
             template=settings.template,
             dtype=settings.dtype,
             layout=layout,

@@ -99,6 +99,8 @@ class ProbeRun:
 
     model: str
     """Where the model that they read lies."""
+    weights: str
+    """Names its weights (`trainer.start_digest`)."""
     template: str | None
     """Prompt template of a stock LLaVA, where one was named."""
     dtype: str

@@ -23,7 +23,7 @@ from olavlm.student.trainer import train
 TRAINED, HELD_OUT = 128, 24
 BEFORE, PLANTED, WIPED = 1, 3, 4
 SHAPES = {"whole": (1, 32), "grid": (16, 32)}  # of the second, each token stands at an image position of its own
-RANK = 4
+RANK = 3
 STEPS, BATCH, LR = 120, 16, 1e-2
 
 

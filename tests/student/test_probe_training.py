@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from olavlm.cache import Dataset, ImageRoots
@@ -172,6 +172,11 @@ def test_a_finetuned_model_sees_padded_pictures_and_its_probes_take_no_other_mod
         assert np.array_equal(pixels[name], model.config.image_transform(roots.open(image)))
     assert not np.array_equal(pixels["ift"], pixels["pt"])
     check_layout(models["ift"], kept.layout, folder)
+    weights = ift / "model.safetensors"
+    weights.rename(tmp_path / "kept")
+    save_file({"x": torch.zeros(1)}, weights)
+    with pytest.raises(ModelError, match="has other weights than when the probes"):
+        probe_cosines(folder, data, workers=0)
     with pytest.raises(ModelError, match="trained with geometry pad, and this model has square"):
         probe_cosines(folder, data, model_path=str(start), workers=0)
     other = token_layout(models["ift"]) | {"task_tokens": [["depth", 8], ["gen", 8], ["seg", 8]]}
@@ -267,5 +272,9 @@ def test_a_store_that_does_not_serve_is_refused_with_the_command(settings, data,
     refused("6 of its 10 images", tasks={"gen": "gen"}, data=replace(data, store=str(part)))
     other = write_store(tmp_path / "other", images, {k: np.ones((10, *s), np.float32) for k, s in
                         {"gen": (1, 8), "grid": (4, 5)}.items()})  # fmt: skip
+    zero = {"gen": np.zeros((10, 1, 8), np.float32), "grid": np.ones((10, 4, 6), np.float32)}
+    zeros = replace(data, store=str(write_store(tmp_path / "zeros", images, zero)))
+    with pytest.raises(ModelError, match=r"gen, layer 2, .*: no cosine, for prediction or target is zero"):
+        probe_cosines(whole[0], zeros, workers=0)
     with pytest.raises(TargetsError, match=r"'grid': fingerprint .*, and the probes in .* were trained on"):
         probe_cosines(whole[0], replace(data, store=str(other)), workers=0)

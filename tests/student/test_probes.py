@@ -55,7 +55,9 @@ def test_padding_is_not_read_and_everything_else_is():
 def test_what_is_kept_is_what_is_loaded_or_said_to_be_damaged(tmp_path):
     bank = ProbeBank(specs(1, 3), 16)
     teachers = {"gen": ProbedTeacher("gen", {"fingerprint": "a"}), "grid": ProbedTeacher("mine", {"fingerprint": "b"})}
-    run = ProbeRun("m", None, "float32", {"width": 16, "task_tokens": []}, specs(1, 3), teachers, seed=0, steps=7)
+    run = ProbeRun(
+        "m", "abc", None, "float32", {"width": 16, "task_tokens": []}, specs(1, 3), teachers, seed=0, steps=7
+    )
     with pytest.raises(ModelError, match=r"holds no probes\.json; give the run folder of olavlm-probe train"):
         ProbeRun.load(tmp_path)
     run.save(tmp_path, bank)
