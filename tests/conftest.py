@@ -91,16 +91,16 @@ def store32(make_store) -> Path:
 
 @pytest.fixture(scope="session")
 def write_store():
-    """write_store(folder, images, {key: (images, n, D)}, bad={image: reason}) -> folder: a float32 store of features
-    that no teacher made."""
+    """write_store(folder, images, {key: (images, n, D)}, bad={image: reason}) -> folder: a store of features that no
+    teacher made."""
 
-    def write(folder: Path, images, features, bad=()) -> Path:
+    def write(folder: Path, images, features, bad=(), dtype: str = "float32") -> Path:
         builder = StoreBuilder(folder)
         builder.extend_plan(pa.array(images, pa.large_string()))
         for key, values in features.items():
             card = {"name": key, "tokens": values.shape[1], "dim": values.shape[2], "versions": {}}
             card["fingerprint"] = hashlib.sha256(json.dumps(card).encode()).hexdigest()
-            builder.ensure_teacher(key, card, dtype="float32", shard_rows=64)
+            builder.ensure_teacher(key, card, dtype=dtype, shard_rows=64)
             group = FeatureStore(folder)[key]
             for task in pending(group):
                 with builder.writer(group).begin(task.shard, (task.start, task.stop), task.segment) as shard:

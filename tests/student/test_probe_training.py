@@ -216,6 +216,18 @@ def test_images_without_a_target_or_that_cannot_be_read_are_left_out(
     assert metrics[0]["loss/total"] != sound[0]["loss/total"]
 
 
+def test_a_store_of_int8_gives_nearly_the_same(settings, whole, data, write_store, tmp_path):
+    images = Dataset(data.files).images().to_pylist()
+    store = ProbeRows(data, TASKS).store
+    features = {name: store[name].read(store.rows.rows_of(images))[0] for name in TASKS}
+    small = replace(data, store=str(write_store(tmp_path / "int8", images, features, dtype="int8")))
+    exact, rounded = (probe_cosines(whole[0], x, workers=0).values["grid"][2] for x in (data, small))
+    np.testing.assert_allclose(rounded, exact, atol=0.02)
+    assert not np.array_equal(rounded, exact)
+    _, metrics = run(replace(settings("int8", max_steps=1), data=small))
+    assert metrics[0]["loss/total"] == pytest.approx(whole[1][0]["loss/total"], rel=0.01)
+
+
 def test_a_fusion_baseline_is_fed_what_it_was_trained_on(recipe_in, store32, pt_json, data, settings, tmp_path):
     fused = {"model.fusion": "feature_concat", "model.num_task_tokens": 0, "losses.stages": "[]", "train.max_steps": 1}
     model = train(recipe_in(tmp_path, **fused), "pt", {})
