@@ -63,6 +63,20 @@ class Dataset:
         part.files, part.table = self.files, self.table.take(pa.array(indices)).combine_chunks()
         return part
 
+    def asking(self, turns: Sequence[dict[str, str]]) -> Dataset:
+        """One sample for each distinct image, named by its path, with this conversation in place of its own.
+
+        DatasetError if no sample has an image.
+        """
+        images = self.images()
+        if not len(images):
+            raise DatasetError(f"{', '.join(map(str, self.files))}: no sample has an image")
+        conversation = pa.scalar(list(turns), SCHEMA.field("conversations").type)
+        columns = [images.cast(pa.string()), images, pa.repeat(conversation, len(images))]
+        made = Dataset.__new__(Dataset)
+        made.files, made.table = self.files, pa.table(columns, schema=SCHEMA)
+        return made
+
     def images(self) -> pa.LargeStringArray:
         """The distinct image paths, in order of first appearance: the rows of a plan."""
         return pc.unique(self.table.column("image").drop_null())

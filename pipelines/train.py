@@ -109,7 +109,7 @@ class StepDisplay:
     def __call__(self, step: int, total: int, values: dict[str, float]) -> None:
         shown = {
             "loss": f"{values['loss/total']:.4f}",
-            "text": f"{values['loss/text']:.4f}",
+            **({"text": f"{values['loss/text']:.4f}"} if "loss/text" in values else {}),
             "lr": f"{values['lr']:.2e}",
             "data": f"{values['data_wait_ms']:.0f} ms",
         }

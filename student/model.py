@@ -345,6 +345,24 @@ class OlaVLM(PreTrainedModel):
         )
 
     @torch.no_grad()
+    def states(
+        self,
+        layers: set[int],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        teacher_features: Mapping[str, torch.Tensor] | None = None,
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+        """States [B, L, H] of the wanted layers, counted from 1, in one pass, and bool [B, L], False at padding.
+
+        Inputs are those of `forward`. The states have no graph.
+        """
+        length = self.config.max_sequence_length
+        batch = self._assemble(input_ids, attention_mask, None, pixel_values, length, teacher_features)
+        _, states, _ = self._run_llm(batch, layers, with_logits=False)
+        return states, batch.attention_mask.bool()
+
+    @torch.no_grad()
     def generate(
         self,
         input_ids: torch.Tensor,

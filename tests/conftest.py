@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported: no test may ask the network
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -14,6 +15,7 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -85,6 +87,33 @@ def make_store(tiny, pt_json, tmp_path_factory):
 @pytest.fixture(scope="session")
 def store32(make_store) -> Path:
     return make_store("float32")
+
+
+@pytest.fixture(scope="session")
+def write_store():
+    """write_store(folder, images, {key: (images, n, D)}, bad={image: reason}) -> folder: a store of features that no
+    teacher made."""
+
+    def write(folder: Path, images, features, bad=(), dtype: str = "float32") -> Path:
+        builder = StoreBuilder(folder)
+        builder.extend_plan(pa.array(images, pa.large_string()))
+        for key, values in features.items():
+            card = {"name": key, "tokens": values.shape[1], "dim": values.shape[2], "versions": {}}
+            card["fingerprint"] = hashlib.sha256(json.dumps(card).encode()).hexdigest()
+            builder.ensure_teacher(key, card, dtype=dtype, shard_rows=64)
+            group = FeatureStore(folder)[key]
+            for task in pending(group):
+                with builder.writer(group).begin(task.shard, (task.start, task.stop), task.segment) as shard:
+                    for row in range(task.start, task.stop):
+                        image = group.plan.image_of(row)
+                        if image in bad:
+                            shard.append(None, image_sha256=None, reason=bad[image], detail="")
+                        else:
+                            shard.append(values[images.index(image)], image_sha256="0" * 64)
+                    shard.commit()
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

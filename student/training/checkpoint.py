@@ -198,7 +198,7 @@ def latest_step(run: Path, recipe_hash: str) -> tuple[Path | None, int]:
         ) from None
     if written_by != recipe_hash:
         raise TrainingError(
-            f"{run} holds a run of another recipe (see its recipe.yaml); use another train.output_dir or remove it"
+            f"{run} holds a run of another recipe (see its recipe.yaml); use another output folder or remove it"
         )
     return folders[-1], step
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -28,8 +28,15 @@ from transformers import PreTrainedTokenizerBase
 
 from olavlm.cache import Dataset, ImageRoots
 from olavlm.student.choices import Stage
-from olavlm.student.config import Recipe
-from olavlm.student.data.batches import Collator, batches, check_images, check_samples, choose_samples, make_sampler
+from olavlm.student.config import Recipe, TrainConfig
+from olavlm.student.data.batches import (
+    Collator,
+    batches,
+    check_images,
+    check_samples,
+    choose_samples,
+    make_sampler,
+)
 from olavlm.student.data.encoder_features import EncoderFeatures, check_encoder_features
 from olavlm.student.data.targets import check_targets, open_targets, tokens_without_losses
 from olavlm.student.errors import RecipeError, TrainingError
@@ -193,10 +200,17 @@ def leave_processes() -> None:
     PartialState().destroy_process_group()
 
 
+class HasTrainConfig(Protocol):
+    """A recipe, or what else a run is described by."""
+
+    @property
+    def train(self) -> TrainConfig: ...
+
+
 class Schedule:
     """Length of the run, and the learning rate of each step: linear warm-up, then a cosine to 0."""
 
-    def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
+    def __init__(self, recipe: HasTrainConfig, steps_per_epoch: int) -> None:
         by_epochs = math.ceil(recipe.train.epochs * steps_per_epoch)
         self.total_steps = recipe.train.max_steps or by_epochs
         self.horizon = by_epochs  # not of max_steps: a run resumed has the rates of one that never stopped

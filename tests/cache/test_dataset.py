@@ -172,3 +172,17 @@ def test_a_missing_file_a_folder_and_no_file(tmp_path):
             Dataset([file])
     with pytest.raises(DatasetError, match="no dataset file given"):
         Dataset([])
+
+
+def test_each_image_once_under_one_conversation(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "n"}]
+    samples = [{"id": i, "image": x, "conversations": turns[::-1]} for i, x in enumerate("baca")]
+    samples.append({"id": "words", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    asked = Dataset([tmp_path / "data.json"]).asking(turns)
+    assert [(s.id, s.image) for s in asked] == [("b", "b"), ("a", "a"), ("c", "c")]
+    assert all(s.conversations == turns for s in asked)
+    assert asked.images().to_pylist() == ["b", "a", "c"]
+    (tmp_path / "words.json").write_text(json.dumps(samples[-1:]))
+    with pytest.raises(DatasetError, match=r"words\.json: no sample has an image"):
+        Dataset([tmp_path / "words.json"]).asking(turns)

@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 from olavlm.pipelines.launch_configs import launch_configs
 from olavlm.student.data.sampler import GlobalBatchSampler
+from olavlm.student.errors import RecipeError
+from olavlm.student.probing.settings import ProbeData, ProbeSettings
+from olavlm.student.probing.training import train_probes
 from olavlm.student.training.metrics import read_metrics
 from olavlm.student.training.trainer import open_data, train
 
@@ -30,9 +33,10 @@ def command(config, program):
             "--num_processes", "2", "--main_process_port", "0", *map(str, program)]  # fmt: skip
 
 
-def launch(config, jobs, folder):
+def launch(config, jobs, folder, *others):
+    """Runs of (stage, recipe), and after them what `distributed_runs.py` runs else."""
     file = folder / "jobs.json"
-    file.write_text(json.dumps([{"stage": stage, "recipe": recipe.to_dict()} for stage, recipe in jobs]))
+    file.write_text(json.dumps([{"stage": stage, "recipe": recipe.to_dict()} for stage, recipe in jobs] + [*others]))
     done = subprocess.run(
         command(config, [PROGRAM, file]), capture_output=True, text=True, timeout=600, check=False, env=ENVIRONMENT
     )
@@ -96,7 +100,7 @@ def run_alone(stage, recipe):
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def together(request, scene, alone, folder):
+def together(request, scene, alone, folder, probes):
     """Run folders of two processes, by scene and split, and by scene for those resumed."""
     place = folder / request.param
     place.mkdir()
@@ -110,8 +114,40 @@ def together(request, scene, alone, folder):
         jobs += [scene(name, place / f"{name}-halves", **cut, **{"train.max_steps": steps}) for steps in stops]
         take_checkpoint(alone[name], place / f"{name}-of-one", 2)
         jobs.append(scene(name, place / f"{name}-of-one", **cut))
-    launch(request.param, jobs, place)
+    launch(request.param, jobs, place, *([{"probe": probes(place / "probes")}] if request.param == "ddp" else []))
     return place
+
+
+@pytest.fixture(scope="module")
+def probes(scene, folder, write_store, pt_json, sample_images):
+    """probes(place) -> settings of probes on the model that ift starts from."""
+    images = list(dict.fromkeys(sample["image"] for sample in json.loads(pt_json.read_text())))
+    features = np.random.default_rng(0).standard_normal((len(images), 4, 6)).astype(np.float32)
+    store = write_store(folder / "probed", images, {"grid": features})
+
+    def make(place):
+        data = {"files": [str(pt_json)], "images": [str(sample_images)], "store": str(store)}
+        return {"model": str(folder / "start" / "pt"), "data": data, "tasks": {"grid": "grid"}, "output": str(place),
+                "layers": [2, 6], "batch_size": 4, "max_steps": STEPS, "workers": 0}  # fmt: skip
+
+    return make
+
+
+def test_probes_of_two_processes_are_those_of_one(together, probes, folder, monkeypatch):
+    settings = probes(folder / "probes-alone")
+    settings = ProbeSettings(**settings | {"data": ProbeData(**settings["data"])})
+    if together.name == "fsdp":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(RecipeError, match="probes are whole on each process"):
+            train_probes(settings, {})
+        return
+    alone = train_probes(settings, {})
+    (expected, found) = (read_metrics(run / "metrics.jsonl") for run in (alone, together / "probes"))
+    for one, two in zip(expected, found, strict=True):
+        for name in (name for name in one if name.startswith(("loss/", "cosine/", "valid/"))):
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+    first, last = (expected[i]["loss/total"] for i in (0, -1))
+    assert first != last
 
 
 def take_checkpoint(run, other, step):

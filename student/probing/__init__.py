@@ -1,0 +1,1 @@
+"""Probes: what each layer of a frozen model represents of a teacher's features."""
