@@ -25,7 +25,8 @@ import torch
 
 from olavlm.student.probe_rows import RECIPES, ProbeData, default_key
 from olavlm.student.probe_scores import probe_cosines
-from olavlm.student.probe_training import ProbeSettings, train_probes
+from olavlm.student.probe_settings import ProbeSettings
+from olavlm.student.probe_training import train_probes
 from olavlm.student.trainer import leave_processes
 
 from .cli import JobFailed, Progress, UsageError, command, counted, quiet_models, versions
@@ -215,7 +216,10 @@ def run_eval(args: argparse.Namespace, data: ProbeData) -> int:
                 "over them are not held-out scores",
                 file=sys.stderr,
             )
-        runs.append(Scored.of(name, folder, found, resamples=args.resamples, seed=args.seed, level=args.level))
+        scored = Scored.of(name, folder, found, resamples=args.resamples, seed=args.seed, level=args.level)
+        if empty := [task for task, mean in scored.means.items() if not mean.images]:
+            raise JobFailed(f"{name}: no image of the data can be read and has a target for {empty[0]}")
+        runs.append(scored)
     asked = {"data": args.data, "images": args.images, "store": args.store}
     asked |= {"resamples": args.resamples, "seed": args.seed, "level": args.level}
     write_results(runs, output, asked, versions())

@@ -129,12 +129,12 @@ def plot(runs: Sequence[Scored], level: float) -> str:
                 [s.high for s in by_layer.values()],
             )
             for run in runs
-            if (by_layer := run.layers.get(task)) and run.means[task].images
+            if (by_layer := run.layers.get(task))
         ]
     counts = sorted({run.means[task].images for run in runs for task in run.means})
     images = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     return layer_plot(
-        {task: lines for task, lines in panels.items() if lines},
+        panels,
         y_title="cosine with the target",
         note=f"Mean over {images} images; bands are {100 * level:.0f} % bootstrap intervals over images.",
     )

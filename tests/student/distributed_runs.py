@@ -14,7 +14,8 @@ import torch
 
 from olavlm.pipelines.cli import quiet_models
 from olavlm.student.probe_rows import ProbeData
-from olavlm.student.probe_training import ProbeSettings, train_probes
+from olavlm.student.probe_settings import ProbeSettings
+from olavlm.student.probe_training import train_probes
 from olavlm.student.recipes import load_recipe
 from olavlm.student.trainer import leave_processes, train
 

@@ -18,7 +18,8 @@ from olavlm.pipelines.launch_configs import launch_configs
 from olavlm.student.errors import RecipeError
 from olavlm.student.metrics import read_metrics
 from olavlm.student.probe_rows import ProbeData
-from olavlm.student.probe_training import ProbeSettings, train_probes
+from olavlm.student.probe_settings import ProbeSettings
+from olavlm.student.probe_training import train_probes
 from olavlm.student.sampler import GlobalBatchSampler
 from olavlm.student.trainer import open_data, train
 

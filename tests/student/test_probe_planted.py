@@ -16,7 +16,8 @@ from olavlm.student.conversation import encode
 from olavlm.student.decoder import decoder_blocks
 from olavlm.student.probe_rows import ProbeData
 from olavlm.student.probe_scores import probe_cosines, score
-from olavlm.student.probe_training import ProbeSettings, train_probes
+from olavlm.student.probe_settings import ProbeSettings
+from olavlm.student.probe_training import train_probes
 from olavlm.student.probed_model import TURNS
 from olavlm.student.trainer import train
 

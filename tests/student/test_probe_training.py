@@ -18,7 +18,8 @@ from olavlm.student.llava_hf import from_llava_hf
 from olavlm.student.metrics import read_metrics
 from olavlm.student.probe_rows import ProbeData, ProbeRows
 from olavlm.student.probe_scores import probe_cosines
-from olavlm.student.probe_training import ProbeSettings, train_probes
+from olavlm.student.probe_settings import ProbeSettings
+from olavlm.student.probe_training import train_probes
 from olavlm.student.probed_model import TURNS, check_layout, load_probed, probe_collator, token_layout
 from olavlm.student.probes import ProbeRun
 from olavlm.student.trainer import train
