@@ -52,7 +52,10 @@ def text_table(runs: Sequence[Scored]) -> str:
         layers = sorted({layer for run in scored for layer in run.layers[task]})
         body = [[str(x), *(_cell(run.layers[task].get(x)) for run in scored)] for x in layers]
         body.append(["mean", *(_cell(run.means[task]) for run in scored)])
-        counts = [f"{run.means[task].images:,} images" + _left_out(run, task) for run in scored]
+        counts = [
+            f"{len(run.layers[task])} layers, {run.means[task].images:,} images" + _left_out(run, task)
+            for run in scored
+        ]
         body.append(["of", *counts])
         widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
         lines += [
