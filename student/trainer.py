@@ -100,13 +100,14 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     elif stage == "pt" and recipe.tasks:
         specs = tokens_without_losses(recipe)
     model, tokenizer = start_model(recipe, stage, specs, fused, distil)
+    model.pack(recipe.model.packing)
     features = EncoderFeatures(recipe) if reads_encoder else None
     if features is not None:  # of the models saved, pt's holds no encoder
         features.take_the_place_of(model.vision, keep=stage != "pt" and accelerator.is_main_process)
-    if recipe.model.max_length <= model.num_inserted_tokens + 1:
+    if recipe.model.max_length <= model.inserted.added + 1:
         raise RecipeError(
             f"model.max_length is {recipe.model.max_length}: an image alone takes "
-            f"{model.num_inserted_tokens + 1} tokens here, and nothing would be learnt; make it longer"
+            f"{model.inserted.added + 1} tokens here, and nothing would be learnt; make it longer"
         )
     if recipe.lora.rank is not None and trains_llm(stage):
         add_lora(model.llm, recipe.lora)
@@ -121,7 +122,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         load_trained(resumed_from, model)
     if accelerator.is_main_process:
         describe_run(run, recipe, stage, table, versions, accelerator.num_processes)
-    sampler = make_sampler(recipe, dataset, source, global_batch)
+    sampler = make_sampler(recipe, dataset, source, global_batch, model.inserted.added)
     collator = Collator.of(recipe, model, tokenizer, dataset, roots, source, features)
     schedule = Schedule(recipe, len(sampler))
     parallel = spread(model, accelerator, recipe.train)
