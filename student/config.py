@@ -24,7 +24,6 @@ from .tokens import PredictorWidth, QueryKind
 Stage = Literal["pt", "vpt", "ift"]
 TrackerName = Literal["tensorboard", "wandb"]
 Kernels = Literal["eager", "triton"]
-Packing = Literal["auto", "on", "off"]
 STAGES = ("pt", "vpt", "ift")
 
 
@@ -53,8 +52,9 @@ class ModelConfig:
     """Of LLM and encoder weights. A bfloat16 LLM can be frozen (pt) but is not trained well."""
     attention: str | None = None
     """sdpa, flash_attention_2 or eager; the library's choice by default."""
-    packing: Packing = "auto"
-    """Whether the LLM is trained on a micro-batch's samples in one row, without padding; auto: with flash attention."""
+    packing: bool | None = None
+    """Whether the LLM is trained on a micro-batch's samples in one row, without padding; by default it is where flash
+    attention is used."""
     max_length: int = 4096
     """Longest sequence, image and task tokens included; the rest is cut."""
     num_task_tokens: int = 8

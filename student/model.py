@@ -29,7 +29,6 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from olavlm.student.assembly import AssembledBatch, assemble, key_mask
-from olavlm.student.config import Packing
 from olavlm.student.conversation import (
     IMAGE_TOKEN,
     encode_prompt,
@@ -300,11 +299,13 @@ class OlaVLM(PreTrainedModel):
         """What takes the place of an `<image>`."""
         return Inserted(self.config.image_token_id, self.num_image_tokens, len(self.tasks), self.config.num_task_tokens)
 
-    def pack(self, packing: Packing) -> None:
-        """Has `forward` run the LLM without padding, or not; `generate` stays padded. By default it is padded.
+    def pack(self, packing: bool | None) -> None:
+        """Has `forward` run the LLM without padding, or not; None: where that is known to be faster (`packing`).
+
+        `generate` stays padded, as is the `forward` of a model that this was not called on.
 
         Raises:
-            ModelError: packing is on, and the LLM cannot; with the reason.
+            ModelError: packing is asked for, and the LLM cannot; with the reason.
         """
         self._packed = prepare_packing(packing, self.llm)
 

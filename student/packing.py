@@ -21,7 +21,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from olavlm.student.config import Packing
 from olavlm.student.decoder import capture_states, takes_positions
 from olavlm.student.errors import ModelError
 
@@ -66,20 +65,20 @@ AttentionInterface.register(SDPA_BY_SAMPLE, _sdpa_by_sample)
 AttentionMaskInterface.register(SDPA_BY_SAMPLE, sdpa_mask)  # of what is not packed, as in generation
 
 
-def prepare_packing(packing: Packing, llm: PreTrainedModel) -> bool:
+def prepare_packing(packing: bool | None, llm: PreTrainedModel) -> bool:
     """Whether the LLM is to run packed, and makes it ready for that.
 
-    `auto` packs with flash attention, which masks nothing and pads nothing, where the LLM can. With SDPA, samples of
+    None packs with flash attention, which masks nothing and pads nothing, where the LLM can. With SDPA, samples of
     like lengths (`sampler`) leave so little padding that one kernel for all samples is as fast.
 
     Raises:
-        ModelError: packing is on, and the LLM cannot; with the reason.
+        ModelError: packing is asked for, and the LLM cannot; with the reason.
     """
-    if packing == "off" or (packing == "auto" and not _is_flash(llm)):
+    if packing is False or (packing is None and not _is_flash(llm)):
         return False
     reason = why_not(llm)
-    if reason is not None and packing == "on":
-        raise ModelError(f"model.packing is on, and {type(llm).__name__} {reason}; set it to off")
+    if reason is not None and packing:
+        raise ModelError(f"model.packing is true, and {type(llm).__name__} {reason}; set it to false")
     if reason is None and llm.config._attn_implementation == "sdpa":
         llm.set_attn_implementation(SDPA_BY_SAMPLE)
     return reason is None

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from olavlm.pipelines.launch_configs import launch_configs
+from olavlm.student.data import make_sampler
 from olavlm.student.metrics import read_metrics
-from olavlm.student.sampler import GlobalBatchSampler
 from olavlm.student.trainer import open_data, train
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the runs of all
@@ -169,7 +169,7 @@ def test_some_micro_batch_is_text_alone_on_one_process(scene):
     _, recipe = scene("mixed", "unused")
     dataset, _ = open_data(recipe)
     has_image = np.asarray(dataset.has_image())
-    sampler = GlobalBatchSampler(has_image, 4, recipe.train.seed)
+    sampler = make_sampler(recipe, dataset, None, 4, image_tokens=100)
     kinds = {
         tuple(bool(has_image[sampler.slices(step, rank, 2, 2)[part]].any()) for rank in range(2))
         for step in range(STEPS)

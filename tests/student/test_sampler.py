@@ -1,12 +1,13 @@
 """The order of samples: a function of seed, epoch, step and global batch size alone."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 
 from olavlm.cache import Dataset
-from olavlm.student.data import neighbour_rows, word_counts
+from olavlm.student.data import estimated_tokens, make_sampler, neighbour_rows
 from olavlm.student.sampler import GlobalBatchSampler
 from olavlm.student.targets import CachedTargets
 
@@ -72,13 +73,27 @@ def test_lengths_are_dealt_out_evenly_and_the_batch_stays(world, accumulation):
         assert list(np.concatenate([lengths[parts[r, a]] for a in range(accumulation)])) == list(longest[r::world])
 
 
-def test_length_is_the_words_of_all_turns(tmp_path):
-    turns = [[("human", "one two"), ("gpt", " three\nfour ")], [("human", ""), ("gpt", "x")], [("human", "a b c")]]
+def test_estimated_length_is_the_bytes_of_all_turns(tmp_path):
+    turns = [[("human", "one two "), ("gpt", "thrée fo")], [("human", ""), ("gpt", "x")], [("human", "a b c d ")]]
     records = [{"id": str(i), "conversations": [{"from": f, "value": v} for f, v in t]} for i, t in enumerate(turns)]
     (tmp_path / "data.json").write_text(json.dumps(records))
     dataset = Dataset([tmp_path / "data.json"])
-    assert word_counts(dataset).tolist() == [4, 1, 3]
-    assert word_counts(dataset.take(np.array([2, 0]))).tolist() == [3, 4]
+    assert estimated_tokens(dataset).tolist() == [17 // 4, 0, 2]
+    assert estimated_tokens(dataset.take(np.array([2, 0]))).tolist() == [2, 4]
+
+
+def test_a_recipes_samples_are_dealt_out_by_length_and_an_image_counts(recipe, ift_json):
+    """Without grouping too: the two without an image, of 8, are together in the last micro-batch."""
+    dataset = Dataset([ift_json])
+    s = make_sampler(recipe(**{"data.file": ift_json}), dataset, None, 8, image_tokens=600)
+    has_image = np.asarray(dataset.has_image())
+    assert (s.lengths >= 600).tolist() == has_image.tolist()
+    assert s.lengths[~has_image].tolist() == estimated_tokens(dataset)[~has_image].tolist()
+    parts = s.slices(0, 0, 1, 4)
+    assert [has_image[part].tolist() for part in parts] == [[True, True]] * 3 + [[False, False]]
+    lengths = [s.lengths[part] for part in parts]
+    assert all(now.min() >= later.max() for now, later in itertools.pairwise(lengths))
+    assert (s.batch(0) == sampler(has_image, size=8).batch(0)).all(), "which samples are in it does not depend on it"
 
 
 def blocks_of(order, rows, block):
