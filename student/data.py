@@ -274,9 +274,20 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 
 def make_sampler(
-    recipe: Recipe, dataset: Dataset, source: TargetSource | None, global_batch: int, image_tokens: int
+    recipe: Recipe,
+    dataset: Dataset,
+    source: TargetSource | None,
+    global_batch: int,
+    *,
+    image_tokens: int,
+    packed: bool = False,
 ) -> GlobalBatchSampler:
-    """The order in which a recipe's samples are trained on; `image_tokens` are those that an image adds to its text."""
+    """The order in which a recipe's samples are trained on.
+
+    Args:
+        image_tokens: those that an image adds to its text.
+        packed: whether the LLM runs without padding.
+    """
     d = recipe.data
     has_image = np.asarray(dataset.has_image())
     return GlobalBatchSampler(
@@ -287,6 +298,7 @@ def make_sampler(
         rows=neighbour_rows(dataset, source) if d.shuffle_block is not None else None,
         block=d.shuffle_block,
         lengths=estimated_tokens(dataset) + image_tokens * has_image,
+        packed=packed,
     )
 
 

@@ -129,7 +129,8 @@ class OlaVLM(PreTrainedModel):
                 if task.layers:
                     self.logit_scales[task.name] = nn.Parameter(torch.tensor(LOGIT_SCALE_INIT))
         self._head_is_plain: bool | None = None
-        self._packed = False
+        self.packed = False
+        """Whether `forward` runs the LLM without padding; `pack` sets it."""
         self.tokenizer: PreTrainedTokenizerBase | None = None
         """The one that the model was built or loaded with; `save_pretrained` writes it."""
         self.post_init()
@@ -307,7 +308,7 @@ class OlaVLM(PreTrainedModel):
         Raises:
             ModelError: packing is asked for, and the LLM cannot; with the reason.
         """
-        self._packed = prepare_packing(packing, self.llm)
+        self.packed = prepare_packing(packing, self.llm)
 
     def forward(
         self,
@@ -489,7 +490,7 @@ class OlaVLM(PreTrainedModel):
         # Reentrant gradient checkpointing may cut the states off the graph, and with them the predictors' gradient.
         cut = [layer for layer, state in states.items() if batch.embeds.requires_grad and not state.requires_grad]
         assert not cut, f"states of layers {cut} are outside the graph; use non-reentrant gradient checkpointing"
-        if self._packed:
+        if self.packed:
             padded = {id(state): _padded(state, batch.placement) for state in states.values()}  # the last may be twice
             states = {layer: padded[id(state)] for layer, state in states.items()}
             logits = None if logits is None else _padded(logits, batch.placement)
@@ -498,7 +499,7 @@ class OlaVLM(PreTrainedModel):
 
     def _llm_inputs(self, batch: AssembledBatch) -> dict[str, Any]:
         placement = batch.placement
-        if self._packed:
+        if self.packed:
             packed = batch.embeds.flatten(0, 1).index_select(0, placement.tokens)[None]
             return {"inputs_embeds": packed, **packed_inputs(self.llm, placement.lengths, placement.positions)}
         if placement.padding_side == "right":

@@ -122,7 +122,9 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         load_trained(resumed_from, model)
     if accelerator.is_main_process:
         describe_run(run, recipe, stage, table, versions, accelerator.num_processes)
-    sampler = make_sampler(recipe, dataset, source, global_batch, model.inserted.added)
+    sampler = make_sampler(
+        recipe, dataset, source, global_batch, image_tokens=model.inserted.added, packed=model.packed
+    )
     collator = Collator.of(recipe, model, tokenizer, dataset, roots, source, features)
     schedule = Schedule(recipe, len(sampler))
     parallel = spread(model, accelerator, recipe.train)

@@ -166,7 +166,7 @@ def test_flash_attention_is_given_the_lengths(build, make_batch, samples, monkey
 def test_by_default_it_packs_with_flash_attention_alone(build):
     model = build()
     model.pack(None)
-    assert model._packed is False
+    assert model.packed is False
     assert model.llm.config._attn_implementation == "sdpa"
 
 

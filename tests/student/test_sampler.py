@@ -60,9 +60,9 @@ def test_grouped_batches_are_of_one_modality_except_the_last():
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)])
-def test_lengths_are_dealt_out_evenly_and_the_batch_stays(world, accumulation):
+def test_packed_lengths_are_dealt_out_evenly_and_the_batch_stays(world, accumulation):
     lengths = np.random.default_rng(0).permutation(40) + 1
-    s = GlobalBatchSampler(np.ones(40, bool), 8, 0, lengths=lengths)
+    s = GlobalBatchSampler(np.ones(40, bool), 8, 0, lengths=lengths, packed=True)
     parts = {(r, a): part for r in range(world) for a, part in enumerate(s.slices(3, r, world, accumulation))}
     assert sorted(np.concatenate(list(parts.values()))) == sorted(sampler([True] * 40, size=8).batch(3))
     for a in range(accumulation - 1):  # the longest first
@@ -71,6 +71,23 @@ def test_lengths_are_dealt_out_evenly_and_the_batch_stays(world, accumulation):
     longest = np.sort(lengths[s.batch(3)])[::-1]
     for r in range(world):  # in turn
         assert list(np.concatenate([lengths[parts[r, a]] for a in range(accumulation)])) == list(longest[r::world])
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1), (2, 4)])
+def test_padded_micro_batches_are_of_like_lengths_and_the_batch_stays(world, accumulation):
+    lengths = np.random.default_rng(0).permutation(40) + 1
+    s = GlobalBatchSampler(np.ones(40, bool), 16, 0, lengths=lengths)
+    parts = {(r, a): part for r in range(world) for a, part in enumerate(s.slices(3, r, world, accumulation))}
+    assert sorted(np.concatenate(list(parts.values()))) == sorted(sampler([True] * 40, size=16).batch(3))
+    longest = np.sort(lengths[s.batch(3)])[::-1]
+    blocks = longest.reshape(world * accumulation, -1)
+    found = sorted((sorted(lengths[part], reverse=True) for part in parts.values()), reverse=True)
+    assert found == blocks.tolist(), "each micro-batch is a run of the sorted lengths"
+    for a in range(accumulation):  # there, and back again
+        order = range(world) if a % 2 == 0 else reversed(range(world))
+        firsts = [lengths[parts[r, a]].max() for r in order]
+        assert firsts == sorted(firsts, reverse=True)
+        assert a == 0 or firsts[0] < min(lengths[parts[r, a - 1]].min() for r in range(world))
 
 
 def test_estimated_length_is_the_bytes_of_all_turns(tmp_path):
