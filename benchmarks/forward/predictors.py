@@ -55,7 +55,7 @@ def measure(size: Size, device: str, folder: Path) -> list[Comparison]:
             floor=FLOOR,
             seconds=alternate(
                 {name: _arm(work, keys, queries, of) for (name, work), of in zip(arms.items(), trained, strict=True)},
-                size.rounds,
+                size.predictor_rounds,
             ),
             notes=["*kept stacked*: as if the weights were one parameter; each step stacks nothing."],
         )

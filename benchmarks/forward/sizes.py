@@ -20,6 +20,7 @@ class Size:
     keys: int
     dim: int
     rounds: int
+    predictor_rounds: int
 
 
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -27,13 +28,14 @@ SIZES = {
     "full": Size(
         samples=100_000,
         steps=400,
-        llm=SMOLLM2 | {"num_hidden_layers": 4},
+        llm=SMOLLM2 | {"num_hidden_layers": 2},
         lengths={"like pt": (650, 665, 680, 690), "mixed": (150, 690, 850, 1700)},
         width=4096,
         queries=576,
         keys=688,
         dim=1024,
         rounds=3,
+        predictor_rounds=2,
     ),
     "toy": Size(
         samples=400,
@@ -46,5 +48,6 @@ SIZES = {
         keys=6,
         dim=8,
         rounds=1,
+        predictor_rounds=1,
     ),
 }  # fmt: skip
