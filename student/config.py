@@ -53,8 +53,8 @@ class ModelConfig:
     attention: str | None = None
     """sdpa, flash_attention_2 or eager; the library's choice by default."""
     packing: bool | None = None
-    """Whether the LLM is trained on a micro-batch's samples in one row, without padding; by default it is where flash
-    attention is used."""
+    """Whether the LLM is trained on a micro-batch's samples in one row, without padding, each attending to itself
+    alone: the same losses, up to rounding. By default it is with SDPA and flash attention, if the LLM can."""
     max_length: int = 4096
     """Longest sequence, image and task tokens included; the rest is cut."""
     num_task_tokens: int = 8

@@ -121,7 +121,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     if resumed_from is not None:
         load_trained(resumed_from, model)
     if accelerator.is_main_process:
-        describe_run(run, recipe, stage, table, versions, accelerator.num_processes)
+        describe_run(run, recipe, stage, table, versions, accelerator.num_processes, model.packed)
     sampler = make_sampler(
         recipe, dataset, source, global_batch, image_tokens=model.inserted.added, packed=model.packed
     )
@@ -316,16 +316,22 @@ def build_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
 
 
 def describe_run(
-    run: Path, recipe: Recipe, stage: Stage, table: list[PartRow], versions: dict[str, str], num_processes: int
+    run: Path,
+    recipe: Recipe,
+    stage: Stage,
+    table: list[PartRow],
+    versions: dict[str, str],
+    num_processes: int,
+    packed: bool,
 ) -> None:
-    """Print and keep what trains, and keep the resolved recipe and the versions."""
+    """Print and keep what trains, and keep the resolved recipe, the versions and how it is computed."""
     print(f"{'part':<14}{'parameters':>16}{'trainable':>16}")
     for row in table:
         print(f"{row.part:<14}{row.parameters:>16,}{row.trainable:>16,}")
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     write_json(run / "versions.json", versions)
-    launch = {"processes": num_processes, "sharded": launched_with("FSDP")}
+    launch = {"processes": num_processes, "sharded": launched_with("FSDP"), "packed": packed}
     write_json(run / STAGE_FILE, {"stage": stage, **launch, "parts": [asdict(r) for r in table]})
 
 

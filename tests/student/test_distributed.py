@@ -43,10 +43,16 @@ SCENES = {
     "pt": ("pt", {"train.gradient_checkpointing": True}),
     "ift": (
         "ift",
-        {"train.lr": 1e-4, "train.max_grad_norm": 0.5, "data.group_by_modality": True, "losses.stages": "[pt, ift]"},
+        {
+            "train.lr": 1e-4,
+            "train.max_grad_norm": 0.5,
+            "data.group_by_modality": True,
+            "losses.stages": "[pt, ift]",
+            "model.packing": False,
+        },
     ),
     # Distillation over dialogues, some of them without an image.
-    "mixed": ("pt", {"train.max_grad_norm": 0.5, "model.packing": True}),
+    "mixed": ("pt", {"train.max_grad_norm": 0.5}),
     "lora": ("ift", {"train.lr": 1e-4, "lora.rank": 4, "train.gradient_checkpointing": True}),
 }
 SPLITS = {"": (2, 1), "-accumulated": (1, 2)}  # batch size and accumulation of two processes; of one they are 4 and 1

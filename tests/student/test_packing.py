@@ -163,11 +163,18 @@ def test_flash_attention_is_given_the_lengths(build, make_batch, samples, monkey
     assert seen == [(ends, torch.int32, max(lengths))] * len(model.llm.get_decoder().layers)
 
 
-def test_by_default_it_packs_with_flash_attention_alone(build):
+def test_by_default_it_packs_with_sdpa_if_the_llm_can(build):
+    for implementation, packed in {"sdpa": True, "eager": False}.items():
+        model = build(attn_implementation=implementation)
+        assert model.packed is False, "a model that nobody trains"
+        model.pack(None)
+        assert model.packed is packed
+        model.pack(None)
+        assert model.packed is packed
     model = build()
+    model.llm = make(*REFUSED["recurrent"][:2])
     model.pack(None)
     assert model.packed is False
-    assert model.llm.config._attn_implementation == "sdpa"
 
 
 REFUSED = {
