@@ -233,7 +233,7 @@ def _step_peak(
             for task in model.tasks if predictions else ():
                 of_layers = [predictions.pop(f"{task.name}/{layer}") for layer in task.layers]
                 loss = loss + _embedding_loss(of_layers, targets[task.name], model.logit_scales[task.name])
-        del last, states, batch, pictures, pixels, given
+        del last, states, batch
         loss.backward()
     return live.peak
 
