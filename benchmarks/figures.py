@@ -134,7 +134,22 @@ class Answers:
         return "\n\n".join(shown)
 
 
-Figures = Comparison | Measurement | Agreement | Answers
+@dataclass
+class Count:
+    """What was counted, not timed: the same in every run."""
+
+    title: str
+    values: dict[str, dict[str, float]]  # subject -> column -> value
+    notes: list[str] = field(default_factory=list)
+    kind: str = "count"
+
+    def markdown(self) -> str:
+        columns = list(next(iter(self.values.values())))
+        lines = [[subject, *(number(values[column]) for column in columns)] for subject, values in self.values.items()]
+        return "\n\n".join([f"**{self.title}**", table(["", *columns], lines), *self.notes])
+
+
+Figures = Comparison | Measurement | Agreement | Answers | Count
 
 
 def to_json(figures: Iterable[Figures]) -> list[dict]:
@@ -142,7 +157,7 @@ def to_json(figures: Iterable[Figures]) -> list[dict]:
 
 
 def from_json(figures: Iterable[dict]) -> list[Figures]:
-    kinds = {"comparison": Comparison, "measurement": Measurement, "agreement": Agreement, "answers": Answers}
+    kinds = {of.__dataclass_fields__["kind"].default: of for of in (Comparison, Measurement, Agreement, Answers, Count)}
     return [kinds[f["kind"]](**f) for f in figures]
 
 

@@ -44,6 +44,9 @@ class ModelConfig:
     """Of LLM and encoder weights. A bfloat16 LLM can be frozen (pt) but is not trained well."""
     attention: str | None = None
     """sdpa, flash_attention_2 or eager; the library's choice by default."""
+    packing: bool | None = None
+    """Whether the LLM is trained on a micro-batch's samples in one row, without padding, each attending to itself
+    alone: the same losses, up to rounding. By default it is with SDPA and flash attention, if the LLM can."""
     max_length: int = 4096
     """Longest sequence, image and task tokens included; the rest is cut."""
     num_task_tokens: int = 8
@@ -110,7 +113,7 @@ class DataConfig:
     fraction: float = 1.0
     """Part of the samples that is used, drawn by `train.seed`."""
     group_by_modality: bool = False
-    """Whether a global batch is all image samples or all text-only ones, and its micro-batches are of like lengths."""
+    """Whether a global batch is all image samples or all text-only ones. Micro-batches are of like lengths anyway."""
     shuffle_block: int | None = None
     """For stores on object storage: samples whose rows lie in the same block of so many store rows are trained on one
     after the other, in shuffled order, so that a shard is opened once and not for every sample. Blocks are shuffled,
@@ -287,6 +290,7 @@ class Recipe:
         for key in _NOT_THE_RESULT:
             del content["train"][key]
         del content["data"]["workers"]
+        del content["model"]["packing"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

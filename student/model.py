@@ -30,11 +30,8 @@ from transformers.utils import ModelOutput
 
 from olavlm.student.assembly import (
     AssembledBatch,
-    PaddingSide,
     assemble,
     key_mask,
-    locate,
-    padded_right,
 )
 from olavlm.student.choices import Geometry
 from olavlm.student.decoder import (
@@ -48,12 +45,13 @@ from olavlm.student.decoder import (
 from olavlm.student.errors import ModelError, RecipeError, SampleError
 from olavlm.student.fused_teachers import encode_fused, in_order, load_fused
 from olavlm.student.loading import load_complete, load_errors, refuse_missing
-from olavlm.student.losses.embedding import text_loss_sum
+from olavlm.student.losses.text import text_loss_from_states, text_loss_sum
 from olavlm.student.model_config import OlaVLMConfig
+from olavlm.student.packing import packed_inputs, prepare_packing
+from olavlm.student.placement import Inserted, PaddingSide, Placement, place
 from olavlm.student.predictor import EmbeddingPredictor
 from olavlm.student.projector import as_input_of, make_projector, num_image_tokens
 from olavlm.student.text.conversation import (
-    IGNORE_INDEX,
     IMAGE_TOKEN,
     encode_prompt,
     load_tokenizer,
@@ -134,6 +132,8 @@ class OlaVLM(PreTrainedModel):
                 if task.layers:
                     self.logit_scales[task.name] = nn.Parameter(torch.tensor(LOGIT_SCALE_INIT))
         self._head_is_plain: bool | None = None
+        self.packed = False
+        """Whether `forward` runs the LLM without padding; `pack` sets it."""
         self.tokenizer: PreTrainedTokenizerBase | None = None
         """The one that the model was built or loaded with; `save_pretrained` writes it."""
         self.post_init()
@@ -299,9 +299,19 @@ class OlaVLM(PreTrainedModel):
         return num_image_tokens(self.config.fusion, self.vision.num_tokens, len(self.fused_teachers))
 
     @property
-    def num_inserted_tokens(self) -> int:
-        """Tokens that an image adds to its text: image and task tokens, less the `<image>` they replace."""
-        return self.num_image_tokens + len(self.tasks) * self.config.num_task_tokens - 1
+    def inserted(self) -> Inserted:
+        """What takes the place of an `<image>`."""
+        return Inserted(self.config.image_token_id, self.num_image_tokens, len(self.tasks), self.config.num_task_tokens)
+
+    def pack(self, packing: bool | None) -> None:
+        """Has `forward` run the LLM without padding, or not; None: where that is known to be faster (`packing`).
+
+        `generate` stays padded, as is the `forward` of a model that this was not called on.
+
+        Raises:
+            ModelError: packing is asked for, and the LLM cannot; with the reason.
+        """
+        self.packed = prepare_packing(packing, self.llm)
 
     def forward(
         self,
@@ -311,6 +321,7 @@ class OlaVLM(PreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         teacher_features: Mapping[str, torch.Tensor] | None = None,
+        placement: Placement | None = None,
     ) -> OlaVLMOutput:
         """One pass over a batch of text with at most one image a sample.
 
@@ -325,23 +336,23 @@ class OlaVLM(PreTrainedModel):
             image_features: float (B, tokens, width), what the encoder gives for `pixel_values`, in their place.
             teacher_features: of each of `fused_teachers`, by name: float (B, n, D), one row a sample; rows of samples
                 without `<image>` are not read. Needed where `pixel_values` are.
+            placement: `place(input_ids, attention_mask, labels, ...)` on the device, which a loader can make ahead of
+                time; without one the ids are fetched from the device to make it.
 
         Raises:
             SampleError: more than one `<image>` in a sample, or one without what is to be seen of it.
         """
-        length = self.config.max_sequence_length
-        batch = self._assemble(
-            input_ids, attention_mask, labels, pixel_values, length, teacher_features, image_features=image_features
-        )
+        placement = self._place(input_ids, attention_mask, labels) if placement is None else placement
+        batch = self._assemble(input_ids, placement, pixel_values, teacher_features, image_features)
         layers = {layer for task in self.tasks for layer in task.layers} if len(self.predictors) else set()
         last, states, logits = self._run_llm(batch, layers, with_logits=labels is None)
         return OlaVLMOutput(
             logits=logits if labels is None else None,
-            text_loss_sum=None if labels is None else self._text_loss_sum(last, logits, batch),
-            predictions=self._predict(batch, states),
+            text_loss_sum=None if labels is None else self._text_loss_sum(last, logits, placement),
+            predictions=self._predict(placement, states),
             logit_scales={name: scale.clone() for name, scale in self.logit_scales.items()},
-            complete=batch.complete,
-            attention_mask=batch.attention_mask,
+            complete=placement.complete,
+            attention_mask=placement.attention_mask,
         )
 
     @torch.no_grad()
@@ -357,10 +368,10 @@ class OlaVLM(PreTrainedModel):
 
         Inputs are those of `forward`. The states have no graph.
         """
-        length = self.config.max_sequence_length
-        batch = self._assemble(input_ids, attention_mask, None, pixel_values, length, teacher_features)
+        placement = self._place(input_ids, attention_mask)
+        batch = self._assemble(input_ids, placement, pixel_values, teacher_features)
         _, states, _ = self._run_llm(batch, layers, with_logits=False)
-        return states, batch.attention_mask.bool()
+        return states, placement.attention_mask.bool()
 
     @torch.no_grad()
     def generate(
@@ -375,10 +386,9 @@ class OlaVLM(PreTrainedModel):
 
         Inputs are those of `forward`, padded on either side.
         """
-        batch = self._assemble(
-            input_ids, attention_mask, None, pixel_values, None, teacher_features, padding_side="left"
-        )
-        return self.llm.generate(inputs_embeds=batch.embeds, attention_mask=batch.attention_mask, **kwargs)
+        placement = self._place(input_ids, attention_mask, cut=False, padding_side="left")
+        batch = self._assemble(input_ids, placement, pixel_values, teacher_features)
+        return self.llm.generate(inputs_embeds=batch.embeds, attention_mask=placement.attention_mask, **kwargs)
 
     def answer(
         self,
@@ -444,89 +454,112 @@ class OlaVLM(PreTrainedModel):
         ids |= {tokenizer.eos_token_id, terminator_id(tokenizer, self.config.template)}
         return sorted(ids - {None})
 
+    def _place(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        cut: bool = True,
+        padding_side: PaddingSide | None = None,
+    ) -> Placement:
+        """Of a batch on any device, cut to the longest sequence unless it is to be gone on with."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        length = self.config.max_sequence_length if cut else None
+        return place(input_ids, mask, labels, self.inserted, length, padding_side).to(input_ids.device)
+
     def _assemble(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        max_length: int | None,
+        placement: Placement,
+        pixel_values: torch.Tensor | None = None,
         teacher_features: Mapping[str, torch.Tensor] | None = None,
-        padding_side: PaddingSide | None = None,
         image_features: torch.Tensor | None = None,
     ) -> AssembledBatch:
-        """The batch padded on `padding_side`; None for that of the text."""
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        side, (attention_mask, input_ids, labels) = padded_right(attention_mask, input_ids, labels)
-        layouts = locate(
-            input_ids,
-            attention_mask,
-            self.config.image_token_id,
-            self.num_image_tokens,
-            len(self.tasks),
-            self.config.num_task_tokens,
-            max_length,
-        )
-        text = self.llm.get_input_embeddings()(input_ids)
-        rows = [row for row, layout in enumerate(layouts) if layout.image is not None]
-        if rows:
+        words = self.llm.get_input_embeddings()(input_ids.flatten().index_select(0, placement.words))
+        rows = placement.image_rows
+        if len(rows):
+            first = next(row for row, layout in enumerate(placement.layouts) if layout.image is not None)
             given = pixel_values if image_features is None else image_features
             if given is None:
-                raise SampleError(f"row {rows[0]} has {IMAGE_TOKEN}, but no pixel_values are given")
-            chosen = slice(None) if len(rows) == len(layouts) else rows
-            fused = in_order(self.fused_teachers, teacher_features or {}, rows[0])
-            features = self.vision(given[chosen]) if image_features is None else given[chosen]
-            images = self.projector(features, *(values[chosen] for values in fused))
+                raise SampleError(f"row {first} has {IMAGE_TOKEN}, but no pixel_values are given")
+            fused = in_order(self.fused_teachers, teacher_features or {}, first)
+            if len(rows) < len(placement.layouts):
+                given, *fused = (values.index_select(0, rows) for values in (given, *fused))
+            features = self.vision(given) if image_features is None else given
+            images = self.projector(features, *fused)
         else:
             nothing = [(self.vision.num_tokens, self.vision.width), *((t.tokens, t.dim) for t in self.fused_teachers)]
-            images = self.projector(*(text.new_zeros(1, *shape) for shape in nothing))[:0]
-        return assemble(text, labels, layouts, images.to(text), self.task_tokens().to(text), padding_side or side)
+            images = self.projector(*(words.new_zeros(1, *shape) for shape in nothing))[:0]
+        return assemble(words, images.to(words), self.task_tokens().to(words), placement)
 
     def _run_llm(
         self, batch: AssembledBatch, layers: set[int], with_logits: bool
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None]:
-        """Final states [B, L, H], states after the wanted blocks, and logits if wanted or if the head is not plain."""
+        """Final states [B, L, H], states after the wanted blocks, and logits if wanted or if the head is not plain.
+
+        What they hold at padding means nothing: zeros if packed.
+        """
         if self._head_is_plain is None:
             self._head_is_plain = head_is_plain(self.llm)
-        inputs = {"inputs_embeds": batch.embeds, "attention_mask": batch.attention_mask, "use_cache": False}
-        if batch.padding_side == "left" and takes_positions(self.llm):  # or it would count the padding ahead
-            inputs["position_ids"] = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         with capture_states(self.llm, layers) as states:
             if with_logits or not self._head_is_plain:
-                logits = self.llm(**inputs).logits
+                logits = self.llm(**self._llm_inputs(batch), use_cache=False).logits
             else:
-                self.llm.get_decoder()(**inputs)
+                self.llm.get_decoder()(**self._llm_inputs(batch), use_cache=False)
                 logits = None
-        last = states.pop("last")
         # Reentrant gradient checkpointing may cut the states off the graph, and with them the predictors' gradient.
         cut = [layer for layer, state in states.items() if batch.embeds.requires_grad and not state.requires_grad]
         assert not cut, f"states of layers {cut} are outside the graph; use non-reentrant gradient checkpointing"
+        if self.packed:
+            padded = {id(state): _padded(state, batch.placement) for state in states.values()}  # the last may be twice
+            states = {layer: padded[id(state)] for layer, state in states.items()}
+            logits = None if logits is None else _padded(logits, batch.placement)
+        last = states.pop("last")
         return last, states, logits
 
-    def _text_loss_sum(self, last: torch.Tensor, logits: torch.Tensor | None, batch: AssembledBatch) -> torch.Tensor:
-        """Next-token cross-entropy, with vocabulary logits at labelled positions alone; padding predicts nothing."""
-        labels = batch.labels
-        wanted = (labels[:, 1:] != IGNORE_INDEX) & batch.attention_mask[:, :-1].bool()
-        if logits is None:
-            logits = self.llm.get_output_embeddings()(last[:, :-1][wanted])
-        else:
-            logits = logits[:, :-1][wanted]
-        return text_loss_sum(logits, labels[:, 1:][wanted])
+    def _llm_inputs(self, batch: AssembledBatch) -> dict[str, Any]:
+        placement = batch.placement
+        if self.packed:
+            packed = batch.embeds.flatten(0, 1).index_select(0, placement.tokens)[None]
+            return {"inputs_embeds": packed, **packed_inputs(self.llm, placement.lengths, placement.positions)}
+        if placement.padding_side == "right":
+            # No token sees padding behind it: without a mask all are the same, and attention has its fastest kernel.
+            return {"inputs_embeds": batch.embeds}
+        inputs = {"inputs_embeds": batch.embeds, "attention_mask": placement.attention_mask}
+        if takes_positions(self.llm):  # or it would count the padding ahead
+            inputs["position_ids"] = (placement.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        return inputs
 
-    def _predict(self, batch: AssembledBatch, states: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _text_loss_sum(self, last: torch.Tensor, logits: torch.Tensor | None, placement: Placement) -> torch.Tensor:
+        """Next-token cross-entropy, with vocabulary logits at labelled positions alone; padding predicts nothing."""
+        if logits is not None:
+            return text_loss_sum(logits.flatten(0, 1).index_select(0, placement.predicting), placement.predicted)
+        states = last.flatten(0, 1).index_select(0, placement.predicting)
+        vocabulary = self.llm.config.get_text_config().vocab_size
+        return text_loss_from_states(self.llm.get_output_embeddings(), states, placement.predicted, vocabulary)
+
+    def _predict(self, placement: Placement, states: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Predictions by "task/layer", one predictor after the other.
+
+        The layers of a task have predictors of equal shapes, and batching their products was tried: no gain on a CPU
+        beyond what repetitions differ by (`benchmarks/forward`: 0.8 and 1.1 times the speed), since each product alone
+        is large: 9,216 x 4,096 x 4,096 for 16 samples of the paper's depth task, which fills a GPU too. Nor are masked
+        keys left out ahead of the projection: they are the other tasks' 16 tokens of some 700, and padding.
+        """
         predictions = {}
         for index, task in enumerate(self.tasks):
             if not states:
                 break
-            mask = key_mask(batch, index, self.config.key_blocks, self.config.include_answer)
+            mask = key_mask(placement, index, self.config.key_blocks, self.config.include_answer)
             for layer in task.layers:
                 predictor = self.predictors[_predictor_key(task.name, layer)]
                 keys = as_input_of(predictor.in_proj.weight, states[layer])
-                queries = self._queries(index, keys, batch)
+                queries = self._queries(index, keys, placement)
                 predictions[f"{task.name}/{layer}"] = predictor(keys, queries, mask)
         return predictions
 
-    def _queries(self, index: int, keys: torch.Tensor, batch: AssembledBatch) -> torch.Tensor | None:
+    def _queries(self, index: int, keys: torch.Tensor, placement: Placement) -> torch.Tensor | None:
         """Queries of a task: [1, Q, H] raw, [B, N, H] contextual, None for a predictor with latents."""
         task = self.tasks[index]
         if self.config.num_task_tokens == 0:
@@ -534,14 +567,17 @@ class OlaVLM(PreTrainedModel):
         if task.tokens > 1 or self.config.gen_query == "raw":
             return self.task_tokens.queries(task.name)[None]
         # A sample without the task's tokens, whose prediction is not used, reads its first positions instead.
-        first = [
-            start + layout.tasks[index].start if layout.complete else 0
-            for start, layout in zip(batch.starts, batch.layouts, strict=True)
-        ]
         offsets = torch.arange(self.config.num_task_tokens, device=keys.device)
-        positions = torch.tensor(first, device=keys.device)[:, None] + offsets
+        positions = placement.task_starts[:, index, None] + offsets
         positions = positions.clamp(max=keys.shape[1] - 1)  # [B, N]
         return keys.gather(1, positions[..., None].expand(-1, -1, keys.shape[-1]))
+
+
+def _padded(packed: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """[1, tokens, ...] to [b, L, ...], zeros at padding."""
+    b, length = placement.shape
+    rows = packed.new_zeros(b * length, *packed.shape[2:]).index_copy_(0, placement.tokens, packed[0])
+    return rows.view(b, length, *packed.shape[2:])
 
 
 def _predictor_key(task: str, layer: int) -> str:

@@ -13,9 +13,14 @@ from torch import nn
 from olavlm.student.choices import Kernels
 from olavlm.student.losses.embedding import MAX_SCALE, embedding_loss_sums
 from olavlm.student.losses.scaled_features import Features
+from olavlm.student.placement import Placement
 from olavlm.student.tokens import TaskSpec
 
 CONTRASTIVE_WEIGHT = 0.3
+INPUTS = (
+    "input_ids", "attention_mask", "labels", "pixel_values", "image_features", "teacher_features", "placement"
+)  # fmt: skip
+"""What of a batch the model is given."""
 
 
 class Batch(TypedDict, total=False):
@@ -33,19 +38,25 @@ class Batch(TypedDict, total=False):
     """In place of `pixel_values`: float (b, tokens, width), what the base encoder gives for them."""
     teacher_features: dict[str, torch.Tensor]
     """Of a fusion baseline, for each teacher: float (b, n, D), finite."""
+    placement: Placement
+    """Where the pieces of the samples go, if that is known already."""
     targets: dict[str, Features]
     """For each task: (b, n, D); anything, NaN included, where not valid. Not needed where `BatchTotals` has them."""
     valid: dict[str, torch.Tensor]
     """For each task: bool (b,), whether the sample has an image and a target."""
 
 
+Count = int | torch.Tensor
+"""A number of things; a scalar tensor where it is known on the device alone, which nothing waits for."""
+
+
 @dataclass
 class BatchTotals:
     """Counts of the whole optimizer batch, over ranks and accumulation steps; losses are sums divided by them."""
 
-    supervised_tokens: int
-    """Tokens that the text loss counts (`count_supervised`)."""
-    valid_rows: Mapping[str, int]
+    supervised_tokens: Count
+    """Tokens that the text loss counts (`Placement.predicted`)."""
+    valid_rows: Mapping[str, Count]
     """For each task: rows with a valid target."""
     targets: Mapping[str, Features] = field(default_factory=dict)
     """For each task: (M, n, D), the targets of the whole batch; a task that is missing has those of the micro-batch."""
@@ -84,9 +95,8 @@ class DistillTask:
                 `loss/{task}/{layer}/contrastive` (ahead of its weight), `loss/total`.
             report: detached scalars: the losses, and `scale/{task}`, the factor on the task's similarities.
         """
-        names = ("input_ids", "attention_mask", "labels", "pixel_values", "image_features", "teacher_features")
-        output = model(**{name: batch.get(name) for name in names})
-        losses = {"loss/text": output.text_loss_sum / max(1, totals.supervised_tokens)}
+        output = model(**{name: batch.get(name) for name in INPUTS})
+        losses = {"loss/text": output.text_loss_sum / _at_least_one(totals.supervised_tokens)}
         total = losses["loss/text"]
         report = {}
         for task in self.tasks:
@@ -123,5 +133,9 @@ class DistillTask:
         smooth_l1, contrastive = embedding_loss_sums(
             predictions, targets, labels, valid & complete, targets_valid, scale, kernels=self.kernels, overwrite=True
         )
-        count = max(1, totals.valid_rows[task])
+        count = _at_least_one(totals.valid_rows[task])
         return smooth_l1 / count, contrastive / count
+
+
+def _at_least_one(count: Count) -> Count:
+    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(1, count)

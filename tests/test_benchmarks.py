@@ -20,6 +20,7 @@ CACHE = ROOT / "benchmarks" / "cache"
 EXTRACT = ROOT / "benchmarks" / "extract"
 OVERFIT = ROOT / "benchmarks" / "overfit"
 LOSSES = ROOT / "benchmarks" / "losses"
+FORWARD = ROOT / "benchmarks" / "forward"
 
 
 @pytest.fixture
@@ -33,12 +34,12 @@ def module(monkeypatch: pytest.MonkeyPatch):
     return load
 
 
-@pytest.mark.parametrize("folder", [CACHE, EXTRACT, LOSSES, OVERFIT])
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT, FORWARD, LOSSES, OVERFIT])
 def test_the_tables_are_those_of_the_results(module, folder):
     assert (folder / "README.md").read_text() == module("readme").rendered(folder)
 
 
-@pytest.mark.parametrize("folder", [CACHE, EXTRACT, LOSSES, OVERFIT])
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT, FORWARD, LOSSES, OVERFIT])
 def test_results_are_small(folder):
     assert all(file.stat().st_size < 1e6 for file in folder.glob("results/*"))
 
@@ -376,3 +377,26 @@ def test_bytes_of_predictions_and_targets_by_hand(module):
     case = module("losses.sizes").Case("depth", 576, 1024, layers=2, rows=16, negatives=256, dtype="int8")
     assert case.prediction_bytes == 2 * 16 * 576 * 1024 * 4
     assert case.target_bytes == 256 * 576 * (1024 + 4)
+
+
+def test_every_benchmark_of_the_forward_runs(tmp_path):
+    shutil.copy(FORWARD / "README.md", tmp_path)
+    options = ["--size", "toy", "--device", "cpu", "--dir", tmp_path, "--name", "toy", "--results", tmp_path]
+    subprocess.run([sys.executable, "-m", "benchmarks.forward", *map(str, options)], cwd=ROOT, check=True)
+    assert "## Results: toy" in (tmp_path / "README.md").read_text()
+    figures = json.loads((tmp_path / "results" / "toy.json").read_text())["figures"]
+    assert [len(figures[name]) for name in ("padding", "packing", "predictors")] == [2, 1, 1]
+    for comparison in (*figures["packing"], *figures["predictors"]):
+        assert min(min(seconds) for seconds in comparison["seconds"].values()) > 0
+
+
+def test_positions_beyond_tokens_by_hand(module):
+    """Two processes, batches of 32: padded as drawn, each computes 16 of the longest; by length only one does."""
+    waste = module("forward.padding")._waste
+    lengths = np.array([10] * 16 + [2] * 16)
+    drawn = {packed: waste(lengths, np.ones(32, bool), False, None, packed, 2, 1, 1) for packed in (False, True)}
+    assert drawn[False] == pytest.approx(320 / 192 - 1)
+    assert 0 <= drawn[True] < drawn[False]
+    assert waste(lengths, np.ones(32, bool), False, lengths, True, 2, 1, 1) == 0
+    assert waste(lengths, np.ones(32, bool), False, lengths, False, 1, 2, 1) == 0
+    assert waste(lengths, np.ones(32, bool), False, lengths, False, 2, 1, 1) == pytest.approx(320 / 192 - 1)

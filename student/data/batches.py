@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from olavlm.cache import BadImage, CacheError, Dataset, DatasetError, ImageRoots, Sample
-from olavlm.student.assembly import count_supervised
 from olavlm.student.config import Recipe
 from olavlm.student.errors import SampleError, StudentError, TrainingError
 from olavlm.student.model import OlaVLM
+from olavlm.student.placement import Inserted, Placement, place
 from olavlm.student.text.conversation import IGNORE_INDEX, IMAGE_TOKEN, check_turns, encode
 from olavlm.student.vision.image_transform import ImageTransform
 
@@ -42,7 +42,7 @@ class MicroBatch:
     labels: torch.Tensor  # long (b, L)
     attention_mask: torch.Tensor  # long (b, L)
     pixel_values: torch.Tensor | None  # float32 (b, 3, S, S), zeros without an image
-    supervised: torch.Tensor  # long (b,): tokens of each sample that the text loss counts
+    placement: Placement  # where the model puts the pieces of each sample
     complete: torch.Tensor  # bool (b,): has an image, and its tokens fit into the sequence
     ids: list[str]
     images: list[str | None]
@@ -53,7 +53,7 @@ class MicroBatch:
     @property
     def supervised_tokens(self) -> int:
         """Tokens that the text loss counts."""
-        return int(self.supervised.sum())
+        return len(self.placement.predicted)
 
     def without(self, samples: torch.Tensor) -> MicroBatch:
         """With these samples, bool (b,), training nothing. Those that did count as bad images from now on."""
@@ -62,7 +62,7 @@ class MicroBatch:
         return replace(
             self,
             labels=self.labels.masked_fill(samples[:, None], IGNORE_INDEX),
-            supervised=self.supervised.masked_fill(samples, 0),
+            placement=self.placement.without_labels(samples),
             complete=self.complete & ~samples,
             bad_images=[*self.bad_images, *named],
         )
@@ -71,6 +71,7 @@ class MicroBatch:
         """With its tensors in pinned memory, which the loader asks for by this name. Targets are the source's own."""
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
         pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        pinned["placement"] = self.placement.each(lambda tensor: tensor.pin_memory())
         if self.encoder_features is not None:
             pinned["encoder_features"] = {name: part.pin_memory() for name, part in self.encoder_features.items()}
         return replace(self, **pinned)
@@ -85,8 +86,7 @@ class Collator:
     tokenizer: PreTrainedTokenizerBase
     transform: ImageTransform
     template: str
-    image_token_id: int
-    num_inserted_tokens: int  # by an image, beside its `<image>`
+    inserted: Inserted
     max_length: int
     source: TargetSource | None
     features: EncoderFeatures | None = None  # read in place of the images
@@ -116,8 +116,7 @@ class Collator:
             tokenizer=tokenizer,
             transform=model.config.image_transform,
             template=recipe.model.template,
-            image_token_id=model.config.image_token_id,
-            num_inserted_tokens=model.num_inserted_tokens,
+            inserted=model.inserted,
             max_length=recipe.model.max_length,
             source=source,
             features=features,
@@ -146,25 +145,15 @@ class Collator:
             ids[row, :n] = torch.tensor(text["input_ids"])
             labels[row, :n] = torch.tensor(text["labels"])
             mask[row, :n] = 1
+        placement = place(ids, mask, labels, self.inserted, self.max_length, padding_side="right")
+        usable = torch.tensor([image is not None and row not in bad for row, image in enumerate(images)])
         return MicroBatch(
             input_ids=ids,
             labels=labels,
             attention_mask=mask,
             pixel_values=pixels,
-            supervised=torch.tensor(
-                [
-                    count_supervised(
-                        t["input_ids"], t["labels"], self.image_token_id, self.num_inserted_tokens, self.max_length
-                    )
-                    for t in texts
-                ]
-            ),
-            complete=torch.tensor(
-                [
-                    image is not None and row not in bad and self._fits(text["input_ids"])
-                    for row, (image, text) in enumerate(zip(images, texts, strict=True))
-                ]
-            ),
+            placement=placement,
+            complete=usable & placement.complete,
             ids=[s.id for s in samples],
             images=images,
             bad_images=list(bad.values()),
@@ -182,12 +171,6 @@ class Collator:
                 except BadImage as e:
                     bad[row] = str(e)
         return pixels, bad
-
-    def _fits(self, input_ids: list[int]) -> bool:
-        """Whether image and task tokens lie within the longest sequence."""
-        if self.image_token_id not in input_ids:
-            return False
-        return input_ids.index(self.image_token_id) + 1 + self.num_inserted_tokens <= self.max_length
 
 
 def prompt_turns(sample: Sample) -> list[dict[str, str]]:
@@ -291,28 +274,44 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 
 def make_sampler(
-    recipe: Recipe, dataset: Dataset, source: TargetSource | None, global_batch: int
+    recipe: Recipe,
+    dataset: Dataset,
+    source: TargetSource | None,
+    global_batch: int,
+    *,
+    image_tokens: int,
+    packed: bool = False,
 ) -> GlobalBatchSampler:
-    """The order in which a recipe's samples are trained on."""
+    """The order in which a recipe's samples are trained on.
+
+    Args:
+        image_tokens: those that an image adds to its text.
+        packed: whether the LLM runs without padding.
+    """
     d = recipe.data
+    has_image = np.asarray(dataset.has_image())
     return GlobalBatchSampler(
-        has_image=np.asarray(dataset.has_image()),
+        has_image=has_image,
         global_batch_size=global_batch,
         seed=recipe.train.seed,
         group_by_modality=d.group_by_modality,
         rows=neighbour_rows(dataset, source) if d.shuffle_block is not None else None,
         block=d.shuffle_block,
-        lengths=word_counts(dataset) if d.group_by_modality else None,
+        lengths=estimated_tokens(dataset) + image_tokens * has_image,
+        packed=packed,
     )
 
 
-def word_counts(dataset: Dataset) -> np.ndarray:
-    """Words of each sample over its turns, int64: its length, as the public code's grouping has it."""
+def estimated_tokens(dataset: Dataset) -> np.ndarray:
+    """Of each sample's text, int64: a quarter of its bytes in UTF-8.
+
+    English has some 4.3 bytes a token in Llama-3's vocabulary, Chinese some 4. To count them would take minutes.
+    """
     turns = dataset.table.column("conversations").combine_chunks()
-    words = np.asarray(pc.count_substring_regex(pc.struct_field(pc.list_flatten(turns), "value"), r"\S+"), np.int64)
+    texts = pc.struct_field(pc.list_flatten(turns), "value")
     ends = np.cumsum(np.asarray(pc.list_value_length(turns)))
-    totals = np.concatenate([[0], np.cumsum(words)])[ends]
-    return np.diff(totals, prepend=0)
+    totals = np.concatenate([[0], np.cumsum(np.asarray(pc.binary_length(texts), np.int64))])[ends]
+    return np.diff(totals, prepend=0) // 4
 
 
 def neighbour_rows(dataset: Dataset, source: TargetSource | None) -> np.ndarray:

@@ -32,7 +32,9 @@ class GlobalBatchSampler:
     """int64 (samples,): where a sample's image lies in the store; -1 without one. Wanted with `block` alone."""
     block: int | None = None
     lengths: np.ndarray | None = None
-    """int64 (samples,): with them, a global batch is cut into micro-batches of like lengths, which pad little."""
+    """int64 (samples,): with them, a global batch is cut by length, so that no process waits for another's padding."""
+    packed: bool = False
+    """Whether the model runs without padding: then it is tokens that processes are to have in equal numbers."""
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -49,13 +51,18 @@ class GlobalBatchSampler:
     def slices(self, step: int, rank: int, world_size: int, accumulation: int) -> list[np.ndarray]:
         """The micro-batches of one rank. Over ranks and micro-batches they are the global batch, without overlap.
 
-        With lengths the longest samples come first, and are dealt to the ranks in turn: each has as much to do.
+        With lengths the longest samples come first. Padded, a micro-batch takes as long as its longest sample makes it,
+        so that it has samples of like lengths; ranks take one each in turn, there and back again, to have equal sums of
+        longest ones. Packed, each sample is dealt out in turn, and all ranks have as many tokens.
         """
         batch = self.batch(step)
         if self.lengths is None:
             return list(batch.reshape(world_size, accumulation, -1)[rank])
         batch = batch[np.argsort(-self.lengths[batch], kind="stable")]
-        return list(batch.reshape(accumulation, -1, world_size)[:, :, rank])
+        if self.packed:
+            return list(batch.reshape(accumulation, -1, world_size)[:, :, rank])
+        blocks = batch.reshape(accumulation, world_size, -1)
+        return [of[rank if turn % 2 == 0 else world_size - 1 - rank] for turn, of in enumerate(blocks)]
 
     @lru_cache(maxsize=2)  # noqa: B019 - a sampler lives as long as its run
     def _epoch(self, epoch: int) -> np.ndarray:

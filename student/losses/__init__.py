@@ -1,1 +1,1 @@
-"""The embedding losses: `embedding` is what a task calls, the rest is how they are computed."""
+"""The losses: `embedding` and `text` are what is called, the rest is how the embedding losses are computed."""

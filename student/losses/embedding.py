@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from olavlm.student.choices import Kernels
 
-from .eager import compute_dtype
 from .fused import smooth_l1_and_cosines
 from .scaled_features import Features
 
@@ -70,16 +69,3 @@ def embedding_loss_sums(
     wanted = labels.expand(len(predictions), -1)
     per_row = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(smooth_l1)
     return smooth_l1.sum(dim=1), torch.where(valid_rows, per_row, 0.0).sum(dim=1)
-
-
-def text_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of next-token cross-entropies over labelled positions, already shifted and gathered.
-
-    Args:
-        logits: (positions, vocabulary), any float dtype.
-        labels: long (positions,).
-
-    Returns:
-        float32 scalar; exactly 0, with a graph, without a position.
-    """
-    return F.cross_entropy(logits.to(compute_dtype(logits)), labels, reduction="sum")

@@ -22,22 +22,23 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedFakeTensorException,
-    unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from olavlm.student.assembly import assemble, locate
 from olavlm.student.choices import Stage
 from olavlm.student.config import Recipe
 from olavlm.student.errors import ModelError
 from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.loading import load_errors
 from olavlm.student.lora import add_lora
-from olavlm.student.losses.embedding import embedding_loss_sums, text_loss_sum
+from olavlm.student.losses.embedding import embedding_loss_sums
+from olavlm.student.losses.text import chunk_rows
 from olavlm.student.model import OlaVLM, OlaVLMConfig
+from olavlm.student.placement import Placement, place
 from olavlm.student.stages import apply_stage, trains_llm
+from olavlm.student.text.conversation import IGNORE_INDEX
 from olavlm.student.tokens import TaskSpec
 from olavlm.student.vision.encoders import VisionEncoder, load_encoder_config, load_image_transform
 from olavlm.student.vision.image_transform import ImageTransform
@@ -71,7 +72,7 @@ class MemoryEstimate:
     activations: int
     """The most that a micro-batch keeps alive beside the three above, logits and targets included."""
     logits: int
-    """Part of the activations: vocabulary logits, their float32 copy and their gradient."""
+    """Part of the activations: vocabulary logits that there are at once, their float32 copy and their gradient."""
     targets: int
     """Part of the activations: teacher features of the global batch; for fusion, those of the device's share of it."""
 
@@ -118,21 +119,23 @@ def estimate_memory(
     if checkpointing:
         model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
-        with FakeTensorMode():
+        placement = _placement(model, batch, recipe)
+        with FakeTensorMode() as fake:
             _make_fake(model)
-            activations = _step_peak(model, recipe, batch, transform, distil)
+            activations = _step_peak(model, recipe, batch, transform, distil, placement.each(fake.from_tensor))
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as e:
         raise ModelError(f"{recipe.model.llm}: what it computes depends on what its tensors hold ({e})") from None
     share = processes if sharded else 1
     buckets = 2 if processes > 1 and not sharded else 1
-    rows = batch.samples * batch.supervised_tokens
+    words = max(vocabulary, config.text_config.get_text_config().vocab_size)
+    rows = min(batch.samples * batch.supervised_tokens, chunk_rows(words))
     logit_bytes = torch.finfo(_compute_dtype(recipe)).bits // 8
     return MemoryEstimate(
         weights=weights // share,
         gradients=buckets * gradients // share,
         optimizer=2 * gradients // share,  # AdamW's two moments, in the parameters' dtype
         activations=activations,
-        logits=rows * max(vocabulary, config.text_config.get_text_config().vocab_size) * 2 * (logit_bytes + 4),
+        logits=rows * words * 2 * (logit_bytes + 4),
         targets=_feature_bytes(specs, batch.global_batch)
         if distil
         else _feature_bytes(fused, _own_rows(recipe, batch)),
@@ -203,7 +206,9 @@ def _config(
     return config, transform
 
 
-def _step_peak(model: OlaVLM, recipe: Recipe, shape: BatchShape, transform: ImageTransform, distil: bool) -> int:
+def _step_peak(
+    model: OlaVLM, recipe: Recipe, shape: BatchShape, transform: ImageTransform, distil: bool, placement: Placement
+) -> int:
     """Most bytes alive at once in one forward and backward, beyond weights and gradients."""
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -220,20 +225,17 @@ def _step_peak(model: OlaVLM, recipe: Recipe, shape: BatchShape, transform: Imag
         features = [torch.empty(rows, t.tokens, t.dim, dtype=torch.float16) for t in model.fused_teachers]
         autocast = torch.autocast("cpu", torch.bfloat16) if recipe.train.mixed_precision == "bf16" else nullcontext()
         with autocast:
-            text = model.llm.get_input_embeddings()(ids)
-            seen = pictures if model.vision.tower is None else model.vision(pictures)
-            images = model.projector(seen, *(values[:b] for values in features))
-            batch = assemble(text, ids, _layouts(model, shape, recipe), images.to(text), model.task_tokens().to(text))
+            pixels, given = (pictures, None) if model.vision.tower is not None else (None, pictures)
+            of_teachers = {t.name: values[:b] for t, values in zip(model.fused_teachers, features, strict=True)}
+            batch = model._assemble(ids, placement, pixels, of_teachers, given)
             layers = {layer for task in model.tasks for layer in task.layers} if distil else set()
             last, states, _ = model._run_llm(batch, layers, with_logits=False)
-            answers = last[:, -min(shape.supervised_tokens, last.shape[1]) :].flatten(0, 1)
-            logits = model.llm.get_output_embeddings()(answers)
-            loss = text_loss_sum(logits, torch.zeros(len(logits), dtype=torch.long))
-            predictions = model._predict(batch, states)
+            loss = model._text_loss_sum(last, None, placement)
+            predictions = model._predict(placement, states)
             for task in model.tasks if predictions else ():
                 of_layers = [predictions.pop(f"{task.name}/{layer}") for layer in task.layers]
                 loss = loss + _embedding_loss(of_layers, targets[task.name], model.logit_scales[task.name])
-        del logits, answers, last, states, batch, images, seen, text
+        del last, states, batch
         loss.backward()
     return live.peak
 
@@ -247,20 +249,13 @@ def _embedding_loss(predictions: list[torch.Tensor], targets: torch.Tensor, scal
     return torch.stack(sums).sum()
 
 
-def _layouts(model: OlaVLM, shape: BatchShape, recipe: Recipe) -> list[Any]:
-    """Of samples that all have an image ahead of their text."""
-    with unset_fake_temporarily():
-        ids = torch.ones(shape.samples, shape.text_tokens, dtype=torch.long)
-        ids[:, 0] = 0
-        return locate(
-            ids,
-            torch.ones_like(ids),
-            0,
-            model.num_image_tokens,
-            len(model.tasks),
-            model.config.num_task_tokens,
-            recipe.model.max_length,
-        )
+def _placement(model: OlaVLM, shape: BatchShape, recipe: Recipe) -> Placement:
+    """Of samples that all have an image ahead of their text, whose end is supervised."""
+    ids = torch.full((shape.samples, shape.text_tokens), model.config.image_token_id + 1)
+    ids[:, 0] = model.config.image_token_id
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    labels[:, -shape.supervised_tokens :] = 0
+    return place(ids, torch.ones_like(ids), labels, model.inserted, recipe.model.max_length)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -48,7 +48,7 @@ class OptimizerStep:
         torch.manual_seed(self.recipe.train.seed + step)  # the same noise, if a model has any, after a resume
         pairs = [self._to_device(m) for m in micro_batches]
         micro_batches, prepared = [micro for micro, _ in pairs], [batch for _, batch in pairs]
-        totals = self._totals(micro_batches, prepared)
+        totals, counts = self._totals(micro_batches, prepared)
         sums: dict[str, torch.Tensor] = {}
         scales: dict[str, torch.Tensor] = {}
         for number, batch in enumerate(prepared):
@@ -64,18 +64,22 @@ class OptimizerStep:
                     scales[name] = value
         self.parallel.finish_gradients()
         names = sorted(sums)
-        reduced = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
-        values = dict(zip(names, reduced, strict=True))
-        self._check(step, values, totals, micro_batches)
+        reduced = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum")
+        # The one time that the host waits for the device: what all ranks have is fetched together.
+        known = torch.cat([reduced, counts.double(), *(value.double().view(1) for value in scales.values())]).tolist()
+        values = dict(zip(names, known, strict=False))
+        tokens, bad_images, *valid = map(int, known[len(names) : len(names) + len(counts)])
+        valid_rows = dict(zip(totals.valid_rows, valid, strict=True))
+        self._check(step, values, valid_rows, micro_batches)
         if self.recipe.train.max_grad_norm is not None:
             values["grad_norm"] = self.parallel.clip_gradients(self.recipe.train.max_grad_norm)
         self.parallel.update()
         return {
             **values,
-            **{name: float(value) for name, value in scales.items()},
-            "supervised_tokens": totals.supervised_tokens,
-            **{f"valid/{name}": count for name, count in totals.valid_rows.items()},
-            "bad_images": self._bad_images,
+            **dict(zip(scales, known[len(names) + len(counts) :], strict=True)),
+            "supervised_tokens": tokens,
+            **{f"valid/{name}": count for name, count in valid_rows.items()},
+            "bad_images": bad_images,
         }
 
     def _to_device(self, micro: MicroBatch) -> tuple[MicroBatch, Batch]:
@@ -93,7 +97,8 @@ class OptimizerStep:
                 name: tensor.to(device, non_blocking=True)
                 for name in ("input_ids", "labels", "attention_mask", "pixel_values")
                 if (tensor := getattr(micro, name)) is not None
-            }
+            },
+            placement=micro.placement.to(device),
         )
         if micro.encoder_features is not None:
             batch["image_features"] = on_device(micro.encoder_features, device)
@@ -110,24 +115,29 @@ class OptimizerStep:
             batch["valid"] = {name: rows & complete for name, rows in valid.items()}
         return micro, batch
 
-    def _totals(self, micro_batches: list[MicroBatch], prepared: list[Batch]) -> BatchTotals:
-        """Counts and targets of the whole batch, over micro-batches and processes."""
+    def _totals(self, micro_batches: list[MicroBatch], prepared: list[Batch]) -> tuple[BatchTotals, torch.Tensor]:
+        """Counts and targets of the whole batch, over micro-batches and processes, and the counts on the device.
+
+        These are, long: supervised tokens, bad images, and for each task its valid rows.
+        """
         accelerator = self.accelerator
         names = [task.name for task in self.task.tasks]
         counts = [sum(m.supervised_tokens for m in micro_batches), sum(len(m.bad_images) for m in micro_batches)]
-        counts += [sum(int(b["valid"][name].sum()) for b in prepared) for name in names]
-        device = accelerator.device
-        reduced = accelerator.reduce(torch.tensor(counts, dtype=torch.long, device=device), reduction="sum").tolist()
-        tokens, self._bad_images, *valid = map(int, reduced)
-        totals = BatchTotals(supervised_tokens=tokens, valid_rows=dict(zip(names, valid, strict=True)))
-        for name in names:
+        valid = [torch.cat([b["valid"][name] for b in prepared]) for name in names]
+        own = [torch.tensor(counts).to(accelerator.device, non_blocking=True), *(rows.sum().view(1) for rows in valid)]
+        reduced = accelerator.reduce(torch.cat(own), reduction="sum")
+        tokens, _, *of_tasks = reduced
+        totals = BatchTotals(supervised_tokens=tokens, valid_rows=dict(zip(names, of_tasks, strict=True)))
+        for name, rows in zip(names, valid, strict=True):
             # No gradient flows to targets, so gathering those of the whole batch is exact.
             totals.targets[name] = joined([b["targets"].pop(name) for b in prepared], accelerator.gather)
-            totals.targets_valid[name] = accelerator.gather(torch.cat([b["valid"][name] for b in prepared]))
+            totals.targets_valid[name] = accelerator.gather(rows)
         totals.offset = accelerator.process_index * sum(len(b["input_ids"]) for b in prepared)
-        return totals
+        return totals, reduced
 
-    def _check(self, step: int, values: dict[str, float], totals: BatchTotals, micro_batches: list[MicroBatch]) -> None:
+    def _check(
+        self, step: int, values: dict[str, float], valid_rows: dict[str, int], micro_batches: list[MicroBatch]
+    ) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             ids = [i for m in micro_batches for i in m.ids]
@@ -138,7 +148,7 @@ class OptimizerStep:
             )
         for name, value in values.items():
             _, _, rest = name.partition("loss/")
-            if rest.endswith("/smooth_l1") and value == 0.0 and totals.valid_rows[rest.partition("/")[0]]:
+            if rest.endswith("/smooth_l1") and value == 0.0 and valid_rows[rest.partition("/")[0]]:
                 raise TrainingError(
                     f"step {step + 1}: {name} is exactly zero though the batch has valid targets; an embedding loss "
                     "that trains nothing is a fault, not a success"

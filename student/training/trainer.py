@@ -108,13 +108,14 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     elif stage == "pt" and recipe.tasks:
         specs = tokens_without_losses(recipe)
     model, tokenizer = start_model(recipe, stage, specs, fused, distil)
+    model.pack(recipe.model.packing)
     features = EncoderFeatures(recipe) if reads_encoder else None
     if features is not None:  # of the models saved, pt's holds no encoder
         features.take_the_place_of(model.vision, keep=stage != "pt" and accelerator.is_main_process)
-    if recipe.model.max_length <= model.num_inserted_tokens + 1:
+    if recipe.model.max_length <= model.inserted.added + 1:
         raise RecipeError(
             f"model.max_length is {recipe.model.max_length}: an image alone takes "
-            f"{model.num_inserted_tokens + 1} tokens here, and nothing would be learnt; make it longer"
+            f"{model.inserted.added + 1} tokens here, and nothing would be learnt; make it longer"
         )
     if recipe.lora.rank is not None and trains_llm(stage):
         add_lora(model.llm, recipe.lora)
@@ -128,8 +129,10 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     if resumed_from is not None:
         load_trained(resumed_from, model)
     if accelerator.is_main_process:
-        describe_run(run, recipe, stage, table, versions, accelerator.num_processes)
-    sampler = make_sampler(recipe, dataset, source, global_batch)
+        describe_run(run, recipe, stage, table, versions, accelerator.num_processes, model.packed)
+    sampler = make_sampler(
+        recipe, dataset, source, global_batch, image_tokens=model.inserted.added, packed=model.packed
+    )
     collator = Collator.of(recipe, model, tokenizer, dataset, roots, source, features)
     schedule = Schedule(recipe, len(sampler))
     parallel = spread(model, accelerator, recipe.train)
@@ -328,16 +331,22 @@ def build_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
 
 
 def describe_run(
-    run: Path, recipe: Recipe, stage: Stage, table: list[PartRow], versions: dict[str, str], num_processes: int
+    run: Path,
+    recipe: Recipe,
+    stage: Stage,
+    table: list[PartRow],
+    versions: dict[str, str],
+    num_processes: int,
+    packed: bool,
 ) -> None:
-    """Print and keep what trains, and keep the resolved recipe and the versions."""
+    """Print and keep what trains, and keep the resolved recipe, the versions and how it is computed."""
     print(f"{'part':<14}{'parameters':>16}{'trainable':>16}")
     for row in table:
         print(f"{row.part:<14}{row.parameters:>16,}{row.trainable:>16,}")
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     write_json(run / "versions.json", versions)
-    launch = {"processes": num_processes, "sharded": launched_with("FSDP")}
+    launch = {"processes": num_processes, "sharded": launched_with("FSDP"), "packed": packed}
     write_json(run / STAGE_FILE, {"stage": stage, **launch, "parts": [asdict(r) for r in table]})
 
 

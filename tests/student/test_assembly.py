@@ -1,70 +1,100 @@
+import pickle
 from itertools import product
 
 import pytest
 import torch
 
-from olavlm.student.assembly import SampleLayout, assemble, count_supervised, key_mask, locate, padded_right
+from olavlm.student.assembly import assemble, key_mask
+from olavlm.student.placement import Inserted, SampleLayout, place
 from olavlm.student.text.conversation import IGNORE_INDEX
 
 IMAGE, PATCHES, TASKS, N, WIDTH = 9, 3, 2, 2, 4
+INSERTED = Inserted(IMAGE, PATCHES, TASKS, N)
 IDS = torch.tensor([[1, 2, 9, 3, 4, 0], [9, 5, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
 LABELS = torch.where((IDS > 2) & (IDS != IMAGE) & MASK.bool(), IDS, IGNORE_INDEX)
 
 
-def layouts(max_length=None):
-    return locate(IDS, MASK, IMAGE, PATCHES, TASKS, N, max_length)
+def placed(max_length=None, padding_side=None, ids=IDS, mask=MASK, labels=LABELS):
+    return place(ids, mask, labels, INSERTED, max_length, padding_side)
 
 
-def assembled(max_length=None, padding_side="right"):
-    text = IDS[..., None].expand(-1, -1, WIDTH).float().requires_grad_()
+def embeds_of(placement, ids=IDS):
+    """Words are their ids, the two images 100 and 200, the task tokens 50 to 53."""
+    words = ids.flatten()[placement.words][:, None].expand(-1, WIDTH).float()
     image = torch.stack([torch.full((PATCHES, WIDTH), value) for value in (100.0, 200.0)])
     tasks = torch.arange(TASKS * N)[:, None].expand(-1, WIDTH) + 50.0
-    return assemble(text, LABELS, layouts(max_length), image, tasks, padding_side)
+    return assemble(words, image, tasks, placement).embeds[..., 0]
 
 
 def test_places():
-    first, second, text_only = layouts()
+    placement = placed()
+    first, second, text_only = placement.layouts
     assert first == SampleLayout(11, slice(2, 5), (slice(5, 7), slice(7, 9)))
     assert second == SampleLayout(8, slice(0, 3), (slice(3, 5), slice(5, 7)))
     assert text_only == SampleLayout(6)
-    assert [layout.complete for layout in (first, second, text_only)] == [True, True, False]
+    assert [layout.complete for layout in placement.layouts] == [True, True, False]
+    assert placement.lengths == (11, 8, 6)
+    assert placement.image_rows.tolist() == [0, 1]
+    assert placement.task_starts.tolist() == [[5, 7], [3, 5], [0, 0]]
+
+
+def test_a_row_without_padding():
+    placement = placed()
+    tokens = [*range(11), *range(11, 19), *range(22, 28)]
+    assert placement.tokens.tolist() == tokens
+    assert placement.positions.tolist() == [*range(11), *range(8), *range(6)]
+    assert embeds_of(placement).flatten()[placement.tokens].tolist() == [
+        1, 2, 100, 100, 100, 50, 51, 52, 53, 3, 4, 200, 200, 200, 50, 51, 52, 53, 5, 1, 2, 3, 4, 5, 6
+    ]  # fmt: skip
 
 
 def test_values_labels_and_padding():
-    batch = assembled()
+    placement = placed()
     x = IGNORE_INDEX
-    assert batch.embeds[..., 0].tolist() == [
+    assert embeds_of(placement).tolist() == [
         [1, 2, 100, 100, 100, 50, 51, 52, 53, 3, 4],
         [200, 200, 200, 50, 51, 52, 53, 5, 0, 0, 0],
         [1, 2, 3, 4, 5, 6, 0, 0, 0, 0, 0],
     ]
-    assert batch.labels.tolist() == [[x] * 9 + [3, 4], [x] * 7 + [5, x, x, x], [x, x, 3, 4, 5, 6] + [x] * 5]
-    assert batch.attention_mask.tolist() == [[1] * 11, [1] * 8 + [0] * 3, [1] * 6 + [0] * 5]
-    assert batch.complete.tolist() == [True, True, False]
+    assert placement.labels.tolist() == [[x] * 9 + [3, 4], [x] * 7 + [5, x, x, x], [x, x, 3, 4, 5, 6] + [x] * 5]
+    assert placement.attention_mask.tolist() == [[1] * 11, [1] * 8 + [0] * 3, [1] * 6 + [0] * 5]
+    assert placement.complete.tolist() == [True, True, False]
+    assert placement.predicting.tolist() == [8, 9, 11 + 6, 22 + 1, 22 + 2, 22 + 3, 22 + 4]
+    assert placement.predicted.tolist() == [3, 4, 5, 3, 4, 5, 6]
+    assert placement.supervised.tolist() == [2, 1, 4]
+
+
+def test_samples_that_are_to_teach_nothing():
+    placement = placed().without_labels(torch.tensor([False, False, True]))
+    assert placement.predicted.tolist() == [3, 4, 5]
+    assert placement.supervised.tolist() == [2, 1, 0]
+    assert (placement.labels[2] == IGNORE_INDEX).all()
+    assert placement.labels[0, 9] == 3
 
 
 def test_left_padding():
-    batch = assembled(padding_side="left")
-    assert batch.embeds[1, :, 0].tolist() == [0, 0, 0, 200, 200, 200, 50, 51, 52, 53, 5]
-    assert batch.attention_mask[1].tolist() == [0] * 3 + [1] * 8
+    placement = placed(padding_side="left")
+    assert embeds_of(placement)[1].tolist() == [0, 0, 0, 200, 200, 200, 50, 51, 52, 53, 5]
+    assert placement.attention_mask[1].tolist() == [0] * 3 + [1] * 8
+    assert placement.task_starts[1].tolist() == [6, 8]
 
 
-def test_padding_moves_to_the_right_from_wherever_it_is():
+def test_padding_of_the_text_may_be_anywhere():
+    """The result has all of it on one side: the left, if any row has some ahead of its text."""
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
     ids = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 0], [0, 7, 8, 0], [0, 0, 0, 0]])
-    side, (right, moved, none) = padded_right(mask, ids, None)
-    assert (side, none) == ("left", None)
-    assert right.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
-    assert moved.tolist() == [[5, 6, 0, 0], [1, 2, 3, 0], [7, 8, 0, 0], [0, 0, 0, 0]]
-    side, (same, unmoved) = padded_right(MASK, IDS)
-    assert side == "right"
-    assert same is MASK
-    assert unmoved is IDS
+    placement = placed(ids=ids, mask=mask, labels=None)
+    assert placement.padding_side == "left"
+    words = ids.flatten()[placement.words][:, None].float()
+    embeds = assemble(words, torch.empty(0, PATCHES, 1), torch.empty(TASKS * N, 1), placement).embeds[..., 0]
+    assert embeds.tolist() == [[0, 5, 6], [1, 2, 3], [0, 7, 8], [0, 0, 0]]
+    assert placed(ids=ids, mask=mask, labels=None, padding_side="right").padding_side == "right"
+    assert placed().padding_side == "right"
 
 
 def test_keys_of_a_batch_padded_on_the_left():
-    right, left = assembled(), assembled(padding_side="left")
+    right, left = placed(), placed(padding_side="left")
     assert left.starts == [0, 3, 5]
     for blocks, answer in product(("img+t", "sys+img+t", "sys+img+t+txt"), (True, False)):
         masks = key_mask(right, 1, blocks, answer), key_mask(left, 1, blocks, answer)
@@ -73,24 +103,40 @@ def test_keys_of_a_batch_padded_on_the_left():
             assert not masks[1][row, :start].any()
 
 
-def test_cut_after_insertion():
-    batch = assembled(max_length=8)
-    assert batch.embeds[0, :, 0].tolist() == [1, 2, 100, 100, 100, 50, 51, 52]
-    assert (batch.labels[0] == IGNORE_INDEX).all()
-    assert batch.complete.tolist() == [False, True, False], "a task token of the first is cut off"
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_cut_after_insertion(side):
+    placement = placed(8, side)
+    assert embeds_of(placement)[0].tolist() == [1, 2, 100, 100, 100, 50, 51, 52]
+    assert embeds_of(placement)[1].tolist() == [200, 200, 200, 50, 51, 52, 53, 5]
+    assert (placement.labels[0] == IGNORE_INDEX).all()
+    assert placement.complete.tolist() == [False, True, False], "a task token of the first is cut off"
+    assert placement.lengths == (8, 8, 6)
 
 
-@pytest.mark.parametrize("max_length", [None, 6, 8, 10, 11])
-def test_count_is_known_before_insertion(max_length):
-    batch = assembled(max_length=max_length)
-    counted = (batch.labels[:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
-    inserted = PATCHES + TASKS * N - 1
-    rows = zip(IDS.tolist(), LABELS.tolist(), strict=True)
-    assert [count_supervised(ids, labels, IMAGE, inserted, max_length) for ids, labels in rows] == counted
+@pytest.mark.parametrize("max_length", [None, 2, 6, 8, 10, 11])
+def test_supervised_tokens_are_those_left_of_the_labels(max_length):
+    placement = placed(max_length)
+    assert placement.supervised.tolist() == (placement.labels[:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
 
 
-def test_first_token_is_not_counted():
-    assert count_supervised([4, 5], [4, 5], IMAGE, 0, None) == 1
+def test_the_first_token_is_not_predicted():
+    placement = placed(ids=torch.tensor([[4, 5]]), mask=torch.ones(1, 2), labels=torch.tensor([[4, 5]]))
+    assert placement.predicted.tolist() == [5]
+
+
+def test_a_placement_comes_through_a_pipe_without_tensors():
+    """Each would cost the loader a file descriptor."""
+    placement = placed()
+    assert not any(isinstance(value, torch.Tensor) for value in placement.__getstate__().values())
+    again = pickle.loads(pickle.dumps(placement))
+    assert again.layouts == placement.layouts
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(again), tensors_of(placement), strict=True))
+
+
+def tensors_of(placement):
+    found = []
+    placement.each(lambda tensor: (found.append(tensor), tensor)[1])
+    return found
 
 
 @pytest.mark.parametrize(
@@ -103,23 +149,35 @@ def test_first_token_is_not_counted():
     ],
 )
 def test_keys(blocks, include_answer, first_row):
-    mask = key_mask(assembled(), 1, blocks, include_answer)
+    mask = key_mask(placed(), 1, blocks, include_answer)
     assert mask[0].nonzero().flatten().tolist() == first_row
     assert mask[1].nonzero().flatten().max() < 8, "padding is no key"
     assert mask[2].nonzero().flatten().tolist() == ([0, 1, 2, 3, 4, 5] if include_answer else [0, 1])
 
 
-def test_every_row_keeps_projector_and_tokens_in_the_graph():
-    text = torch.zeros(1, 2, WIDTH)
+def test_without_any_image_projector_and_tokens_are_in_the_graph():
     image = torch.ones(1, PATCHES, WIDTH, requires_grad=True)
     tasks = torch.ones(TASKS * N, WIDTH, requires_grad=True)
-    assemble(text, None, [SampleLayout(2)], image[:0], tasks).embeds.sum().backward()
+    text_only = placed(ids=IDS[2:], mask=MASK[2:], labels=None)
+    assemble(torch.zeros(6, WIDTH), image[:0], tasks, text_only).embeds.sum().backward()
     assert (image.grad == 0).all()
     assert (tasks.grad == 0).all()
 
 
+def test_every_piece_gets_its_own_gradient():
+    placement = placed(10)
+    words = torch.zeros(len(placement.words), 1, requires_grad=True)
+    image = torch.zeros(2, PATCHES, 1, requires_grad=True)
+    tasks = torch.zeros(TASKS * N, 1, requires_grad=True)
+    weights = torch.arange(30.0).view(3, 10, 1)
+    (assemble(words, image, tasks, placement).embeds * weights).sum().backward()
+    assert words.grad.flatten().tolist() == [0, 1, 9, 17, *range(20, 26)]
+    assert image.grad.flatten().tolist() == [2, 3, 4, 10, 11, 12]
+    assert tasks.grad.flatten().tolist() == [5 + 13, 6 + 14, 7 + 15, 8 + 16], "those of both samples"
+
+
 def test_errors():
     with pytest.raises(ValueError, match="row 1 has 2 image tokens"):
-        locate(torch.tensor([[1, 9], [9, 9]]), torch.ones(2, 2), IMAGE, PATCHES, TASKS, N, None)
+        placed(ids=torch.tensor([[1, 9], [9, 9]]), mask=torch.ones(2, 2), labels=None)
     with pytest.raises(ValueError, match="pad at the ends"):
-        locate(IDS[:1], torch.tensor([[1, 1, 0, 1, 1, 1]]), IMAGE, PATCHES, TASKS, N, None)
+        placed(ids=IDS[:1], mask=torch.tensor([[1, 1, 0, 1, 1, 1]]), labels=None)

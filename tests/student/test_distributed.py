@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from olavlm.pipelines.launch_configs import launch_configs
-from olavlm.student.data.sampler import GlobalBatchSampler
+from olavlm.student.data.batches import make_sampler
 from olavlm.student.errors import RecipeError
 from olavlm.student.probing.settings import ProbeData, ProbeSettings
 from olavlm.student.probing.training import train_probes
@@ -47,9 +47,16 @@ SCENES = {
     "pt": ("pt", {"train.gradient_checkpointing": True}),
     "ift": (
         "ift",
-        {"train.lr": 1e-4, "train.max_grad_norm": 0.5, "data.group_by_modality": True, "losses.stages": "[pt, ift]"},
+        {
+            "train.lr": 1e-4,
+            "train.max_grad_norm": 0.5,
+            "data.group_by_modality": True,
+            "losses.stages": "[pt, ift]",
+            "model.packing": False,
+        },
     ),
-    "mixed": ("pt", {"train.max_grad_norm": 0.5}),  # distillation over dialogues, some of them without an image
+    # Distillation over dialogues, some of them without an image.
+    "mixed": ("pt", {"train.max_grad_norm": 0.5}),
     "lora": ("ift", {"train.lr": 1e-4, "lora.rank": 4, "train.gradient_checkpointing": True}),
 }
 SPLITS = {"": (2, 1), "-accumulated": (1, 2)}  # batch size and accumulation of two processes; of one they are 4 and 1
@@ -205,7 +212,7 @@ def test_some_micro_batch_is_text_alone_on_one_process(scene):
     _, recipe = scene("mixed", "unused")
     dataset, _ = open_data(recipe)
     has_image = np.asarray(dataset.has_image())
-    sampler = GlobalBatchSampler(has_image, 4, recipe.train.seed)
+    sampler = make_sampler(recipe, dataset, None, 4, image_tokens=100)
     kinds = {
         tuple(bool(has_image[sampler.slices(step, rank, 2, 2)[part]].any()) for rank in range(2))
         for step in range(STEPS)

@@ -1,12 +1,13 @@
 """The order of samples: a function of seed, epoch, step and global batch size alone."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 
 from olavlm.cache import Dataset
-from olavlm.student.data.batches import neighbour_rows, word_counts
+from olavlm.student.data.batches import estimated_tokens, make_sampler, neighbour_rows
 from olavlm.student.data.sampler import GlobalBatchSampler
 from olavlm.student.data.targets import CachedTargets
 
@@ -59,9 +60,9 @@ def test_grouped_batches_are_of_one_modality_except_the_last():
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)])
-def test_lengths_are_dealt_out_evenly_and_the_batch_stays(world, accumulation):
+def test_packed_lengths_are_dealt_out_evenly_and_the_batch_stays(world, accumulation):
     lengths = np.random.default_rng(0).permutation(40) + 1
-    s = GlobalBatchSampler(np.ones(40, bool), 8, 0, lengths=lengths)
+    s = GlobalBatchSampler(np.ones(40, bool), 8, 0, lengths=lengths, packed=True)
     parts = {(r, a): part for r in range(world) for a, part in enumerate(s.slices(3, r, world, accumulation))}
     assert sorted(np.concatenate(list(parts.values()))) == sorted(sampler([True] * 40, size=8).batch(3))
     for a in range(accumulation - 1):  # the longest first
@@ -72,13 +73,44 @@ def test_lengths_are_dealt_out_evenly_and_the_batch_stays(world, accumulation):
         assert list(np.concatenate([lengths[parts[r, a]] for a in range(accumulation)])) == list(longest[r::world])
 
 
-def test_length_is_the_words_of_all_turns(tmp_path):
-    turns = [[("human", "one two"), ("gpt", " three\nfour ")], [("human", ""), ("gpt", "x")], [("human", "a b c")]]
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1), (2, 4)])
+def test_padded_micro_batches_are_of_like_lengths_and_the_batch_stays(world, accumulation):
+    lengths = np.random.default_rng(0).permutation(40) + 1
+    s = GlobalBatchSampler(np.ones(40, bool), 16, 0, lengths=lengths)
+    parts = {(r, a): part for r in range(world) for a, part in enumerate(s.slices(3, r, world, accumulation))}
+    assert sorted(np.concatenate(list(parts.values()))) == sorted(sampler([True] * 40, size=16).batch(3))
+    longest = np.sort(lengths[s.batch(3)])[::-1]
+    blocks = longest.reshape(world * accumulation, -1)
+    found = sorted((sorted(lengths[part], reverse=True) for part in parts.values()), reverse=True)
+    assert found == blocks.tolist(), "each micro-batch is a run of the sorted lengths"
+    for a in range(accumulation):  # there, and back again
+        order = range(world) if a % 2 == 0 else reversed(range(world))
+        firsts = [lengths[parts[r, a]].max() for r in order]
+        assert firsts == sorted(firsts, reverse=True)
+        assert a == 0 or firsts[0] < min(lengths[parts[r, a - 1]].min() for r in range(world))
+
+
+def test_estimated_length_is_the_bytes_of_all_turns(tmp_path):
+    turns = [[("human", "one two "), ("gpt", "thrée fo")], [("human", ""), ("gpt", "x")], [("human", "a b c d ")]]
     records = [{"id": str(i), "conversations": [{"from": f, "value": v} for f, v in t]} for i, t in enumerate(turns)]
     (tmp_path / "data.json").write_text(json.dumps(records))
     dataset = Dataset([tmp_path / "data.json"])
-    assert word_counts(dataset).tolist() == [4, 1, 3]
-    assert word_counts(dataset.take(np.array([2, 0]))).tolist() == [3, 4]
+    assert estimated_tokens(dataset).tolist() == [17 // 4, 0, 2]
+    assert estimated_tokens(dataset.take(np.array([2, 0]))).tolist() == [2, 4]
+
+
+def test_a_recipes_samples_are_dealt_out_by_length_and_an_image_counts(recipe, ift_json):
+    """Without grouping too: the two without an image, of 8, are together in the last micro-batch."""
+    dataset = Dataset([ift_json])
+    s = make_sampler(recipe(**{"data.file": ift_json}), dataset, None, 8, image_tokens=600)
+    has_image = np.asarray(dataset.has_image())
+    assert (s.lengths >= 600).tolist() == has_image.tolist()
+    assert s.lengths[~has_image].tolist() == estimated_tokens(dataset)[~has_image].tolist()
+    parts = s.slices(0, 0, 1, 4)
+    assert [has_image[part].tolist() for part in parts] == [[True, True]] * 3 + [[False, False]]
+    lengths = [s.lengths[part] for part in parts]
+    assert all(now.min() >= later.max() for now, later in itertools.pairwise(lengths))
+    assert (s.batch(0) == sampler(has_image, size=8).batch(0)).all(), "which samples are in it does not depend on it"
 
 
 def blocks_of(order, rows, block):

@@ -48,6 +48,7 @@ def baseline():
         ({"model.template": "plain"}, ["loss/text"], []),
         ({"train.seed": 1}, ["loss/text", DEPTH], []),
         ({"data.fraction": 0.5}, ["epoch"], []),
+        ({"model.packing": False}, [], ["loss/total", "loss/text", DEPTH, GEN, SEG, CONTRASTIVE]),
     ],
     ids=str,
 )

@@ -20,6 +20,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from olavlm.cache import FeatureStore, StoreBuilder
 from olavlm.student import OlaVLM, RecipeError, TargetsError, TrainingError, load_checkpoint, task
 from olavlm.student.data.batches import MicroBatch, _leave_signals_to_the_trainer
+from olavlm.student.placement import Inserted, place
 from olavlm.student.stages import ADAPTER
 from olavlm.student.training import trainer as trainer_module
 from olavlm.student.training.checkpoint import read_adapter
@@ -279,9 +280,9 @@ def test_a_micro_batch_is_pinned_as_the_loader_asks_for_it(monkeypatch):
         "labels": torch.ones(2, 3, dtype=torch.long),
         "attention_mask": torch.ones(2, 3, dtype=torch.long),
         "pixel_values": torch.rand(2, 3, 4, 4),
-        "supervised": torch.tensor([4, 2]),
         "complete": torch.tensor([True, False]),
     }
+    placement = place(tensors["input_ids"], tensors["attention_mask"], tensors["labels"], Inserted(9, 3, 0, 0), None)
     targets = {"depth": (np.ones((2, 5), np.float16), np.array([True, False]))}
     features = {"features": torch.zeros(2, 5, 3, dtype=torch.int8), "scales": torch.ones(2, 5)}
     batch = MicroBatch(
@@ -289,6 +290,7 @@ def test_a_micro_batch_is_pinned_as_the_loader_asks_for_it(monkeypatch):
         ids=["a", "b"],
         images=["a.jpg", None],
         bad_images=[],
+        placement=placement,
         targets=targets,
         encoder_features=features,
     )
@@ -307,9 +309,12 @@ def test_a_micro_batch_is_pinned_as_the_loader_asks_for_it(monkeypatch):
     for name, tensor in features.items():
         assert id(result.encoder_features[name]) in pinned, name
         assert torch.equal(result.encoder_features[name], tensor)
-    assert len(pinned) == len(tensors) + len(features)
+    placed = []
+    result.placement.each(lambda tensor: (placed.append(id(tensor)), tensor)[1])
+    assert set(placed) <= set(pinned)
+    assert len(pinned) == len(tensors) + len(features) + len(placed)
     assert result.targets is targets
-    assert (result.ids, result.supervised_tokens) == (["a", "b"], 6)
+    assert (result.ids, result.supervised_tokens) == (["a", "b"], 4)
 
 
 def test_a_finished_run_is_not_trained_again(recipe):
