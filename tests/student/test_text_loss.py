@@ -1,5 +1,10 @@
 """The text loss from states, in chunks: that of all logits at once, in values, gradients and memory."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +82,16 @@ def test_the_head_is_called_once_whatever_the_chunks(monkeypatch, rows):
     head.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     text_loss_from_states(head, torch.randn(POSITIONS, WIDTH), torch.zeros(POSITIONS, dtype=torch.long), WORDS)
     assert calls == [POSITIONS]
+
+
+def test_ranks_with_other_numbers_of_chunks_do_not_wait_for_each_other():
+    program = Path(__file__).with_name("text_loss_ranks.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, program], capture_output=True, text=True, timeout=200, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_no_position_is_exactly_zero_with_a_graph():
