@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,14 +29,16 @@ from .conversation import IGNORE_INDEX, IMAGE_TOKEN, check_turns, encode
 from .encoder_features import EncoderFeatures, Stored
 from .errors import SampleError, StudentError, TrainingError
 from .image_transform import ImageTransform
+from .load_times import LoadTimes, clocked
 from .model import OlaVLM
 from .sampler import GlobalBatchSampler
+from .shared_tensors import allocate, pack, shared_memory_remedy, unpack
 from .targets import CachedTargets, Loaded, TargetSource
 
 
 @dataclass
 class MicroBatch:
-    """What a loader process hands over; tensors on the host, targets still as the source loaded them."""
+    """What a loader process hands over: tensors on the host, all in one buffer, targets as the source loaded them."""
 
     input_ids: torch.Tensor  # long (b, L)
     labels: torch.Tensor  # long (b, L)
@@ -49,6 +51,7 @@ class MicroBatch:
     bad_images: list[str]  # images that could not be read, or lack features to be fused; their samples train nothing
     targets: Loaded = field(default_factory=dict)
     encoder_features: Stored | None = None  # in place of `pixel_values`, unless no sample has an image
+    load_times: LoadTimes = field(default_factory=dict)
 
     @property
     def supervised_tokens(self) -> int:
@@ -68,12 +71,16 @@ class MicroBatch:
         )
 
     def pin_memory(self) -> MicroBatch:
-        """With its tensors in pinned memory, which the loader asks for by this name. Targets are the source's own."""
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
-        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        if self.encoder_features is not None:
-            pinned["encoder_features"] = {name: part.pin_memory() for name, part in self.encoder_features.items()}
-        return replace(self, **pinned)
+        """With its tensors in pinned memory, which the loader asks for by this name."""
+        buffer, content = pack(self.__dict__)
+        return _unpacked(buffer.pin_memory(), content)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, pack(self.__dict__)
+
+
+def _unpacked(buffer: torch.Tensor, content: dict[str, Any]) -> MicroBatch:
+    return MicroBatch(**unpack(buffer, content))
 
 
 @dataclass
@@ -126,62 +133,75 @@ class Collator:
     def collate(self, indices: list[int]) -> MicroBatch:
         """The micro-batch of these samples; raises StudentError and CacheError."""
         samples = [self.dataset[int(i)] for i in indices]
-        images = [s.image for s in samples]
-        pixels, features = None, None
+        images, times = [s.image for s in samples], {}
+        with clocked(times, "text"):
+            texts = [
+                encode(self.tokenizer, prompt_turns(sample), self.template, self.max_length, sample.id)
+                for sample in samples
+            ]
+        room = allocate(self._shapes(images, texts))
         if self.features is None:
-            pixels, bad = self._pixels(images)
+            with clocked(times, "images"):
+                bad = self._read_pixels(images, room["pixel_values"])
         else:
-            features, bad = self.features.load(images)
-        texts = []
-        for row, sample in enumerate(samples):
-            text = encode(self.tokenizer, prompt_turns(sample), self.template, self.max_length, sample.id)
-            if row in bad:  # learning to describe an image that is not there would teach to invent one
-                text["labels"] = [IGNORE_INDEX] * len(text["labels"])
-            texts.append(text)
-        width = max(len(t["input_ids"]) for t in texts)
-        ids = torch.full((len(texts), width), self.tokenizer.pad_token_id)
-        labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
-        for row, text in enumerate(texts):
-            n = len(text["input_ids"])
-            ids[row, :n] = torch.tensor(text["input_ids"])
-            labels[row, :n] = torch.tensor(text["labels"])
-            mask[row, :n] = 1
+            with clocked(times, "encoder_features"):
+                _, bad = self.features.load(images, room.get("encoder_features"))
+        for row in bad:  # learning to describe an image that is not there would teach to invent one
+            texts[row]["labels"] = [IGNORE_INDEX] * len(texts[row]["labels"])
+        self._write_texts(texts, room)
+        for row, (image, text) in enumerate(zip(images, texts, strict=True)):
+            room["complete"][row] = image is not None and row not in bad and self._fits(text["input_ids"])
+        if self.source is not None:
+            with clocked(times, "targets"):
+                self.source.load(images, room["targets"])
         return MicroBatch(
-            input_ids=ids,
-            labels=labels,
-            attention_mask=mask,
-            pixel_values=pixels,
-            supervised=torch.tensor(
-                [
-                    count_supervised(
-                        t["input_ids"], t["labels"], self.image_token_id, self.num_inserted_tokens, self.max_length
-                    )
-                    for t in texts
-                ]
-            ),
-            complete=torch.tensor(
-                [
-                    image is not None and row not in bad and self._fits(text["input_ids"])
-                    for row, (image, text) in enumerate(zip(images, texts, strict=True))
-                ]
-            ),
+            **{"pixel_values": None, **room},
             ids=[s.id for s in samples],
             images=images,
             bad_images=list(bad.values()),
-            targets=self.source.load(images) if self.source is not None else {},
-            encoder_features=features,
+            load_times=times,
         )
 
-    def _pixels(self, images: list[str | None]) -> tuple[torch.Tensor, dict[int, str]]:
-        """float32 (b, 3, S, S), zeros for None and for what cannot be read; and by row why it could not."""
-        pixels, bad = torch.zeros(len(images), 3, self.transform.size, self.transform.size), {}
+    def _shapes(self, images: list[str | None], texts: list[dict[str, list[int]]]) -> dict[str, Any]:
+        """Of the micro-batch's tensors, by its fields."""
+        num, size = len(images), self.transform.size
+        width = max(len(t["input_ids"]) for t in texts)
+        shapes: dict[str, Any] = {
+            name: ((num, width), torch.long) for name in ("input_ids", "labels", "attention_mask")
+        }
+        shapes |= {"supervised": ((num,), torch.long), "complete": ((num,), torch.bool)}
+        if self.features is None:
+            shapes["pixel_values"] = (num, 3, size, size), torch.float32
+        elif any(image is not None for image in images):
+            shapes["encoder_features"] = self.features.shapes(num)
+        if self.source is not None:
+            shapes["targets"] = self.source.shapes(num)
+        return shapes
+
+    def _read_pixels(self, images: list[str | None], pixels: torch.Tensor) -> dict[int, str]:
+        """Fill float32 (b, 3, S, S), with zeros for None and for what cannot be read; by row why it could not."""
+        bad = {}
         for row, image in enumerate(images):
-            if image is not None:
-                try:
-                    pixels[row] = torch.from_numpy(self.transform(self.roots.open(image)))
-                except BadImage as e:
-                    bad[row] = str(e)
-        return pixels, bad
+            try:
+                pixels[row] = 0 if image is None else torch.from_numpy(self.transform(self.roots.open(image)))
+            except BadImage as e:
+                pixels[row] = 0
+                bad[row] = str(e)
+        return bad
+
+    def _write_texts(self, texts: list[dict[str, list[int]]], into: dict[str, torch.Tensor]) -> None:
+        """Token ids, labels and mask, padded on the right, and the counts of supervised tokens."""
+        into["input_ids"].fill_(self.tokenizer.pad_token_id)
+        into["labels"].fill_(IGNORE_INDEX)
+        into["attention_mask"].zero_()
+        for row, text in enumerate(texts):
+            n = len(text["input_ids"])
+            into["input_ids"][row, :n] = torch.tensor(text["input_ids"])
+            into["labels"][row, :n] = torch.tensor(text["labels"])
+            into["attention_mask"][row, :n] = 1
+            into["supervised"][row] = count_supervised(
+                text["input_ids"], text["labels"], self.image_token_id, self.num_inserted_tokens, self.max_length
+            )
 
     def _fits(self, input_ids: list[int]) -> bool:
         """Whether image and task tokens lie within the longest sequence."""
@@ -261,11 +281,11 @@ def batches(
         try:
             loaded = [next(loader) for _ in range(accumulation)]
         except RuntimeError as e:
-            if "DataLoader worker" not in str(e):
+            if not str(e).startswith("DataLoader worker (pid"):
                 raise
             raise TrainingError(
-                f"a loader process died, perhaps for lack of memory ({str(e).splitlines()[0]}); run the same command "
-                "again, or with fewer data.workers"
+                f"a loader process died ({str(e).splitlines()[0]}), perhaps for lack of memory: "
+                f"{shared_memory_remedy()}; then run the same command again"
             ) from None
         for part in loaded:
             if isinstance(part, Exception):
