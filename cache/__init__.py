@@ -19,6 +19,7 @@ from .errors import (
     StoreError,
 )
 from .images import ImageRoots, decode_rgb
+from .local_cache import LocalCache
 from .plan import Plan
 from .shard import Layout
 from .store import Coverage, FeatureStore, TeacherFeatures
@@ -38,6 +39,7 @@ __all__ = [
     "Layout",
     "LeaseHeld",
     "LeaseLost",
+    "LocalCache",
     "MissingExtra",
     "MissingFeatures",
     "OpenShard",

@@ -31,8 +31,10 @@ import os
 import resource
 from array import array as stdlib_array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -42,12 +44,17 @@ from . import files
 from .errors import BadImage, CorruptFeatures, MissingFeatures, StoreError
 from .files import Location
 from .ledger import Ledger
+from .local_cache import LocalCache
 from .plan import Plan
 from .records import Record, canonical_json, valid_record
 from .shard import CRC_BYTES, ArrayLayout, Layout, read_metadata
 
 # Shard files kept open by one reader, of which a process may have several.
 _OPEN_FILES = min(1024, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16))
+Span = tuple[int, int]
+"""Bytes [start, stop) of a shard file."""
+Sound = Callable[[bytes], bool]
+"""Says whether bytes are those that a record names, and takes them if so."""
 FORMAT = 1
 RESERVED = ("plan", "runs", "zarr.json")  # names in a store that are no teacher's
 
@@ -86,11 +93,13 @@ class Coverage:
 class FeatureStore(Mapping[str, "TeacherFeatures"]):
     """A store, opened read-only. `store["depth"]` is a teacher's features, `store.plan` the rows.
 
-    Raises `StoreError` if `path` is not a store, `PlanError` if its plan is damaged.
+    With `local_cache`, rows of a store on object storage are kept there once they were fetched. Raises `StoreError` if
+    `path` is not a store, `PlanError` if its plan is damaged.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, *, local_cache: LocalCache | None = None) -> None:
         self.path = files.location(path)
+        self._local_cache = None if files.is_local(self.path) else local_cache
         metadata = read_metadata(self.path)
         about = metadata.get("attributes", {}).get("olavlm")
         if not isinstance(about, dict):
@@ -127,7 +136,7 @@ class FeatureStore(Mapping[str, "TeacherFeatures"]):
                 raise MissingFeatures(
                     f"{self.path} has no features '{key}'; it has {', '.join(self.teachers) or 'none'}"
                 )
-            self._opened[key] = TeacherFeatures(self.path, key, self._plan)
+            self._opened[key] = TeacherFeatures(self.path, key, self._plan, self._local_cache)
         return self._opened[key]
 
     def __iter__(self):
@@ -191,6 +200,7 @@ class _Chunks:
 
     def __init__(self, array: ArrayLayout, record: Record) -> None:
         self.array, recorded = array, record.files.get(array.name)
+        self.content = (record.revision, recorded.crc32, recorded.size) if recorded else ()  # of the file, in short
         valid = np.array([reason is None for reason in record.reasons])
         self.crc32c = stdlib_array("I", [c or 0 for c in recorded.rows_crc32c] if recorded else [0] * len(valid))
         if recorded and recorded.rows_bytes:
@@ -244,8 +254,8 @@ class TeacherFeatures:
     image. Safe to share between threads and to send to other processes.
     """
 
-    def __init__(self, store: Location, key: str, plan: Plan) -> None:
-        self.key, self.plan, self.folder = key, plan, store / key
+    def __init__(self, store: Location, key: str, plan: Plan, local_cache: LocalCache | None = None) -> None:
+        self.key, self.plan, self.folder, self._local_cache = key, plan, store / key, local_cache
         group = read_metadata(self.folder)
         try:
             self.card: dict = group["attributes"]["card"]
@@ -456,7 +466,7 @@ class TeacherFeatures:
         return valid
 
     def _read_remote(self, rows: list[int], shards: list[_Shard], out: dict[str, np.ndarray]) -> np.ndarray:
-        """One request a row and array, all at once."""
+        """One request a row and array that the local cache has not, all at once."""
         valid, wanted = np.ones(len(rows), bool), []
         for i, (row, shard) in enumerate(zip(rows, shards, strict=True)):
             offset = row - shard.start
@@ -466,11 +476,16 @@ class TeacherFeatures:
                 valid[i] = self._read_carefully(row, {name: part[i] for name, part in out.items()})
             else:
                 for name, chunks in shard.chunks.items():
-                    file = chunks.array.file(self.folder, row // chunks.array.shard_rows)
-                    wanted.append((i, name, file, *chunks.range_of(offset)))
+                    number, span = row // chunks.array.shard_rows, chunks.range_of(offset)
+                    take = partial(chunks.take, offset=offset, into=out[name][i])
+                    if not self._kept(chunks, number, span, take):
+                        wanted.append((i, name, chunks.array.file(self.folder, number), *span))
         answers = files.read_ranges(*(list(column) for column in list(zip(*wanted, strict=True))[2:])) if wanted else []
-        for (i, name, *_), answer in zip(wanted, answers, strict=True):
-            if not shards[i].chunks[name].take(answer, rows[i] - shards[i].start, out[name][i]):
+        for (i, name, _, *span), answer in zip(wanted, answers, strict=True):
+            chunks = shards[i].chunks[name]
+            if chunks.take(answer, rows[i] - shards[i].start, out[name][i]):
+                self._keep(chunks, self.layout.shard_of(rows[i]), span, answer)
+            else:
                 valid[i] &= self._read_carefully(rows[i], {name: part[i] for name, part in out.items()})
         return valid
 
@@ -487,13 +502,11 @@ class TeacherFeatures:
             if not shard.valid[row - shard.start]:
                 return False
             for name, chunks in shard.chunks.items():
-                if not shard.index_checked:
-                    index = self._read_range(name, number, chunks.data_bytes, chunks.data_bytes + len(chunks.index))
-                    if index != chunks.index:
-                        faults.append(f"the index of {chunks.array.file(self.folder, number)}")
-                if not chunks.take(
-                    self._read_range(name, number, *chunks.range_of(row - shard.start)), row - shard.start, into[name]
-                ):
+                offset, span = row - shard.start, (chunks.data_bytes, chunks.data_bytes + len(chunks.index))
+                if not shard.index_checked and not self._find(chunks, number, span, partial(operator.eq, chunks.index)):
+                    faults.append(f"the index of {chunks.array.file(self.folder, number)}")
+                take = partial(chunks.take, offset=offset, into=into[name])
+                if not self._find(chunks, number, chunks.range_of(offset), take):
                     faults.append(f"its bytes in {chunks.array.file(self.folder, number)}")
             if not faults:
                 shard.index_checked = True
@@ -507,6 +520,33 @@ class TeacherFeatures:
                     "do not match its commit record"
                 )
             faulty = shard.revision
+
+    def _find(self, chunks: _Chunks, shard: int, span: Span, sound: Sound) -> bool:
+        """Whether bytes [start, stop) of a shard file are sound: those of the local cache, or else the store's."""
+        if self._kept(chunks, shard, span, sound):
+            return True
+        found = self._read_range(chunks.array.name, shard, *span)
+        if not sound(found):
+            return False
+        self._keep(chunks, shard, span, found)
+        return True
+
+    def _kept(self, chunks: _Chunks, shard: int, span: Span, sound: Sound) -> bool:
+        """Whether the local cache has sound bytes [start, stop) of a shard file."""
+        if self._local_cache is None:
+            return False
+        file = self._local_file(chunks, shard)
+        if not sound(self._local_cache.read(file, *span)):
+            return False
+        self._local_cache.used(file)
+        return True
+
+    def _keep(self, chunks: _Chunks, shard: int, span: Span, found: bytes) -> None:
+        if self._local_cache is not None:
+            self._local_cache.keep(self._local_file(chunks, shard), span[0], found)
+
+    def _local_file(self, chunks: _Chunks, shard: int) -> Path:
+        return self._local_cache.file(self.folder, self.fingerprint, chunks.array.name, shard, *chunks.content)
 
     def _read_range(self, name: str, shard: int, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a shard file; what is not there is empty."""

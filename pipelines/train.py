@@ -111,7 +111,7 @@ class StepDisplay:
             "loss": f"{values['loss/total']:.4f}",
             **({"text": f"{values['loss/text']:.4f}"} if "loss/text" in values else {}),
             "lr": f"{values['lr']:.2e}",
-            "data": f"{values['data_wait_ms']:.0f} ms",
+            "data": f"{values['data_wait_ms']:.0f} ms ({values['data_wait_ms'] / values['step_ms']:.0%})",
         }
         if values["bad_images"]:
             shown["unreadable images"] = str(int(values["bad_images"]))

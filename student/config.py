@@ -137,6 +137,11 @@ class TargetsConfig:
     geometry: Literal["reference", "square", "pad"] = "reference"
     """What the teachers saw, or see, of an image: `reference` is each teacher's own framing, as in the paper; `square`
     and `pad` are the base encoder's, so that the grids lie over each other. Then model.geometry must be the same."""
+    local_cache: str | None = None
+    """Folder on a local disk in which what was read of a store on object storage is kept, for the next epoch and the
+    next run, by all processes of a machine; of data.encoder_features too. Of no use for a store on a file system."""
+    local_cache_gb: float = 50
+    """Of disk space that it may take, in 10^9 bytes; what was used the longest ago goes first."""
 
 
 @dataclass
@@ -237,6 +242,8 @@ class Recipe:
         rule(0 < d.fraction <= 1, "data.fraction", d.fraction, "above 0 and at most 1")
         rule(d.shuffle_block is None or d.shuffle_block >= 1, "data.shuffle_block", d.shuffle_block, "at least 1")
         rule(d.workers >= 0, "data.workers", d.workers, "at least 0")
+        room = self.targets.local_cache_gb
+        rule(room > 0, "targets.local_cache_gb", room, "above 0; without a cache, leave targets.local_cache out")
         keyless = d.encoder_features is not None or d.encoder_features_key is None
         rule(keyless, "data.encoder_features", d.encoder_features, "data.encoder_features_key needs a store")
         rule(bool(d.file), "data.file", d.file, "name at least one dataset file")
@@ -289,8 +296,8 @@ class Recipe:
         content = self.to_dict()
         for key in _NOT_THE_RESULT:
             del content["train"][key]
-        del content["data"]["workers"]
-        del content["model"]["packing"]
+        del content["model"]["packing"], content["data"]["workers"]
+        del content["targets"]["local_cache"], content["targets"]["local_cache_gb"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -363,12 +363,13 @@ class OlaVLM(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         teacher_features: Mapping[str, torch.Tensor] | None = None,
+        placement: Placement | None = None,
     ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
         """States [B, L, H] of the wanted layers, counted from 1, in one pass, and bool [B, L], False at padding.
 
         Inputs are those of `forward`. The states have no graph.
         """
-        placement = self._place(input_ids, attention_mask)
+        placement = self._place(input_ids, attention_mask) if placement is None else placement
         batch = self._assemble(input_ids, placement, pixel_values, teacher_features)
         _, states, _ = self._run_llm(batch, layers, with_logits=False)
         return states, placement.attention_mask.bool()

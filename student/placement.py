@@ -8,7 +8,7 @@ every index that the forward needs: a GPU is never asked where something is, whi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -112,28 +112,18 @@ class Placement:
         """Whether anything to be inserted was cut off."""
         return any(layout.image is not None and not layout.complete for layout in self.layouts)
 
-    @property
-    def supervised(self) -> torch.Tensor:
-        """long (b,): tokens of each sample that the text loss counts; the first of a sample is predicted by nothing."""
-        return torch.bincount(self.predicting // max(1, self.labels.shape[1]), minlength=len(self.layouts))
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those of its fields that are."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Placement:
         """With every tensor changed."""
-        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **changed)
 
     def to(self, device: torch.device) -> Placement:
         """On the device, without waiting for it."""
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Arrays, which go from a loader process through its pipe: each tensor would take a file descriptor."""
-        return {n: v.numpy(force=True) if isinstance(v, torch.Tensor) else v for n, v in vars(self).items()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            object.__setattr__(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
     def without_labels(self, samples: torch.Tensor) -> Placement:
         """With nothing to learn from the text of these samples, bool (b,)."""

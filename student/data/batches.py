@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,15 @@ from olavlm.student.text.conversation import IGNORE_INDEX, IMAGE_TOKEN, check_tu
 from olavlm.student.vision.image_transform import ImageTransform
 
 from .encoder_features import EncoderFeatures, Stored
+from .load_times import LoadTimes, clocked
 from .sampler import GlobalBatchSampler
+from .shared_tensors import allocate, pack, shared_memory_remedy, unpack
 from .targets import CachedTargets, Loaded, TargetSource
 
 
 @dataclass
 class MicroBatch:
-    """What a loader process hands over; tensors on the host, targets still as the source loaded them."""
+    """What a loader process hands over: tensors on the host, all in one buffer, targets as the source loaded them."""
 
     input_ids: torch.Tensor  # long (b, L)
     labels: torch.Tensor  # long (b, L)
@@ -49,6 +51,7 @@ class MicroBatch:
     bad_images: list[str]  # images that could not be read, or lack features to be fused; their samples train nothing
     targets: Loaded = field(default_factory=dict)
     encoder_features: Stored | None = None  # in place of `pixel_values`, unless no sample has an image
+    load_times: LoadTimes = field(default_factory=dict)
 
     @property
     def supervised_tokens(self) -> int:
@@ -59,22 +62,32 @@ class MicroBatch:
         """With these samples, bool (b,), training nothing. Those that did count as bad images from now on."""
         trained = samples & (self.labels != IGNORE_INDEX).any(dim=1)
         named = [f"{self.images[row]}: no features" for row in trained.nonzero().flatten().tolist()]
+        return replace(self.masked(samples), bad_images=[*self.bad_images, *named])
+
+    def masked(self, samples: torch.Tensor) -> MicroBatch:
+        """With nothing to learn from these samples, bool (b,)."""
         return replace(
             self,
             labels=self.labels.masked_fill(samples[:, None], IGNORE_INDEX),
             placement=self.placement.without_labels(samples),
             complete=self.complete & ~samples,
-            bad_images=[*self.bad_images, *named],
         )
 
     def pin_memory(self) -> MicroBatch:
-        """With its tensors in pinned memory, which the loader asks for by this name. Targets are the source's own."""
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
-        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        pinned["placement"] = self.placement.each(lambda tensor: tensor.pin_memory())
-        if self.encoder_features is not None:
-            pinned["encoder_features"] = {name: part.pin_memory() for name, part in self.encoder_features.items()}
-        return replace(self, **pinned)
+        """With its tensors in pinned memory, which the loader asks for by this name."""
+        buffer, content = pack(self._content())
+        return _unpacked(buffer.pin_memory(), content)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, pack(self._content())
+
+    def _content(self) -> dict[str, Any]:
+        return {**vars(self), "placement": vars(self.placement)}
+
+
+def _unpacked(buffer: torch.Tensor, content: dict[str, Any]) -> MicroBatch:
+    content = unpack(buffer, content)
+    return MicroBatch(**{**content, "placement": Placement(**content["placement"])})
 
 
 @dataclass
@@ -125,19 +138,38 @@ class Collator:
     def collate(self, indices: list[int]) -> MicroBatch:
         """The micro-batch of these samples; raises StudentError and CacheError."""
         samples = [self.dataset[int(i)] for i in indices]
-        images = [s.image for s in samples]
-        pixels, features = None, None
+        images, times = [s.image for s in samples], {}
+        with clocked(times, "text"):
+            text = self._text(samples)
+            placement = place(**text, inserted=self.inserted, max_length=self.max_length, padding_side="right")
+        room = allocate({**text, "placement": placement.tensors(), **self._shapes(images)})
         if self.features is None:
-            pixels, bad = self._pixels(images)
+            with clocked(times, "images"):
+                bad = self._read_pixels(images, room["pixel_values"])
         else:
-            features, bad = self.features.load(images)
-        texts = []
-        for row, sample in enumerate(samples):
-            text = encode(self.tokenizer, prompt_turns(sample), self.template, self.max_length, sample.id)
-            if row in bad:  # learning to describe an image that is not there would teach to invent one
-                text["labels"] = [IGNORE_INDEX] * len(text["labels"])
-            texts.append(text)
-        width = max(len(t["input_ids"]) for t in texts)
+            with clocked(times, "encoder_features"):
+                _, bad = self.features.load(images, room.get("encoder_features"))
+        if self.source is not None:
+            with clocked(times, "targets"):
+                self.source.load(images, room["targets"])
+        room["complete"].copy_(torch.tensor([image is not None for image in images]) & placement.complete)
+        micro = MicroBatch(
+            **{"pixel_values": None, **room, "placement": replace(placement, **room["placement"])},
+            ids=[s.id for s in samples],
+            images=images,
+            bad_images=list(bad.values()),
+            load_times=times,
+        )
+        # To learn to describe an image that is not there would be to learn to invent one.
+        return micro.masked(torch.tensor([row in bad for row in range(len(images))])) if bad else micro
+
+    def _text(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        """Token ids, mask and labels, padded on the right."""
+        texts = [
+            encode(self.tokenizer, prompt_turns(sample), self.template, self.max_length, sample.id)
+            for sample in samples
+        ]
+        width = max(len(text["input_ids"]) for text in texts)
         ids = torch.full((len(texts), width), self.tokenizer.pad_token_id)
         labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
         for row, text in enumerate(texts):
@@ -145,32 +177,30 @@ class Collator:
             ids[row, :n] = torch.tensor(text["input_ids"])
             labels[row, :n] = torch.tensor(text["labels"])
             mask[row, :n] = 1
-        placement = place(ids, mask, labels, self.inserted, self.max_length, padding_side="right")
-        usable = torch.tensor([image is not None and row not in bad for row, image in enumerate(images)])
-        return MicroBatch(
-            input_ids=ids,
-            labels=labels,
-            attention_mask=mask,
-            pixel_values=pixels,
-            placement=placement,
-            complete=usable & placement.complete,
-            ids=[s.id for s in samples],
-            images=images,
-            bad_images=list(bad.values()),
-            targets=self.source.load(images) if self.source is not None else {},
-            encoder_features=features,
-        )
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    def _pixels(self, images: list[str | None]) -> tuple[torch.Tensor, dict[int, str]]:
-        """float32 (b, 3, S, S), zeros for None and for what cannot be read; and by row why it could not."""
-        pixels, bad = torch.zeros(len(images), 3, self.transform.size, self.transform.size), {}
+    def _shapes(self, images: list[str | None]) -> dict[str, Any]:
+        """Of the tensors that are read from files, by their fields; and of `complete`."""
+        num, size = len(images), self.transform.size
+        shapes: dict[str, Any] = {"complete": ((num,), torch.bool)}
+        if self.features is None:
+            shapes["pixel_values"] = (num, 3, size, size), torch.float32
+        elif any(image is not None for image in images):
+            shapes["encoder_features"] = self.features.shapes(num)
+        if self.source is not None:
+            shapes["targets"] = self.source.shapes(num)
+        return shapes
+
+    def _read_pixels(self, images: list[str | None], pixels: torch.Tensor) -> dict[int, str]:
+        """Fill float32 (b, 3, S, S), with zeros for None and for what cannot be read; by row why it could not."""
+        bad = {}
         for row, image in enumerate(images):
-            if image is not None:
-                try:
-                    pixels[row] = torch.from_numpy(self.transform(self.roots.open(image)))
-                except BadImage as e:
-                    bad[row] = str(e)
-        return pixels, bad
+            try:
+                pixels[row] = 0 if image is None else torch.from_numpy(self.transform(self.roots.open(image)))
+            except BadImage as e:
+                pixels[row] = 0
+                bad[row] = str(e)
+        return bad
 
 
 def prompt_turns(sample: Sample) -> list[dict[str, str]]:
@@ -244,11 +274,11 @@ def batches(
         try:
             loaded = [next(loader) for _ in range(accumulation)]
         except RuntimeError as e:
-            if "DataLoader worker" not in str(e):
+            if not str(e).startswith("DataLoader worker (pid"):
                 raise
             raise TrainingError(
-                f"a loader process died, perhaps for lack of memory ({str(e).splitlines()[0]}); run the same command "
-                "again, or with fewer data.workers"
+                f"a loader process died ({str(e).splitlines()[0]}), perhaps for lack of memory: "
+                f"{shared_memory_remedy()}; then run the same command again"
             ) from None
         for part in loaded:
             if isinstance(part, Exception):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from olavlm.cache import CacheError, Dataset, FeatureStore, MissingFeatures, TeacherFeatures
+from olavlm.cache import CacheError, Dataset, TeacherFeatures
 from olavlm.student.choices import Stage
 from olavlm.student.config import Recipe
 from olavlm.student.errors import TargetsError
@@ -25,6 +25,8 @@ from olavlm.student.vision.encoders import VisionEncoder, load_image_transform
 from olavlm.student.vision.image_transform import ImageTransform
 
 from .coverage import check_covered, rows_in_plan
+from .shared_tensors import Shape, allocate
+from .stored_rows import open_store, read_rows, row_shapes, rows_of
 
 Stored = dict[str, torch.Tensor]
 """Rows in their storage dtype: "features" (b, tokens, width) and, for int8, "scales" (b, tokens)."""
@@ -34,13 +36,18 @@ class EncoderFeatures:
     """The rows of the recipe's `data.encoder_features`."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.store = FeatureStore(recipe.data.encoder_features)
+        self.store = open_store(recipe, recipe.data.encoder_features)
         self.group: TeacherFeatures = self.store[store_key(recipe)]
 
-    def load(self, images: Sequence[str | None]) -> tuple[Stored | None, dict[int, str]]:
+    def shapes(self, num_samples: int) -> dict[str, Shape]:
+        """Of what `load` fills for so many samples."""
+        return row_shapes(self.group, num_samples)
+
+    def load(self, images: Sequence[str | None], out: Stored | None = None) -> tuple[Stored | None, dict[int, str]]:
         """Features of a micro-batch's images, and by row why an image was quarantined; its features are zeros.
 
-        So are those of None, a sample without an image. A micro-batch without any image has no features at all.
+        So are those of None, a sample without an image. A micro-batch without any image has no features at all. Fills
+        `out`, if given.
 
         Raises:
             MissingFeatures, CorruptFeatures: rows that are not committed, or damaged.
@@ -48,21 +55,12 @@ class EncoderFeatures:
         present = [row for row, image in enumerate(images) if image is not None]
         if not present:
             return None, {}
-        rows = self.store.rows.rows_of([images[row] for row in present])
-        if (rows < 0).any():
-            raise MissingFeatures(f"image {images[present[int(rows.argmin())]]!r} is not in the store's plan")
-        parts, valid = self.group.read_stored(rows)
-        if self.group.layout.dtype == "int4":  # which the device cannot decode
-            parts = {"features": self.group.layout.codec.decode(parts)}
-        for part in parts.values():
-            part[~valid] = 0  # NaN would reach the gradient even where nothing is learnt
-        stored = {name: torch.from_numpy(part) for name, part in parts.items()}
-        if len(present) < len(images):
-            whole = {name: part.new_zeros(len(images), *part.shape[1:]) for name, part in stored.items()}
-            for name, part in stored.items():
-                whole[name][present] = part
-            stored = whole
+        rows = rows_of(self.store, [images[row] for row in present])
+        stored = allocate(self.shapes(len(images))) if out is None else out
+        valid = read_rows(self.group, rows, present, stored)
         quarantined = {present[i]: str(self.group.failure(int(rows[i]))) for i in (~valid).nonzero()[0]}
+        for part in stored.values():
+            part[list(quarantined)] = 0  # NaN would reach the gradient even where nothing is learnt
         return stored, quarantined
 
     def take_the_place_of(self, vision: VisionEncoder, *, keep: bool) -> None:
@@ -127,7 +125,7 @@ def check_encoder_features(recipe: Recipe, dataset: Dataset, stage: Stage) -> Te
     """
     where, key = recipe.data.encoder_features, store_key(recipe)
     try:
-        store = FeatureStore(where)
+        store = open_store(recipe, where)
         there = store.teachers
     except CacheError as e:
         raise TargetsError(f"{e}: {extract_command(recipe, stage)}") from None

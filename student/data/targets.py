@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 
-from olavlm.cache import BadImage, CacheError, Dataset, FeatureStore, ImageRoots, MissingFeatures, TeacherFeatures
+from olavlm.cache import BadImage, CacheError, Dataset, FeatureStore, ImageRoots, TeacherFeatures
 from olavlm.student.choices import Stage
 from olavlm.student.config import Recipe, TaskConfig
 from olavlm.student.errors import RecipeError, TargetsError
@@ -23,9 +22,12 @@ from olavlm.student.losses.scaled_features import Features, ScaledFeatures
 from olavlm.student.tokens import TaskSpec
 
 from .coverage import check_covered, rows_in_plan
+from .shared_tensors import Shape, allocate
+from .stored_rows import open_store, read_rows, row_shapes, rows_of
 
-Loaded = dict[str, tuple[dict[str, np.ndarray], np.ndarray]]
-"""For each task named arrays with one row a sample, and bool (b,): whether the row holds anything."""
+Loaded = dict[str, dict[str, torch.Tensor]]
+"""For each task named tensors on the host with one row a sample, of which "valid", bool (b,), says whether a row holds
+anything."""
 
 
 class TargetSource(Protocol):
@@ -36,8 +38,12 @@ class TargetSource(Protocol):
     cards: dict[str, dict[str, Any]]
     """For each task what identifies the features."""
 
-    def load(self, images: Sequence[str | None]) -> Loaded:
-        """The host half, for the images of a micro-batch; None is a sample without an image."""
+    def shapes(self, num_samples: int) -> dict[str, dict[str, Shape]]:
+        """Of what `load` fills for so many samples."""
+        ...
+
+    def load(self, images: Sequence[str | None], out: Loaded | None = None) -> Loaded:
+        """The host half, for the images of a micro-batch; None is a sample without an image. Fills `out`, if given."""
         ...
 
     def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, Features], dict[str, torch.Tensor]]:
@@ -46,10 +52,10 @@ class TargetSource(Protocol):
 
 
 class CachedTargets:
-    """Rows of a feature store, in its storage dtype; int8 stays so, with its scales; int4 is decoded by the loader."""
+    """Rows of a feature store, in its storage dtype, as `stored_rows` reads them."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.store = FeatureStore(recipe.targets.store)
+        self.store = open_store(recipe, recipe.targets.store)
         self.groups = {name: self.store[store_key_of(recipe, name)] for name in recipe.task_order}
         self.specs = [
             task_spec(name, recipe.tasks[name], group.layout.tokens, group.layout.dim)
@@ -57,35 +63,26 @@ class CachedTargets:
         ]
         self.cards = {name: group.card for name, group in self.groups.items()}
 
-    def load(self, images: Sequence[str | None]) -> Loaded:
+    def shapes(self, num_samples: int) -> dict[str, dict[str, Shape]]:
+        return {name: {**row_shapes(group, num_samples), "valid": ((num_samples,), torch.bool)}
+                for name, group in self.groups.items()}  # fmt: skip
+
+    def load(self, images: Sequence[str | None], out: Loaded | None = None) -> Loaded:
+        loaded = allocate(self.shapes(len(images))) if out is None else out
         present = [i for i, image in enumerate(images) if image is not None]
-        rows = self.store.rows.rows_of([images[i] for i in present])
-        if (rows < 0).any():
-            raise MissingFeatures(f"image {images[present[int(np.argmin(rows))]]!r} is not in the store's plan")
-        loaded = {}
+        rows = rows_of(self.store, [images[i] for i in present])
         for name, group in self.groups.items():
-            # Zeros, not empty memory: a row without an image must not be able to look like a target.
-            parts = {part: np.zeros_like(rows) for part, rows in group.layout.empty(len(images)).items()}
-            valid = np.zeros(len(images), bool)
-            if len(present) == len(images):
-                _, valid = group.read_stored(rows, out=parts)
-            elif present:
-                stored, valid[present] = group.read_stored(rows)
-                for part in parts:
-                    parts[part][present] = stored[part]
-            loaded[name] = (
-                {"features": group.layout.codec.decode(parts)} if group.layout.dtype == "int4" else parts,
-                valid,
-            )
+            parts = {part: rows for part, rows in loaded[name].items() if part != "valid"}
+            loaded[name]["valid"].zero_()[present] = torch.from_numpy(read_rows(group, rows, present, parts))
         return loaded
 
     def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, Features], dict[str, torch.Tensor]]:
         targets, valid = {}, {}
-        for name, (parts, rows) in loaded.items():
-            tensors = {part: torch.from_numpy(values).to(device, non_blocking=True) for part, values in parts.items()}
+        for name, parts in loaded.items():
+            tensors = {part: values.to(device, non_blocking=True) for part, values in parts.items()}
             features = tensors["features"]
             targets[name] = ScaledFeatures(features, tensors["scales"]) if "scales" in tensors else features
-            valid[name] = torch.from_numpy(rows).to(device)
+            valid[name] = tensors["valid"]
         return targets, valid
 
 
@@ -106,27 +103,36 @@ class OnlineTargets:
         self.cards = {name: teacher.card.to_dict() for name, teacher in self.teachers.items()}
         self._blanks = {name: teacher.prepare(Image.new("RGB", (1, 1))) for name, teacher in self.teachers.items()}
 
-    def load(self, images: Sequence[str | None]) -> Loaded:
+    def shapes(self, num_samples: int) -> dict[str, dict[str, Shape]]:
+        return {
+            name: {
+                "pixels": ((num_samples, *blank.shape), torch.from_numpy(blank).dtype),
+                "valid": ((num_samples,), torch.bool),
+            }
+            for name, blank in self._blanks.items()
+        }
+
+    def load(self, images: Sequence[str | None], out: Loaded | None = None) -> Loaded:
+        loaded = allocate(self.shapes(len(images))) if out is None else out
         pictures = []
         for image in images:
             try:
                 pictures.append(None if image is None else self.roots.open(image))
             except BadImage:  # counted by the collator, which reads the same image
                 pictures.append(None)
-        loaded = {}
         for name, teacher in self.teachers.items():
-            pixels = np.zeros((len(images), *self._blanks[name].shape), self._blanks[name].dtype)
             for row, picture in enumerate(pictures):
-                if picture is not None:
-                    pixels[row] = teacher.prepare(picture)
-            loaded[name] = {"pixels": pixels}, np.array([picture is not None for picture in pictures])
+                prepared = None if picture is None else torch.from_numpy(teacher.prepare(picture))
+                loaded[name]["pixels"][row] = 0 if prepared is None else prepared
+                loaded[name]["valid"][row] = picture is not None
         return loaded
 
     def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         targets, valid = {}, {}
-        for name, (parts, rows) in loaded.items():
-            targets[name] = self.teachers[name].forward(torch.from_numpy(parts["pixels"]).to(device))
-            valid[name] = torch.from_numpy(rows).to(device) & targets[name].isfinite().all(dim=(1, 2))
+        for name, parts in loaded.items():
+            moved = {part: values.to(device, non_blocking=True) for part, values in parts.items()}
+            targets[name] = self.teachers[name].forward(moved["pixels"])
+            valid[name] = moved["valid"] & targets[name].isfinite().all(dim=(1, 2))
         return targets, valid
 
 
@@ -183,7 +189,7 @@ def check_targets(recipe: Recipe, dataset: Dataset, stage: Stage) -> None:
     if recipe.targets.store is None:
         raise RecipeError("targets.store is not set; name a store of olavlm-extract, or set targets.source to online")
     try:
-        store = FeatureStore(recipe.targets.store)
+        store = open_store(recipe, recipe.targets.store)
         store.teachers  # noqa: B018 - is it readable?
     except CacheError as e:
         raise TargetsError(f"{e}: {extract_command(recipe, recipe.task_order)}") from None

@@ -106,17 +106,16 @@ def chosen_layers(model: OlaVLM, layers: list[int] | None) -> tuple[int, ...]:
 
 def probe_collator(model: OlaVLM, dataset: Dataset, roots: ImageRoots, source: TargetSource) -> Collator:
     """Makes micro-batches for the model, framed and tokenised as it was trained."""
-    longest, inserted = model.config.max_sequence_length, model.num_inserted_tokens
-    if longest <= inserted + 1:
-        raise RecipeError(f"the model's longest sequence is {longest} tokens, and an image alone takes {inserted + 1}")
+    longest, alone = model.config.max_sequence_length, model.inserted.added + 1
+    if longest <= alone:
+        raise RecipeError(f"the model's longest sequence is {longest} tokens, and an image alone takes {alone}")
     return Collator(
         dataset=dataset,
         roots=roots,
         tokenizer=model.tokenizer,
         transform=model.config.image_transform,
         template=model.config.template,
-        image_token_id=model.config.image_token_id,
-        num_inserted_tokens=inserted,
+        inserted=model.inserted,
         max_length=longest,
         source=source,
     )

@@ -103,10 +103,10 @@ class ProbeRows(CachedTargets):
         """The micro-batch as the model and the losses take it."""
         features, valid = self.finish(micro.targets, device)
         inputs: dict[str, Any] = {
-            name: getattr(micro, name).to(device, non_blocking=True)
-            for name in ("input_ids", "attention_mask", "pixel_values")
+            name: getattr(micro, name).to(device, non_blocking=True) for name in ("input_ids", "pixel_values")
         }
-        usable = micro.complete.to(device)
+        inputs["placement"] = micro.placement.to(device)
+        usable = micro.complete.to(device, non_blocking=True)
         fed: dict[str, torch.Tensor] = {}
         for name in self.fused:
             values, there = features[_FUSED + name], valid[_FUSED + name]

@@ -19,6 +19,7 @@ from olavlm.student.errors import TrainingError
 from olavlm.student.losses.scaled_features import ScaledFeatures, joined
 from olavlm.student.task import Batch, BatchTotals, DistillTask
 
+from .copy_clock import CopyClock
 from .parallel import Replicated
 
 NAMED_SAMPLES = 32  # in the message of a run that stops on a non-finite loss
@@ -37,6 +38,7 @@ class OptimizerStep:
     ) -> None:
         self.recipe, self.accelerator, self.parallel = recipe, accelerator, parallel
         self.source, self.task = source, task
+        self.copy_clock = CopyClock(accelerator.device)
 
     def __call__(self, step: int, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """One optimizer step on this process's micro-batches; returns the whole batch's metrics.
@@ -80,6 +82,7 @@ class OptimizerStep:
             "supervised_tokens": tokens,
             **{f"valid/{name}": count for name, count in valid_rows.items()},
             "bad_images": bad_images,
+            "h2d_ms": self.copy_clock.take(),
         }
 
     def _to_device(self, micro: MicroBatch) -> tuple[MicroBatch, Batch]:
@@ -87,21 +90,29 @@ class OptimizerStep:
         device = self.accelerator.device
         features, valid = {}, {}
         if self.source is not None:
-            features, valid = self.source.finish(micro.targets, device)
+            with self.copy_clock.copies():
+                loaded = {
+                    name: {part: values.to(device, non_blocking=True) for part, values in parts.items()}
+                    for name, parts in micro.targets.items()
+                }
+            features, valid = self.source.finish(loaded, device)
         if self.recipe.fuses:
             has_all = torch.stack(list(valid.values())).all(dim=0).cpu()
             # To answer from an image that the teachers did not see would teach to do without them.
             micro = micro.without(torch.tensor([image is not None for image in micro.images]) & ~has_all)
-        batch = Batch(
-            **{
-                name: tensor.to(device, non_blocking=True)
-                for name in ("input_ids", "labels", "attention_mask", "pixel_values")
-                if (tensor := getattr(micro, name)) is not None
-            },
-            placement=micro.placement.to(device),
-        )
-        if micro.encoder_features is not None:
-            batch["image_features"] = on_device(micro.encoder_features, device)
+        with self.copy_clock.copies():
+            batch = Batch(
+                **{
+                    name: tensor.to(device, non_blocking=True)
+                    for name in ("input_ids", "labels", "attention_mask", "pixel_values")
+                    if (tensor := getattr(micro, name)) is not None
+                },
+                placement=micro.placement.to(device),
+            )
+            complete = micro.complete.to(device, non_blocking=True)
+            stored = {name: part.to(device, non_blocking=True) for name, part in (micro.encoder_features or {}).items()}
+        if stored:
+            batch["image_features"] = on_device(stored, device)
         if self.recipe.fuses:
             batch["teacher_features"] = {
                 name: (values.float() if isinstance(values, ScaledFeatures) else values).masked_fill(
@@ -110,7 +121,6 @@ class OptimizerStep:
                 for name, values in features.items()
             }
         elif self.source is not None:
-            complete = micro.complete.to(device)
             batch["targets"] = features
             batch["valid"] = {name: rows & complete for name, rows in valid.items()}
         return micro, batch

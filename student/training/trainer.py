@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -38,6 +39,7 @@ from olavlm.student.data.batches import (
     make_sampler,
 )
 from olavlm.student.data.encoder_features import EncoderFeatures, check_encoder_features
+from olavlm.student.data.load_times import load_metrics
 from olavlm.student.data.targets import check_targets, open_targets, tokens_without_losses
 from olavlm.student.errors import RecipeError, TrainingError
 from olavlm.student.extension import extend
@@ -60,6 +62,7 @@ from .checkpoint import (
     whole_model,
     write_json,
 )
+from .data_watch import DataWatch
 from .metrics import check_trackers, open_trackers
 from .parallel import launched_with, spread
 from .signals import stop_requests
@@ -159,6 +162,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         workers=recipe.data.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
+    watch = DataWatch(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with ExitStack() as leaving, stop_requests() as stop:
         for tracker in trackers:
             leaving.callback(tracker.close)
@@ -174,11 +178,14 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
                 "epoch": (step + 1) / len(sampler),
                 "data_wait_ms": 1000 * data_wait,
                 "step_ms": 1000 * (time.perf_counter() - waited),
+                **load_metrics(micro.load_times for micro in micro_batches),
             }
             for tracker in trackers:
                 tracker.log(step + 1, values)
             if accelerator.is_main_process:
                 on_step(step + 1, schedule.total_steps, values)
+                if (warning := watch.see(values)) is not None:
+                    print(f"warning: {warning}", file=sys.stderr, flush=True)
             last = step + 1 == schedule.total_steps
             stopping = bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device)) > 0)
             if last or stopping or (step + 1) % recipe.train.save_every == 0:

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 
-from olavlm.cache import FeatureStore
+from olavlm.cache import CorruptFeatures, FeatureStore
 from olavlm.cache.records import shards_on_record
 from olavlm.pipelines import extract, store, train
 from olavlm.student.training.metrics import read_metrics
@@ -40,6 +40,12 @@ class Bucket:
 
     def has(self, prefix: str) -> bool:
         return any(True for _ in self._bucket.objects.filter(Prefix=prefix).limit(1))
+
+    def blank(self, prefix: str, part: str) -> None:
+        """Write zeros over the objects below `prefix` with `part` in their path."""
+        for item in self._bucket.objects.filter(Prefix=prefix):
+            if part in item.key:
+                item.put(Body=bytes(item.size))
 
     def upload(self, folder, prefix: str) -> None:
         for file in folder.rglob("*"):
@@ -169,6 +175,24 @@ def test_training_from_s3_is_training_from_the_disk(bucket, recipe, store32, tmp
     assert len(losses["s3"]) == 2
     assert sum(value > 0 for value in losses["s3"][0].values()) == 14
     assert_no_credentials({f.name: f.read_bytes() for f in (tmp_path / "s3").rglob("*") if f.is_file()})
+
+
+def test_with_a_local_cache_a_second_run_asks_for_no_row(bucket, recipe, store32, tmp_path):
+    bucket.upload(store32, "features")
+    losses = []
+    for name in ("first", "second"):
+        made = recipe(**{
+            "targets.store": bucket.url("features"), "targets.local_cache": tmp_path / "kept", "data.workers": 2,
+            "targets.local_cache_gb": 0.01, "train.max_steps": 2, "train.output_dir": tmp_path / name,
+            "tasks.seg": "null", "tasks.gen": "null",
+        })  # fmt: skip
+        metrics = read_metrics(run_training(made, "pt", {"test": "1"}) / "metrics.jsonl")
+        losses.append([{k: v for k, v in line.items() if k.startswith("loss/")} for line in metrics])
+        bucket.blank("features/", "/c/")  # every shard file, of which nothing is asked again but whether it is there
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
+    with pytest.raises(CorruptFeatures):  # the control
+        FeatureStore(bucket.url("features"))["depth"][0]
 
 
 class TestErrors:

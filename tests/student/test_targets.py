@@ -37,7 +37,7 @@ def test_a_batch_with_and_without_images(recipe, small_store):
             np.testing.assert_allclose(targets[name][at].float().numpy(), store[name][row], rtol=1e-6)
         assert not targets[name].float()[1].any()
         if store[name].layout.dtype == "int8":  # it crosses to the device, and is gathered, as it is stored
-            assert loaded[name][0]["features"].dtype == np.int8
+            assert loaded[name]["features"].dtype == torch.int8
             twice = joined([targets[name], targets[name][:1]], lambda x: torch.cat([x, x]))
             assert twice.values.dtype == torch.int8
             torch.testing.assert_close(twice.float()[[0, 3, 4, 7]], targets[name].float()[[0, 0, 0, 0]])

@@ -11,16 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from olavlm.cache import FeatureStore, StoreBuilder
 from olavlm.student import OlaVLM, RecipeError, TargetsError, TrainingError, load_checkpoint, task
-from olavlm.student.data.batches import MicroBatch, _leave_signals_to_the_trainer
-from olavlm.student.placement import Inserted, place
+from olavlm.student.data.batches import _leave_signals_to_the_trainer
 from olavlm.student.stages import ADAPTER
 from olavlm.student.training import trainer as trainer_module
 from olavlm.student.training.checkpoint import read_adapter
@@ -271,50 +268,6 @@ def test_a_loader_whose_trainer_is_dead_already_ends_at_once():
     process.start()
     process.join(60)
     assert process.exitcode == 1
-
-
-def test_a_micro_batch_is_pinned_as_the_loader_asks_for_it(monkeypatch):
-    """By the loader's own function; there need not be a device. Arrays of targets stay as they are."""
-    tensors = {
-        "input_ids": torch.zeros(2, 3, dtype=torch.long),
-        "labels": torch.ones(2, 3, dtype=torch.long),
-        "attention_mask": torch.ones(2, 3, dtype=torch.long),
-        "pixel_values": torch.rand(2, 3, 4, 4),
-        "complete": torch.tensor([True, False]),
-    }
-    placement = place(tensors["input_ids"], tensors["attention_mask"], tensors["labels"], Inserted(9, 3, 0, 0), None)
-    targets = {"depth": (np.ones((2, 5), np.float16), np.array([True, False]))}
-    features = {"features": torch.zeros(2, 5, 3, dtype=torch.int8), "scales": torch.ones(2, 5)}
-    batch = MicroBatch(
-        **tensors,
-        ids=["a", "b"],
-        images=["a.jpg", None],
-        bad_images=[],
-        placement=placement,
-        targets=targets,
-        encoder_features=features,
-    )
-    pinned = {}
-
-    def pin(tensor, device=None):
-        copy = tensor.clone()
-        pinned[id(copy)] = copy
-        return copy
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    result = pin_memory(batch)
-    for name, tensor in tensors.items():
-        assert id(getattr(result, name)) in pinned, name
-        assert torch.equal(getattr(result, name), tensor)
-    for name, tensor in features.items():
-        assert id(result.encoder_features[name]) in pinned, name
-        assert torch.equal(result.encoder_features[name], tensor)
-    placed = []
-    result.placement.each(lambda tensor: (placed.append(id(tensor)), tensor)[1])
-    assert set(placed) <= set(pinned)
-    assert len(pinned) == len(tensors) + len(features) + len(placed)
-    assert result.targets is targets
-    assert (result.ids, result.supervised_tokens) == (["a", "b"], 4)
 
 
 def test_a_finished_run_is_not_trained_again(recipe):
