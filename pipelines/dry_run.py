@@ -1,4 +1,4 @@
-"""What a run would do, from everything but the models: data, targets, steps, and an estimate of memory."""
+"""What a run would do, from everything but the models: data, steps, targets and their cost, an estimate of memory."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from olavlm.student.parallel import launched_with
 from olavlm.student.targets import CachedTargets, check_targets, tokens_without_losses
 from olavlm.student.tokens import TaskSpec
 from olavlm.student.trainer import open_data
+
+from .cache_cost import Load, cost_lines
 
 SAMPLES_MEASURED = 500
 """Spread over the dataset, to learn how long texts are."""
@@ -57,6 +59,10 @@ def dry_run(recipe: Recipe, stage: Stage) -> None:
             how = f"layers {task.layers}, weight {task.weight}, targets" if not recipe.fuses else "fused, features"
             say(f"{name}: {how} from {where}")
     if os.environ.get("RANK", "0") == "0":
+        if (recipe.distils(stage) or recipe.fuses) and with_images:
+            share = with_images / len(dataset)
+            load = Load(round(steps * global_batch * share), len(dataset.images()), global_batch, share, processes)
+            print("\n".join(cost_lines(recipe, dataset, load)), flush=True)
         print("\n".join(memory_lines(recipe, stage, dataset)), flush=True)
     say(f"result: {recipe.train.output_dir}")
 

@@ -18,7 +18,7 @@ import torch
 
 from .. import harness
 from ..machine import describe
-from . import arithmetic, data, memory, step
+from . import arithmetic, data, memory, page, step
 from .scene import make_scene
 from .sizes import SIZES
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
         harness.measure(args, {name: partial(measured, work) for name, work in BENCHMARKS.items()}, machine)
     if args.name and args.results == FOLDER:
-        pass
+        page.write()
 
 
 if __name__ == "__main__":
