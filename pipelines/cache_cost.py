@@ -80,7 +80,7 @@ def cost_lines(recipe: Recipe, dataset: Dataset, load: Load) -> Iterator[str]:
     if recipe.targets.source == "online":
         yield (
             f"teachers in the loop: {load.samples} images through each in a run, none kept; what a cache would take is "
-            f"measured by: {extract_command(recipe, recipe.task_order)} --dry-run"
+            f"measured by: {extract_command(recipe, recipe.task_order, recipe.targets.store or 'STORE')} --dry-run"
         )
         return
     source = CachedTargets(recipe)

@@ -106,10 +106,11 @@ def test_the_dry_run_tells_the_cost(recipe, store32, record, tmp_path, capsys, m
     assert "pays from run 3 on" in out  # 5 s once, 24 x 0.1 s a run
     assert "a run reads each target 2.4 times" in out
 
-    out = told("--targets.source=online")
-    assert "teachers in the loop: 24 images through each in a run" in out
-    assert "--dry-run" in out
-    assert "targets: " not in out
+    for store in (store32, "null"):
+        out = told("--targets.source=online", f"--targets.store={store}")
+        assert "teachers in the loop: 24 images through each in a run" in out
+        assert f"--store {'STORE' if store == 'null' else store} --dry-run" in out
+        assert "targets: " not in out
 
 
 def test_a_slow_disk_is_named():
