@@ -33,8 +33,8 @@ DISK_RATES = {
     "NFS, 1 Gbit/s": 1.1e8,
 }  # fmt: skip
 """Bytes a second, examples."""
-GPUS, MONTHS = (1, 8, 64), (0, 1, 6)
-DISK_CODECS = ("float16", "int8")
+GPUS, MONTHS = (1, 8, 64), {"a month": 1, "6 months": 6}
+DISK_CODECS, MONEY_CODECS = ("float16", "int8"), ("float16", "int8", "int4")
 TEACHER_PARAMETERS = 303.6e6 + 195.2e6 + 632.1e6
 """Of the parts that are run: DINOv2-L, Swin-L, ViT-H/14."""
 
@@ -118,16 +118,16 @@ def _disks(facts: Facts) -> str:
 
 def _money(facts: Facts) -> str:
     computed, size = _computed(facts), image_bytes("float16")
-    text = MONEY.format(
-        tb_month=TB_MONTH, gpu_hour=GPU_HOUR, seconds=1e3 * storage_seconds(size, 1, TB_MONTH, GPU_HOUR)
-    )
-    lines = []
-    for codec in ("float16", "int8", "int4"):
-        for months in MONTHS:
-            kept = storage_seconds(image_bytes(codec), months, TB_MONTH, GPU_HOUR)
-            once = computed["extraction"] + kept
-            how_long = "a disk that is there anyway" if not months else f"{months} months" if months > 1 else "a month"
-            lines.append([f"{codec}, {how_long}", *(str(runs_to_pay(once, computed[a])) for a in (ONLINE, ONE))])
+    month = 1e3 * storage_seconds(size, 1, TB_MONTH, GPU_HOUR)
+    kept = {"a disk that is there anyway": 0.0}
+    for codec in MONEY_CODECS:
+        for words, months in MONTHS.items():
+            kept[f"{codec}, {words}"] = storage_seconds(image_bytes(codec), months, TB_MONTH, GPU_HOUR)
+    lines = [
+        [what, *(str(runs_to_pay(computed["extraction"] + seconds, computed[arm])) for arm in (ONLINE, ONE))]
+        for what, seconds in kept.items()
+    ]
+    text = MONEY.format(tb_month=TB_MONTH, gpu_hour=GPU_HOUR, month=month)
     return text + _block(table(["", "against batched teachers", "against one image at a time"], lines))
 
 

@@ -64,7 +64,7 @@ MONEY = """
 ## Storage that is rented
 
 A TB-month at {tb_month:.0f} dollars and a GPU-hour at {gpu_hour:.2f}, as examples: to keep an image's features for a
-month costs what {seconds:.1f} ms of the GPU cost. Runs that the store must serve until it is cheaper than teachers in
+month costs what {month:.0f} ms of the GPU cost. Runs that the store must serve until it is cheaper than teachers in
 the loop:
 """
 
@@ -77,11 +77,11 @@ CHOICE = """
 - Images that are drawn anew each time (random crops, growing streams): there is no target to keep.
 - A billion images read once ([scale](scale.md)).
 
-`--targets.source online` then runs the teachers in batches, with images prepared by the loaders: the same losses, and
-not the public code's loop over single images.
+`--targets.source online` then runs the teachers in batches, with images prepared by the loaders, {cores:.1f} cores for
+each GPU at its computed pace: the same losses, and not the public code's loop over single images.
 
-The cache is the better choice from the second run on, for ablations and probes; on nodes with few cores a GPU
-({cores:.1f} cores prepare images for the teachers of one GPU at its computed pace); and where memory decides: {memory}
+The cache is the better choice from the second run on, for ablations and for probes, where the targets are to be the
+same bytes in every run, and where memory decides: {memory}
 """
 
 MEMORY_KNOWN = "the teachers took {mb:,.0f} MB of the step's peak ({name})."

@@ -53,14 +53,13 @@ def _measured(scene: Scene, device: str, checkpointing: bool) -> list[Figures]:
         fewer = dict.fromkeys((ONLINE, ONE), size.online_rounds)
         seconds = alternate(works, size.rounds, fewer)
         parts = {name: timed_parts(arm, size.part_steps) for name, arm in arms.items()}
-    share = 1 - gflop[TOKENS] / gflop[CACHED]
+    times = gflop[CACHED] / gflop[TOKENS]
     teachers = ", ".join(f"{task} {name}" for task, name in size.teachers.items())
     what = f"{size.llm.title} and {size.encoder.title}, {_setting(checkpointing)}"
     notes = [
         f"Sequences of {sequence} positions; teachers {teachers}, {size.compute_dtype}; "
-        f"{torch.get_num_threads()} threads compute. Predictors and losses are {share:.1%} of the FLOPs of "
-        f"*{CACHED}*, so that by the arithmetic its step would take {number(1 / (1 - share))} times as long as that "
-        f"of *{TOKENS}*."
+        f"computing threads: {torch.get_num_threads()}. Predictors and losses are {1 - 1 / times:.1%} of the FLOPs of "
+        f"*{CACHED}*: by these its step would take {number(times)} times as long as that of *{TOKENS}*."
     ]
     if device == "cpu":
         notes.append(f"The limits ({MOST} for *{CACHED}*, {LEAST} for *{ONE}*) are a GPU's; here there are none.")
