@@ -80,7 +80,7 @@ def test_memory_and_flops_of_the_steps(steps_figures, module):
     ((both,), (added,), (over,)) = losses.values[cached].values()
     # Two images: gen 1 x 48, depth 576 x 32 and seg 576 x 64, two layers each in float32, targets in float16.
     assert both * 1e6 == 2 * (48 + 576 * 32 + 576 * 64) * (2 * 4 + 2)
-    assert over == pytest.approx(added / both, abs=1e-4)
+    assert over == pytest.approx(added / both, abs=1e-3)
     (counted,) = steps_figures["arithmetic"]
     without, with_losses = (columns["TFLOP an image"][0] for columns in counted.values.values())
     assert 0 < without < with_losses
@@ -105,7 +105,7 @@ def test_teachers_one_image_at_a_time_give_the_same_targets(module, recipe, tmp_
     images = module("extract.photographs").photographs(tmp_path / "images", 3)
     cpu = torch.device("cpu")
     online = OnlineTargets(recipe(**{"targets.source": "online", "data.images": tmp_path / "images"}), cpu)
-    one = module("train.arms").OneAtATime(online)
+    one = module("train.arms").one_at_a_time(online)
     batched, alone = (source.finish(source.load(images), cpu) for source in (online, one))
     assert list(batched[0]) == list(alone[0])
     for name, targets in batched[0].items():

@@ -1,26 +1,27 @@
-"""The arms: one optimizer step of PT, made of the trainer's own parts, with targets from different places."""
+"""The arms: one optimizer step of PT, as the trainer sets it up, with targets from different places."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, redirect_stdout
 from time import perf_counter
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from olavlm.student.config import Recipe
-from olavlm.student.data import Collator, batches, make_sampler
-from olavlm.student.parallel import spread
-from olavlm.student.stages import apply_stage
+from olavlm.student.data import MicroBatch
 from olavlm.student.step import OptimizerStep
-from olavlm.student.targets import OnlineTargets, TargetSource, open_targets, tokens_without_losses
-from olavlm.student.task import DistillTask
-from olavlm.student.trainer import open_data, start_model
+from olavlm.student.targets import OnlineTargets
+from olavlm.student.trainer import train
+from olavlm.teachers import Teacher
 
+from ..extract.photographs import SIZE
 from .scene import Scene
 from .sizes import CACHED, ONE, ONLINE, PLAIN, TOKENS
 
@@ -43,98 +44,89 @@ def recipe_of(scene: Scene, arm: str, checkpointing: bool, overrides: Mapping[st
 
 
 class OneAtATime:
-    """The teachers as the public code runs them: each image prepared and computed alone, on the thread that trains.
+    """A teacher as the public code runs it: each image prepared and computed alone, on the thread that trains.
 
     It is spared what the public code does beside: reading and decoding, which the loaders do, its slower preparation
-    (it uses ours), and the decoders.
-
-    Args:
-        online: whose teachers it runs.
+    (it uses ours), and the decoders. Its pictures, 1 MB each, cross to the device and back before they are prepared.
     """
 
-    def __init__(self, online: OnlineTargets) -> None:
-        self.online, self.specs, self.cards = online, online.specs, online.cards
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher, self.card = teacher, teacher.card
 
-    def load(self, images: Sequence[str | None]) -> dict:
-        """Decoded photographs, which all have one size here, as uint8 (b, H, W, 3)."""
-        assert None not in images, "every sample of the benchmark has an image"
-        stack = torch.from_numpy(np.stack([np.asarray(self.online.roots.open(image)) for image in images]))
-        first, *others = self.online.teachers
-        valid = torch.ones(len(images), dtype=torch.bool)
-        return {first: ({"pictures": stack}, valid)} | {name: ({}, valid) for name in others}
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        """In a loader: the decoded picture, uint8 (H, W, 3)."""
+        return np.asarray(image)
 
-    def finish(self, loaded: dict, device: torch.device) -> tuple[dict, dict]:
-        targets: dict[str, list[torch.Tensor]] = {name: [] for name in self.online.teachers}
-        parts, _ = next(iter(loaded.values()))
-        for pixels in parts["pictures"].numpy():
-            picture = Image.fromarray(pixels)
-            for name, teacher in self.online.teachers.items():
-                prepared = torch.from_numpy(teacher.prepare(picture)[None])
-                targets[name].append(teacher.forward(prepared.to(device)))
-        valid = {name: rows.to(device) for name, (_, rows) in loaded.items()}
-        return {name: torch.cat(rows) for name, rows in targets.items()}, valid
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """In the step: features of pictures (b, H, W, 3)."""
+        pictures = [Image.fromarray(pixels) for pixels in batch.cpu().numpy()]
+        return torch.cat([self.teacher.forward(torch.from_numpy(self.teacher.prepare(p)[None])) for p in pictures])
 
 
-def open_source(
-    arm: str, recipe: Recipe, device: torch.device, online: OnlineTargets | None = None
-) -> TargetSource | None:
-    """Where the arm's targets come from, None where there is no loss. Teachers that are `online` already serve both."""
-    if not recipe.distils("pt"):
-        return None
-    if arm not in (ONLINE, ONE):
-        return open_targets(recipe, device)
-    online = online or OnlineTargets(recipe, device)
-    return OneAtATime(online) if arm == ONE else online
+def one_at_a_time(online: OnlineTargets) -> OnlineTargets:
+    """The same source, and the same networks, for photographs that all have one size."""
+    source, (width, height) = copy.copy(online), SIZE
+    source.teachers = {name: OneAtATime(teacher) for name, teacher in online.teachers.items()}
+    source._blanks = {name: np.zeros((height, width, 3), np.uint8) for name in online.teachers}
+    return source
+
+
+class _Ready(BaseException):
+    """The trainer has set everything up, and would begin to load data."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+
+def set_up(recipe: Recipe, source: OnlineTargets | None = None) -> tuple[OptimizerStep, Iterator[list[MicroBatch]]]:
+    """What `train` calls in each step, and its data, from where it would begin with the first.
+
+    Args:
+        source: in place of the recipe's targets.
+    """
+    trainer, made = sys.modules[train.__module__], []
+
+    class Kept(OptimizerStep):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise _Ready(*args, **kwargs)
+
+    load, opened = trainer.batches, trainer.open_targets
+    with (
+        redirect_stdout(sys.stderr),
+        patch.object(trainer, "OptimizerStep", Kept),
+        patch.object(trainer, "batches", stop),
+        patch.object(trainer, "open_targets", opened if source is None else lambda *_: source),
+    ):
+        try:
+            train(recipe, "pt", versions={})
+        except _Ready as ready:
+            return made[0], load(*ready.args, **ready.kwargs)
+    raise AssertionError("the trainer did not load its data by `batches`")
 
 
 class OpenArm:
-    """An arm ready to take steps. `seconds()` takes one and returns what it took, the wait for data included."""
+    """An arm ready to take steps."""
 
-    def __init__(
-        self,
-        scene: Scene,
-        arm: str,
-        accelerator: Accelerator,
-        checkpointing: bool,
-        workers: int,
-        online: OnlineTargets | None,
-    ) -> None:
-        recipe = recipe_of(scene, arm, checkpointing)
-        distil, self.device = recipe.distils("pt"), accelerator.device
-        dataset, roots = open_data(recipe)
-        self.source = open_source(arm, recipe, self.device, online)
-        specs = self.source.specs if distil else tokens_without_losses(recipe) if recipe.tasks else []
-        self.model, tokenizer = start_model(recipe, "pt", specs, [], distil)
-        apply_stage(self.model, "pt", distil=distil)
-        if checkpointing:
-            self.model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.parallel = spread(self.model, accelerator, recipe.train)
-        losses = recipe.losses
-        kept = self.model.tasks if distil else []
-        self.task = DistillTask(kept, losses.contrastive, losses.contrastive_weight, losses.kernels)
-        self.step = OptimizerStep(recipe, accelerator, self.parallel, self.source, self.task)
-        self.loading = batches(
-            Collator.of(recipe, self.model, tokenizer, dataset, roots, self.source),
-            make_sampler(recipe, dataset, self.source, recipe.train.batch_size),
-            range(STEPS),
-            rank=0,
-            world_size=1,
-            accumulation=1,
-            workers=workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        self.taken = 0
+    def __init__(self, step: OptimizerStep, loading: Iterator[list[MicroBatch]]) -> None:
+        self.step, self.loading, self.taken = step, loading, 0
+        self.source, self.parallel, self.model = step.source, step.parallel, step.parallel.model
+        self.device = step.accelerator.device
 
-    def batch(self) -> list:
+    def batch(self) -> list[MicroBatch]:
         """The next step's micro-batches."""
         return next(self.loading)
 
-    def take(self, micro_batches: list) -> dict[str, float]:
+    def take(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """One optimizer step; its metrics."""
         self.taken += 1
         return self.step(self.taken - 1, micro_batches)
 
     def seconds(self) -> float:
+        """Of one step, the wait for its data included."""
         began = perf_counter()
         self.take(self.batch())
         self.wait()
@@ -146,31 +138,29 @@ class OpenArm:
             torch.cuda.synchronize()
 
     def sequence(self) -> int:
-        """Positions of the LLM in the next step, image and task tokens included."""
+        """Positions of the LLM for a sample of the next step, image and task tokens included."""
         (micro,) = self.batch()
-        return micro.input_ids.shape[1] + self.model.num_inserted_tokens
+        task_tokens = len(self.model.tasks) * self.model.config.num_task_tokens
+        return micro.input_ids.shape[1] - 1 + self.model.vision.num_tokens + task_tokens
 
 
 @contextmanager
 def open_arm(
-    scene: Scene,
-    arm: str,
-    accelerator: Accelerator,
-    checkpointing: bool,
-    workers: int | None = None,
-    online: OnlineTargets | None = None,
+    scene: Scene, arm: str, checkpointing: bool, workers: int | None = None, online: OnlineTargets | None = None
 ) -> Iterator[OpenArm]:
-    """With loader processes of its own, `workers` instead of the size's, that end with it."""
-    workers = scene.size.workers if workers is None else workers
-    opened = OpenArm(scene, arm, accelerator, checkpointing, workers, online)
+    """With loader processes of its own, that end with it.
+
+    Args:
+        workers: instead of the size's.
+        online: whose teachers `ONE` runs; its own by default.
+    """
+    said: dict[str, object] = {"train.max_steps": STEPS}
+    if workers is not None:
+        said["data.workers"] = workers
+    recipe, source = recipe_of(scene, arm, checkpointing, said), None
+    if arm == ONE:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        source = one_at_a_time(online or OnlineTargets(recipe, device))
+    opened = OpenArm(*set_up(recipe, source))
     with closing(opened.loading):
         yield opened
-
-
-def new_accelerator(scene: Scene, device: str) -> Accelerator:
-    """As the trainer makes it for the scene's recipe."""
-    AcceleratorState._reset_state()
-    precision = recipe_of(scene, CACHED, False).train.mixed_precision
-    accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
-    assert accelerator.device.type == device, f"accelerate took {accelerator.device}, not {device}"
-    return accelerator

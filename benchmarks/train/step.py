@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..figures import Figures, Measurement, Steps, number
 from ..rounds import Arm, alternate
-from .arms import OpenArm, new_accelerator, open_arm
+from .arms import OpenArm, open_arm
 from .base_models import random_weights
 from .parts import timed_parts
 from .scene import Scene
@@ -42,12 +42,11 @@ def measure(scene: Scene, device: str) -> list[Figures]:
 
 def _measured(scene: Scene, device: str, checkpointing: bool) -> list[Figures]:
     size, gflop = scene.size, {}
-    accelerator = new_accelerator(scene, device)
     with ExitStack() as opened:
         arms: dict[str, OpenArm] = {}
         for name in ARMS:
             online = arms[ONLINE].source if name == ONE else None  # one set of teachers serves both
-            arms[name] = opened.enter_context(open_arm(scene, name, accelerator, checkpointing, online=online))
+            arms[name] = opened.enter_context(open_arm(scene, name, checkpointing, online=online))
         sequence = arms[CACHED].sequence()
         works = {name: _round(arm, size.steps, gflop, name) for name, arm in arms.items()}
         fewer = dict.fromkeys((ONLINE, ONE), size.online_rounds)

@@ -14,7 +14,7 @@ from olavlm.student.memory import LiveBytes
 from olavlm.student.task import DistillTask
 
 from ..cache.fresh import Peak
-from .arms import OpenArm, new_accelerator, open_arm
+from .arms import OpenArm, open_arm
 from .base_models import random_weights
 from .memory import ADDED, BOTH
 from .scene import Scene
@@ -30,8 +30,7 @@ def memory(folder: str, size: str, arm: str, device: str, checkpointing: bool) -
     peak, scene = Peak(), Scene(Path(folder), size)
     with ExitStack() as stack:
         stack.enter_context(random_weights(device))
-        accelerator = new_accelerator(scene, device)
-        opened = stack.enter_context(open_arm(scene, arm, accelerator, checkpointing, workers=0))
+        opened = stack.enter_context(open_arm(scene, arm, checkpointing, workers=0))
         try:
             opened.take(opened.batch())
             most, own = _peak_of_a_step(opened, peak)
