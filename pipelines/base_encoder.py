@@ -5,7 +5,7 @@
 
 MODEL is a recipe's `model.encoder`, geometry what the encoder sees (`reference` is `square`), and the recipe `layerN` a
 recipe's `model.select_layer`, `layer-2` by default. The picture's pixels and the features are made by the code that
-makes them in training (`student/encoders.py`), which `student/encoder_features.py` then reads in their place.
+makes them in training (`student/vision/encoders.py`); `student/data/encoder_features.py` then reads them instead.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from olavlm.student.encoder_features import describe_resize, tower_digest
-from olavlm.student.encoder_name import EncoderName, layer_recipe
-from olavlm.student.encoders import VisionEncoder, load_image_transform
+from olavlm.student.data.encoder_features import describe_resize, tower_digest
 from olavlm.student.errors import StudentError
-from olavlm.student.image_transform import ImageTransform
+from olavlm.student.vision.encoder_name import EncoderName, layer_recipe
+from olavlm.student.vision.encoders import VisionEncoder, load_image_transform
+from olavlm.student.vision.image_transform import ImageTransform
 from olavlm.teachers import Card, TeacherError
 from olavlm.teachers.base import COMPUTE_DTYPES, library_versions
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from olavlm.student.encoder_name import USUAL_LAYER, layer_recipe
+from olavlm.student.vision.encoder_name import USUAL_LAYER, layer_recipe
 from olavlm.teachers import Entry
 
 if TYPE_CHECKING:

@@ -10,19 +10,20 @@ from pathlib import Path
 import numpy as np
 
 from olavlm.cache import CacheError, Dataset
-from olavlm.student.chain import num_processes, say
-from olavlm.student.checkpoint import whole_model
-from olavlm.student.config import Recipe, Stage
-from olavlm.student.conversation import IGNORE_INDEX, encode, load_tokenizer
-from olavlm.student.data import prompt_turns
-from olavlm.student.encoder_features import check_encoder_features
+from olavlm.student.choices import Stage
+from olavlm.student.config import Recipe
+from olavlm.student.data.batches import prompt_turns
+from olavlm.student.data.encoder_features import check_encoder_features
+from olavlm.student.data.targets import CachedTargets, check_targets, tokens_without_losses
 from olavlm.student.errors import ModelError, RecipeError, TargetsError
 from olavlm.student.fused_teachers import FusedTeacher
-from olavlm.student.memory import BatchShape, MemoryEstimate, estimate_memory
-from olavlm.student.parallel import launched_with
-from olavlm.student.targets import CachedTargets, check_targets, tokens_without_losses
+from olavlm.student.text.conversation import IGNORE_INDEX, encode, load_tokenizer
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.trainer import open_data
+from olavlm.student.training.chain import num_processes, say
+from olavlm.student.training.checkpoint import whole_model
+from olavlm.student.training.memory import BatchShape, MemoryEstimate, estimate_memory
+from olavlm.student.training.parallel import launched_with
+from olavlm.student.training.trainer import open_data
 
 from .cache_cost import Load, cost_lines
 

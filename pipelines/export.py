@@ -12,12 +12,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoConfig, LlavaConfig
-
-from olavlm.student.checkpoint import write_json
-from olavlm.student.llava_hf import from_llava_hf
-from olavlm.student.loading import load_errors
-
 from .cli import JobFailed, UsageError, command, quiet_models, versions
 
 RECORD = "export.json"
@@ -64,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def kind_of(source: str) -> str:
     """What a checkpoint is, by its config. ModelError without one, UsageError for none that we know."""
+    from transformers import AutoConfig
+
+    from olavlm.student.loading import load_errors
+
     with load_errors(source):
         model_type = AutoConfig.from_pretrained(source).model_type
     if model_type not in KINDS:
@@ -73,6 +71,9 @@ def kind_of(source: str) -> str:
 
 def llava_hf_to_olavlm(args: argparse.Namespace, folder: Path) -> None:
     """StudentError for a checkpoint that cannot be taken, and why."""
+    from olavlm.student.formats.llava_hf import from_llava_hf
+    from olavlm.student.training.checkpoint import write_json
+
     converted = from_llava_hf(args.source, args.template)
     model, config = converted.model, converted.model.config
     for note in converted.notes:
@@ -87,7 +88,7 @@ def llava_hf_to_olavlm(args: argparse.Namespace, folder: Path) -> None:
     write_json(folder / RECORD, record | {"notes": converted.notes, "versions": versions()})
 
 
-KINDS = {LlavaConfig.model_type: "llava-hf"}
+KINDS = {"llava": "llava-hf"}
 """By the `model_type` of a config."""
 
 CONVERSIONS: dict[tuple[str, str], Callable[[argparse.Namespace, Path], None]] = {

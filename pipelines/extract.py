@@ -24,7 +24,7 @@ from olavlm.cache.codec import CODECS
 from olavlm.cache.files import location
 from olavlm.cache.lease import leased
 from olavlm.cache.shard import COMPRESSIONS
-from olavlm.student.encoder_name import TEACHER, EncoderName
+from olavlm.student.vision.encoder_name import TEACHER, EncoderName
 from olavlm.teachers import GEOMETRIES, TeacherError, store_key
 from olavlm.teachers.base import COMPUTE_DTYPES, resolve_device
 

@@ -17,20 +17,19 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import torch
 from PIL import Image
-from transformers import TextStreamer
 
 from olavlm.cache import BadImage, decode_rgb
-from olavlm.student import load_checkpoint
-from olavlm.student.dialogue import Dialogue
 
 from .cli import JobFailed, Progress, UsageError, command, quiet_models
 
-NewDialogue = Callable[[Image.Image | None], Dialogue]
-"""Starts a dialogue about an image, or about none."""
+if TYPE_CHECKING:
+    from olavlm.student.text.dialogue import Dialogue
+
+    NewDialogue = Callable[[Image.Image | None], Dialogue]
+    """Starts a dialogue about an image, or about none."""
 
 DIALOGUE_HELP = "/image FILE: another image and a new dialogue; /new: a new dialogue; /quit or Ctrl-D: leave"
 
@@ -69,6 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     check_usage(args)
     of_folder = args.image is not None and args.image.is_dir()
     image = None if args.image is None or of_folder else open_image(args.image)
+    # Only now, so that help and a wrong flag are answered at once.
+    import torch
+
+    from olavlm.student import load_checkpoint
+    from olavlm.student.text.dialogue import Dialogue
+
     if args.device == "cuda" and not torch.cuda.is_available():
         raise JobFailed("--device cuda: this machine has no usable CUDA device; use --device cpu")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,6 +138,8 @@ def open_image(file: Path) -> Image.Image:
 
 def stream_answer(dialogue: Dialogue, question: str) -> None:
     """Print an answer as it comes."""
+    from transformers import TextStreamer
+
     dialogue.ask(question, TextStreamer(dialogue.tokenizer, skip_prompt=True, skip_special_tokens=True))
 
 

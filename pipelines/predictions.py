@@ -19,12 +19,12 @@ from PIL import Image
 
 from olavlm.cache import BadImage, Dataset, DatasetError
 from olavlm.cache.display import reachable_root, started_in
-from olavlm.student.checkpoint import read_adapter
 from olavlm.student.config import Recipe
-from olavlm.student.data import Collator
+from olavlm.student.data.batches import Collator
+from olavlm.student.data.targets import OnlineTargets, TargetSource, open_targets
 from olavlm.student.recipes import load_recipe
-from olavlm.student.targets import OnlineTargets, TargetSource, open_targets
-from olavlm.student.trainer import DTYPES, open_data
+from olavlm.student.training.checkpoint import read_adapter
+from olavlm.student.training.trainer import DTYPES, open_data
 
 
 @dataclass

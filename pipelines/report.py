@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from html import escape as _escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -61,8 +61,10 @@ from .page import (
     tiles,
     warning,
 )
-from .predictions import SampleView, TaskView, predict
 from .runs import Run, read_run
+
+if TYPE_CHECKING:
+    from .predictions import SampleView, TaskView
 
 STAGE_NAMES = {"pt": "Pre-training (PT)", "vpt": "Visual pre-training (VPT)", "ift": "Instruction finetuning (IFT)"}
 PHOTOGRAPH_SIDE = 480  # pixels, at most
@@ -255,6 +257,8 @@ def show_predictions(run: Run, settings: Settings) -> str:
     distils = run.get("tasks") and run.stage in (run.get("losses", "stages") or [])
     if not settings.samples or not distils or run.stage != "pt":
         return ""
+    from .predictions import predict
+
     try:
         samples = predict(run.folder, num_samples=settings.samples, store=settings.store, images=settings.images)
         content = "".join(_sample(sample) for sample in samples)

@@ -12,8 +12,6 @@ from typing import Any
 
 import yaml
 
-from olavlm.student.checkpoint import ADAPTER_CONFIG
-
 from .cli import JobFailed
 from .page import Curve
 
@@ -73,6 +71,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it left its result, an adapter or a model."""
+        from olavlm.student.training.checkpoint import ADAPTER_CONFIG  # imports PyTorch
+
         return any((self.folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json"))
 
     @property

@@ -23,13 +23,10 @@ import time
 
 from tqdm import tqdm
 
-from olavlm.student.chain import train_chain
 from olavlm.student.config import STAGES, describe
 from olavlm.student.recipes import load_chain, load_recipe, shipped_recipes, table_rows
-from olavlm.student.trainer import leave_processes, train
 
 from .cli import command, quiet_models, versions
-from .dry_run import dry_run
 from .launch_configs import config_file, list_configs
 from .recipe_list import list_recipes
 
@@ -83,6 +80,12 @@ def main(argv: list[str] | None = None) -> int:
         recipes = load_chain(args.config, overrides)
     else:
         recipes = {args.stage: load_recipe(args.config, overrides, args.stage)}
+    # Only now, so that help and a wrong flag are answered at once: this imports PyTorch and transformers.
+    from olavlm.student.training.chain import train_chain
+    from olavlm.student.training.trainer import leave_processes, train
+
+    from .dry_run import dry_run
+
     if args.dry_run:
         for stage, recipe in recipes.items():
             dry_run(recipe, stage)

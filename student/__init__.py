@@ -11,21 +11,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .errors import ModelError, RecipeError, SampleError, StudentError, TargetsError, TrainingError
+from olavlm.student.errors import ModelError, RecipeError, SampleError, StudentError, TargetsError, TrainingError
 
 if TYPE_CHECKING:
-    from .checkpoint import load_checkpoint
-    from .config import Recipe
-    from .model import OlaVLM, OlaVLMConfig
-    from .recipes import load_recipe
-    from .tokens import TaskSpec
+    from olavlm.student.config import Recipe
+    from olavlm.student.model import OlaVLM, OlaVLMConfig
+    from olavlm.student.recipes import load_recipe
+    from olavlm.student.tokens import TaskSpec
+    from olavlm.student.training.checkpoint import load_checkpoint
 
 _LAZY = {
     "OlaVLM": "model",
     "OlaVLMConfig": "model",
     "Recipe": "config",
     "TaskSpec": "tokens",
-    "load_checkpoint": "checkpoint",
+    "load_checkpoint": "training.checkpoint",
     "load_recipe": "recipes",
 }
 

@@ -12,10 +12,10 @@ from typing import Literal, get_args
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from olavlm.student.conversation import IGNORE_INDEX
+from olavlm.student.choices import KeyBlocks
 from olavlm.student.errors import RecipeError, SampleError
+from olavlm.student.text.conversation import IGNORE_INDEX
 
-KeyBlocks = Literal["img+t", "sys+img+t", "sys+img+t+txt"]
 PaddingSide = Literal["right", "left"]
 
 

@@ -13,17 +13,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import AttentionInterface
+from olavlm.student.choices import Fusion, Geometry, Kernels, KeyBlocks, PredictorWidth, QueryKind, Stage, TrackerName
+from olavlm.student.errors import RecipeError
 
-from .assembly import KeyBlocks
-from .errors import RecipeError
-from .image_transform import Geometry
-from .projector import Fusion
-from .tokens import PredictorWidth, QueryKind
-
-Stage = Literal["pt", "vpt", "ift"]
-TrackerName = Literal["tensorboard", "wandb"]
-Kernels = Literal["eager", "triton"]
 STAGES = ("pt", "vpt", "ift")
 
 
@@ -226,9 +218,9 @@ class Recipe:
         rule(t.max_steps is None or t.max_steps >= 1, "train.max_steps", t.max_steps, "at least 1")
         rule(t.epochs > 0, "train.epochs", t.epochs, "above 0")
         rule(0 <= t.seed < 2**32, "train.seed", t.seed, "from 0 to 2**32 - 1, as NumPy's generators take")
-        attention = (None, "eager", *AttentionInterface().valid_keys())
-        known = self.model.attention in attention or "/" in str(self.model.attention)  # a kernel of the hub
-        rule(known, "model.attention", self.model.attention, "use sdpa, flash_attention_2 or eager")
+        attention = self.model.attention
+        known = attention in (None, "eager", "sdpa") or _is_attention(attention)
+        rule(known, "model.attention", attention, "use sdpa, flash_attention_2 or eager")
         rule(self.model.max_length >= 1, "model.max_length", self.model.max_length, "at least 1")
         rule(self.model.num_task_tokens >= 0, "model.num_task_tokens", self.model.num_task_tokens, "at least 0")
         rule(t.lr > 0, "train.lr", t.lr, "above 0")
@@ -296,6 +288,12 @@ class Recipe:
             del content["train"][key]
         del content["data"]["workers"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_attention(name: str) -> bool:
+    from transformers import AttentionInterface  # takes seconds, and few recipes name one
+
+    return name in AttentionInterface().valid_keys() or "/" in name  # a kernel of the hub
 
 
 def describe(cls: type = Recipe) -> str:

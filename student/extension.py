@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import RecipeError
-from .model import OlaVLM
-from .model_config import OlaVLMConfig
-from .tokens import TaskSpec
+from olavlm.student.errors import RecipeError
+from olavlm.student.model import OlaVLM
+from olavlm.student.model_config import OlaVLMConfig
+from olavlm.student.tokens import TaskSpec
 
 _KEPT = (
     "image_token_id",

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import LoraConfig
-from .errors import RecipeError
+from olavlm.student.config import LoraConfig
+from olavlm.student.errors import RecipeError
 
 if TYPE_CHECKING:
     import peft

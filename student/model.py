@@ -36,14 +36,7 @@ from olavlm.student.assembly import (
     locate,
     padded_right,
 )
-from olavlm.student.conversation import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN,
-    encode_prompt,
-    load_tokenizer,
-    prepare_tokenizer,
-    terminator_id,
-)
+from olavlm.student.choices import Geometry
 from olavlm.student.decoder import (
     capture_states,
     decoder_blocks,
@@ -52,17 +45,24 @@ from olavlm.student.decoder import (
     state_width,
     takes_positions,
 )
-from olavlm.student.encoders import VisionEncoder, load_image_transform
 from olavlm.student.errors import ModelError, RecipeError, SampleError
 from olavlm.student.fused_teachers import encode_fused, in_order, load_fused
-from olavlm.student.image_transform import Geometry
 from olavlm.student.loading import load_complete, load_errors, refuse_missing
-from olavlm.student.losses import text_loss_sum
+from olavlm.student.losses.embedding import text_loss_sum
 from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.predictor import EmbeddingPredictor
 from olavlm.student.projector import as_input_of, make_projector, num_image_tokens
-from olavlm.student.templates import check_template
+from olavlm.student.text.conversation import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    encode_prompt,
+    load_tokenizer,
+    prepare_tokenizer,
+    terminator_id,
+)
+from olavlm.student.text.templates import check_template
 from olavlm.student.tokens import TaskSpec, TaskTokens
+from olavlm.student.vision.encoders import VisionEncoder, load_image_transform
 
 LOGIT_SCALE_INIT = 2.0
 """Initial value of the learnt s; similarities are multiplied by exp(s)."""
@@ -224,7 +224,7 @@ class OlaVLM(PreTrainedModel):
         Raises:
             ModelError: no checkpoint there, another kind of model, or weights missing from it.
         """
-        from olavlm.student.checkpoint import ADAPTER_CONFIG, read_adapter
+        from olavlm.student.training.checkpoint import ADAPTER_CONFIG, read_adapter
 
         with_info = kwargs.pop("output_loading_info", False)
         path = pretrained_model_name_or_path

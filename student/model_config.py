@@ -4,14 +4,15 @@ from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
-import olavlm.student.tower_configs  # noqa: F401  a saved config may name one of them
-from olavlm.student.assembly import KeyBlocks, check_key_blocks
+import olavlm.student.vision.tower_configs  # noqa: F401  a saved config may name one of them
+from olavlm.student.assembly import check_key_blocks
+from olavlm.student.choices import Fusion, Geometry, KeyBlocks, QueryKind
 from olavlm.student.errors import RecipeError
 from olavlm.student.fused_teachers import FusedTeacher
-from olavlm.student.image_transform import Geometry, ImageTransform
-from olavlm.student.projector import Fusion, check_fusion
-from olavlm.student.templates import check_template
-from olavlm.student.tokens import QueryKind, TaskSpec
+from olavlm.student.projector import check_fusion
+from olavlm.student.text.templates import check_template
+from olavlm.student.tokens import TaskSpec
+from olavlm.student.vision.image_transform import ImageTransform
 
 
 class OlaVLMConfig(PreTrainedConfig):

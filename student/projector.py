@@ -9,16 +9,15 @@ Positions are those of what each network sees of the picture; a recipe's `target
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from olavlm.student.choices import Fusion
 from olavlm.student.errors import RecipeError
 from olavlm.student.fused_teachers import FusedTeacher
-
-Fusion = Literal["none", "feature_concat", "token_concat"]
 
 TOKENS_PER_TEACHER = 8
 """Of token_concat."""

@@ -29,8 +29,9 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from .config import STAGES, Recipe, Stage
-from .errors import RecipeError
+from olavlm.student.choices import Stage
+from olavlm.student.config import STAGES, Recipe
+from olavlm.student.errors import RecipeError
 
 SHIPPED = "olavlm.pipelines"
 TABLES = "tables.yaml"

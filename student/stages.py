@@ -7,15 +7,13 @@ whole model trains, but its public code leaves the encoder out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
+from olavlm.student.choices import Stage
 from olavlm.student.errors import RecipeError
 from olavlm.student.lora import lora_parameters
 from olavlm.student.model import OlaVLM
-
-Stage = Literal["pt", "vpt", "ift"]
 
 ADAPTER = ("projector", "task_tokens", "predictors", "logit_scales")
 """Parts of the model beside its two base models: all that PT trains and all that its checkpoint holds."""

@@ -10,9 +10,9 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from olavlm.student.config import Kernels
-from olavlm.student.losses import MAX_SCALE, embedding_loss_sums
-from olavlm.student.scaled_features import Features
+from olavlm.student.choices import Kernels
+from olavlm.student.losses.embedding import MAX_SCALE, embedding_loss_sums
+from olavlm.student.losses.scaled_features import Features
 from olavlm.student.tokens import TaskSpec
 
 CONTRASTIVE_WEIGHT = 0.3

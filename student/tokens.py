@@ -7,15 +7,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from olavlm.student.choices import PredictorWidth
 from olavlm.student.errors import RecipeError
-
-QueryKind = Literal["contextual", "raw"]
-PredictorWidth = Literal["target", "llm"]
 
 
 @dataclass(frozen=True)

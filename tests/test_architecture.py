@@ -13,7 +13,7 @@ ALLOWED = {
     "pipelines": {"pipelines", "student", "cache", "teachers"},
 }
 DOORS = (  # to teachers, imported when they are asked for
-    "student/targets.py",  # in the loop
+    "student/data/targets.py",  # in the loop
     "student/fused_teachers.py",  # a fusion baseline reads their features of any picture it is asked about
 )
 FORBIDDEN = {"cache": {"ray", "torch", "transformers"}, "teachers": {"ray", "zarr"}, "student": {"ray", "zarr"}}

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
-from olavlm.student.losses import MAX_SCALE, embedding_loss_sums
-from olavlm.student.scaled_features import Features, ScaledFeatures
+from olavlm.student.losses.embedding import MAX_SCALE, embedding_loss_sums
+from olavlm.student.losses.scaled_features import Features, ScaledFeatures
 
 from .sizes import Case
 

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from olavlm.cache import ShardTask
 from olavlm.cache.files import is_local, location
 from olavlm.pipelines.cli import JobFailed
-from olavlm.student.signals import stop_requests
+from olavlm.student.training.signals import stop_requests
 
 from .blocks import Block
 from .crew import Event, Gone, Looked, Ready, Returned

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from olavlm.pipelines import generate
-from olavlm.student.trainer import train
+from olavlm.student.training.trainer import train
 
 QUESTION = "What is in the picture?"
 ANSWERS = {"cat.jpg": "Four cats.", "rocket.jpg": "A red boat.", "koala.jpg": "Two birds.", "chair.jpg": "The table."}

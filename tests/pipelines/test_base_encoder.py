@@ -12,9 +12,9 @@ from PIL import Image
 
 from olavlm.cache import FeatureStore
 from olavlm.pipelines import extract, store, train
-from olavlm.student.encoders import VisionEncoder
-from olavlm.student.image_transform import ImageTransform
-from olavlm.student.metrics import read_metrics
+from olavlm.student.training.metrics import read_metrics
+from olavlm.student.vision.encoders import VisionEncoder
+from olavlm.student.vision.image_transform import ImageTransform
 from olavlm.teachers import TeacherError, load_teacher
 
 PAGE = (Path(__file__).parents[2] / "docs" / "encoder-features.md").read_text()

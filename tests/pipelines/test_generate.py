@@ -7,12 +7,13 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from transformers import TextStreamer
 
 from olavlm.pipelines import generate
-from olavlm.student.conversation import encode_prompt, load_tokenizer
-from olavlm.student.dialogue import Dialogue
 from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.model import OlaVLM
+from olavlm.student.text.conversation import encode_prompt, load_tokenizer
+from olavlm.student.text.dialogue import Dialogue
 from olavlm.student.tokens import TaskSpec
 from olavlm.teachers import load_teacher
 from olavlm.teachers.tiny import make_tiny
@@ -46,9 +47,7 @@ def run(capsys, *words):
 def test_an_answer_is_streamed_and_the_models_own(checkpoint, loaded, sample_images, capsys, monkeypatch):
     model, tokenizer = loaded
     pieces = []
-    monkeypatch.setattr(
-        generate.TextStreamer, "on_finalized_text", lambda s, text, stream_end=False: pieces.append(text)
-    )
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", lambda s, text, stream_end=False: pieces.append(text))
     words = ["--prompt", "What is this?", "--max-new-tokens", "12"]
     run(capsys, checkpoint, "--image", sample_images / "cat.jpg", *words)
     picture = generate.open_image(sample_images / "cat.jpg")
@@ -127,7 +126,7 @@ def test_a_dialogue_at_the_terminal(checkpoint, sample_images, capsys, monkeypat
             asked.append((question, len(self.turns), self.image is not None))
             return super().ask(question, streamer)
 
-    monkeypatch.setattr(generate, "Dialogue", Recorded)
+    monkeypatch.setattr("olavlm.student.text.dialogue.Dialogue", Recorded)
     (tmp_path / "broken.jpg").write_bytes(b"")
     pictures = [f"/image {folder / name}" for folder, name in (
         (sample_images, "cat.jpg"), (tmp_path, "none.jpg"), (tmp_path, "broken.jpg")

@@ -14,8 +14,8 @@ import pytest
 from olavlm.cache import FeatureStore
 from olavlm.cache.records import shards_on_record
 from olavlm.pipelines import extract, store, train
-from olavlm.student.metrics import read_metrics
-from olavlm.student.trainer import train as run_training
+from olavlm.student.training.metrics import read_metrics
+from olavlm.student.training.trainer import train as run_training
 
 KEY, SECRET = "AKIAOFTHISTEST", "the/secret+of/this/test"
 ROWS = 10  # of the bundled captions

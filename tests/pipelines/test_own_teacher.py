@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from olavlm.cache import FeatureStore, decode_rgb
-from olavlm.student.metrics import read_metrics
 from olavlm.student.recipes import load_recipe
-from olavlm.student.trainer import train
+from olavlm.student.training.metrics import read_metrics
+from olavlm.student.training.trainer import train
 from olavlm.teachers import load_teacher
 
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-teacher.md").read_text()

@@ -18,7 +18,7 @@ from olavlm.pipelines import predictions as predictions_module
 from olavlm.pipelines.page import Curve, chart, closing_mean, number, smooth
 from olavlm.pipelines.predictions import TaskView, cosine, predict
 from olavlm.pipelines.report import _task_view, main
-from olavlm.student.trainer import train
+from olavlm.student.training.trainer import train
 
 TERMS = [f"loss/{task}/{x}/{kind}" for task, x in (("depth", 2), ("seg", 3)) for kind in ("smooth_l1", "contrastive")]
 RECIPE = """

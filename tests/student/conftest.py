@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from olavlm.student.conversation import IGNORE_INDEX, encode, load_tokenizer
 from olavlm.student.model import OlaVLM
 from olavlm.student.task import Batch
+from olavlm.student.text.conversation import IGNORE_INDEX, encode, load_tokenizer
 from olavlm.student.tokens import TaskSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"

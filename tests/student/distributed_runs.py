@@ -6,6 +6,7 @@ A job is {"stage", "recipe"}: a resolved recipe. Starting processes costs second
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,13 +14,13 @@ import torch
 
 from olavlm.pipelines.cli import quiet_models
 from olavlm.student.recipes import load_recipe
-from olavlm.student.trainer import leave_processes, train
+from olavlm.student.training.trainer import leave_processes, train
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     quiet_models()
     for number, job in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        file = Path(f"{sys.argv[1]}.{number}")
+        file = Path(f"{sys.argv[1]}.{number}.{os.environ['RANK']}")  # each its own, or one reads what another truncates
         file.write_text(json.dumps(job["recipe"]))
         train(load_recipe(str(file), [], job["stage"]), job["stage"], {"test": "1"})
     leave_processes()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from olavlm.student.assembly import SampleLayout, assemble, count_supervised, key_mask, locate, padded_right
-from olavlm.student.conversation import IGNORE_INDEX
+from olavlm.student.text.conversation import IGNORE_INDEX
 
 IMAGE, PATCHES, TASKS, N, WIDTH = 9, 3, 2, 2, 4
 IDS = torch.tensor([[1, 2, 9, 3, 4, 0], [9, 5, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6]])

@@ -10,12 +10,12 @@ import yaml
 from safetensors.torch import load_file
 
 from olavlm.pipelines import train as command
-from olavlm.student import chain as chain_module
 from olavlm.student import load_checkpoint
-from olavlm.student.chain import check_chain, is_finished, train_chain
 from olavlm.student.errors import RecipeError, TrainingError
-from olavlm.student.metrics import read_metrics
 from olavlm.student.recipes import load_chain
+from olavlm.student.training import chain as chain_module
+from olavlm.student.training.chain import check_chain, is_finished, train_chain
+from olavlm.student.training.metrics import read_metrics
 
 STAGES = ("pt", "vpt", "ift")
 

@@ -5,7 +5,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from olavlm.student.conversation import (
+from olavlm.student.errors import RecipeError, SampleError
+from olavlm.student.model import OlaVLM
+from olavlm.student.text.conversation import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
     check_turns,
@@ -15,10 +17,8 @@ from olavlm.student.conversation import (
     prepare_tokenizer,
     terminator_id,
 )
-from olavlm.student.errors import RecipeError, SampleError
-from olavlm.student.model import OlaVLM
-from olavlm.student.templates import check_template
-from olavlm.student.trainer import train
+from olavlm.student.text.templates import check_template
+from olavlm.student.training.trainer import train
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"

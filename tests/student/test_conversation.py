@@ -2,7 +2,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from olavlm.student.conversation import (
+from olavlm.student.errors import ModelError, SampleError
+from olavlm.student.text.conversation import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
     encode,
@@ -13,8 +14,7 @@ from olavlm.student.conversation import (
     render,
     terminator_id,
 )
-from olavlm.student.errors import ModelError, SampleError
-from olavlm.student.templates import ALIASES, TEMPLATES
+from olavlm.student.text.templates import ALIASES, TEMPLATES
 
 CHATS = ("llama_3", "phi_3", "vicuna_v1")
 TEXT = ["A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT: </s> cup spoon Yes"]

@@ -5,10 +5,10 @@ import torch
 import transformers as library
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from olavlm.student.conversation import IMAGE_TOKEN, prepare_tokenizer
 from olavlm.student.decoder import capture_states, decoder_blocks, head_is_plain, state_width
 from olavlm.student.errors import ModelError
 from olavlm.student.model import OlaVLM
+from olavlm.student.text.conversation import IMAGE_TOKEN, prepare_tokenizer
 from olavlm.student.tokens import TaskSpec
 
 SIZES = {

@@ -20,7 +20,7 @@ from olavlm.pipelines import extract
 from olavlm.pipelines.dry_run import dry_run
 from olavlm.pipelines.extraction.extractor import ShardExtractor, TeacherSpec
 from olavlm.student import OlaVLM, TargetsError
-from olavlm.student.encoder_features import (
+from olavlm.student.data.encoder_features import (
     EncoderFeatures,
     check_encoder_features,
     extract_command,
@@ -28,11 +28,11 @@ from olavlm.student.encoder_features import (
     store_key,
     tower_digest,
 )
-from olavlm.student.encoders import VisionEncoder
 from olavlm.student.errors import ModelError, RecipeError, SampleError
-from olavlm.student.memory import BatchShape, estimate_memory
-from olavlm.student.metrics import read_metrics
-from olavlm.student.trainer import train
+from olavlm.student.training.memory import BatchShape, estimate_memory
+from olavlm.student.training.metrics import read_metrics
+from olavlm.student.training.trainer import train
+from olavlm.student.vision.encoders import VisionEncoder
 from olavlm.teachers import store_key as key_of_extract
 
 ROW_BYTES = 2 * 16 * 64  # float16, 16 tokens of width 64: the tiny encoder's

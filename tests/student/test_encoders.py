@@ -21,16 +21,16 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from olavlm.student.checkpoint import is_adapter, load_checkpoint, save_adapter
-from olavlm.student.encoder_features import tower_digest
-from olavlm.student.encoder_name import EncoderName
-from olavlm.student.encoders import VisionEncoder, load_image_transform
+from olavlm.student.data.encoder_features import tower_digest
 from olavlm.student.errors import ModelError, RecipeError
-from olavlm.student.image_transform import ImageTransform
 from olavlm.student.model import OlaVLM
 from olavlm.student.model_config import OlaVLMConfig
-from olavlm.student.tower_configs import OpenClipTowerConfig
-from olavlm.student.trainer import train
+from olavlm.student.training.checkpoint import is_adapter, load_checkpoint, save_adapter
+from olavlm.student.training.trainer import train
+from olavlm.student.vision.encoder_name import EncoderName
+from olavlm.student.vision.encoders import VisionEncoder, load_image_transform
+from olavlm.student.vision.image_transform import ImageTransform
+from olavlm.student.vision.tower_configs import OpenClipTowerConfig
 from olavlm.teachers import load_teacher
 
 FAMILIES = (

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from olavlm.cache import FeatureStore
 from olavlm.pipelines import train as train_command
 from olavlm.student import ModelError, OlaVLM, RecipeError, SampleError, TargetsError, load_checkpoint
-from olavlm.student.conversation import encode_prompt
+from olavlm.student.data.targets import OnlineTargets
 from olavlm.student.fused_teachers import FusedTeacher
-from olavlm.student.metrics import read_metrics
-from olavlm.student.step import OptimizerStep
-from olavlm.student.targets import OnlineTargets
-from olavlm.student.trainer import train
+from olavlm.student.text.conversation import encode_prompt
+from olavlm.student.training.metrics import read_metrics
+from olavlm.student.training.step import OptimizerStep
+from olavlm.student.training.trainer import train
 from olavlm.teachers.tiny import make_tiny
 
 FUSIONS = ("feature_concat", "token_concat")

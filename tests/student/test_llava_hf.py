@@ -17,12 +17,12 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from olavlm.cache import decode_rgb
-from olavlm.student.conversation import IMAGE_TOKEN, encode, encode_prompt, load_tokenizer
 from olavlm.student.errors import ModelError, RecipeError
-from olavlm.student.llava_hf import causal_lm, from_llava_hf, template_of
-from olavlm.student.llava_images import transform_of
+from olavlm.student.formats.llava_hf import causal_lm, from_llava_hf, template_of
+from olavlm.student.formats.llava_images import transform_of
 from olavlm.student.model import OlaVLM
-from olavlm.student.templates import TEMPLATES
+from olavlm.student.text.conversation import IMAGE_TOKEN, encode, encode_prompt, load_tokenizer
+from olavlm.student.text.templates import TEMPLATES
 
 KINDS = ("llama_clip", "qwen2_siglip")
 DIALOGUES = [

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from olavlm.student import OlaVLM, RecipeError, load_checkpoint
 from olavlm.student.config import LoraConfig
 from olavlm.student.lora import add_lora, lora_parameters, merge_lora
-from olavlm.student.metrics import read_metrics
 from olavlm.student.stages import apply_stage
-from olavlm.student.trainer import train
+from olavlm.student.training.metrics import read_metrics
+from olavlm.student.training.trainer import train
 
 peft = pytest.importorskip("peft")
 

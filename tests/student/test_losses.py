@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from olavlm.student import eager_losses
-from olavlm.student.fused_losses import choose
-from olavlm.student.losses import embedding_loss_sums, text_loss_sum
-from olavlm.student.memory import LiveBytes
-from olavlm.student.scaled_features import ScaledFeatures
+from olavlm.student.losses import eager
+from olavlm.student.losses.embedding import embedding_loss_sums, text_loss_sum
+from olavlm.student.losses.fused import choose
+from olavlm.student.losses.scaled_features import ScaledFeatures
+from olavlm.student.training.memory import LiveBytes
 
 VALIDITY = ("all_valid", "two_masked", "none_valid")
 
@@ -16,7 +16,7 @@ VALIDITY = ("all_valid", "two_masked", "none_valid")
 @pytest.fixture
 def chunk(request, monkeypatch):
     """As many elements of the targets are widened at once."""
-    monkeypatch.setattr(eager_losses, "_CHUNK_ELEMENTS", {"cpu": request.param})
+    monkeypatch.setattr(eager, "_CHUNK_ELEMENTS", {"cpu": request.param})
 
 
 def golden_case(golden, task, validity):
@@ -252,7 +252,7 @@ def test_shapes_must_agree():
 
 
 def test_kernels_that_cannot_run_are_refused():
-    assert choose("eager", torch.zeros(1)) is eager_losses
+    assert choose("eager", torch.zeros(1)) is eager
     with pytest.raises(ValueError, match="'cuda'; use eager, triton"):
         choose("cuda", torch.zeros(1))
     pytest.importorskip("triton")

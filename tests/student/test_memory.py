@@ -5,11 +5,11 @@ import torch
 
 from olavlm.pipelines import train
 from olavlm.student.fused_teachers import FusedTeacher
-from olavlm.student.memory import BatchShape, LiveBytes, estimate_memory
 from olavlm.student.model import OlaVLM
 from olavlm.student.stages import apply_stage
 from olavlm.student.task import BatchTotals, DistillTask
 from olavlm.student.tokens import TaskSpec
+from olavlm.student.training.memory import BatchShape, LiveBytes, estimate_memory
 
 SPECS = (
     TaskSpec("gen", tokens=1, dim=48, layers=(4, 6)),

@@ -7,9 +7,9 @@ import struct
 import pytest
 
 from olavlm.student import RecipeError, TrainingError
-from olavlm.student import metrics as metrics_module
-from olavlm.student.metrics import JsonLines, check_trackers, open_trackers, read_metrics
-from olavlm.student.trainer import train
+from olavlm.student.training import metrics as metrics_module
+from olavlm.student.training.metrics import JsonLines, check_trackers, open_trackers, read_metrics
+from olavlm.student.training.trainer import train
 
 STEPS = [(1, {"loss/total": 2.5, "lr": 0.1}), (2, {"loss/total": 1.5, "lr": 0.2}), (3, {"loss/total": 0.5, "lr": 0.0})]
 

@@ -19,14 +19,14 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from olavlm.student.checkpoint import load_checkpoint
-from olavlm.student.conversation import IGNORE_INDEX, IMAGE_TOKEN, encode_prompt
 from olavlm.student.decoder import capture_states, decoder_blocks, head_is_plain
-from olavlm.student.encoders import VisionEncoder
 from olavlm.student.errors import ModelError
 from olavlm.student.model import OlaVLM
 from olavlm.student.model_config import OlaVLMConfig
+from olavlm.student.text.conversation import IGNORE_INDEX, IMAGE_TOKEN, encode_prompt
 from olavlm.student.tokens import TaskSpec
+from olavlm.student.training.checkpoint import load_checkpoint
+from olavlm.student.vision.encoders import VisionEncoder
 
 SHAPES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES = SHAPES | {"num_key_value_heads": 2, "vocab_size": 1100, "pad_token_id": 4, "eos_token_id": 3, "bos_token_id": 0}

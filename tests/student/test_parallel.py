@@ -7,8 +7,8 @@ import torch
 
 from olavlm.student import RecipeError
 from olavlm.student.config import TrainConfig
-from olavlm.student.parallel import Replicated, Sharded, make_optimizer
-from olavlm.student.zero import Zero, engine_settings
+from olavlm.student.training.parallel import Replicated, Sharded, make_optimizer
+from olavlm.student.training.zero import Zero, engine_settings
 
 
 @pytest.fixture

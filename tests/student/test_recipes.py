@@ -7,12 +7,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from olavlm.pipelines.recipe_list import list_recipes
-from olavlm.student.conversation import load_tokenizer
-from olavlm.student.encoders import load_encoder_config, load_image_transform
 from olavlm.student.errors import RecipeError
-from olavlm.student.metrics import read_metrics
 from olavlm.student.recipes import load_chain, load_recipe, shipped_recipes, table_rows
-from olavlm.student.trainer import train
+from olavlm.student.text.conversation import load_tokenizer
+from olavlm.student.training.metrics import read_metrics
+from olavlm.student.training.trainer import train
+from olavlm.student.vision.encoders import load_encoder_config, load_image_transform
 
 SIZES = {
     "table1": 16, "table2": 4, "table3": 6, "table4": 3, "table5": 6, "table6": 2, "table7": 2,

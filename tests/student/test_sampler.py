@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from olavlm.cache import Dataset
-from olavlm.student.data import neighbour_rows, word_counts
-from olavlm.student.sampler import GlobalBatchSampler
-from olavlm.student.targets import CachedTargets
+from olavlm.student.data.batches import neighbour_rows, word_counts
+from olavlm.student.data.sampler import GlobalBatchSampler
+from olavlm.student.data.targets import CachedTargets
 
 
 def sampler(has_image, size=4, seed=0, grouped=False):

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from olavlm.cache import DatasetError
 from olavlm.student import RecipeError, SampleError
-from olavlm.student.metrics import read_metrics
-from olavlm.student.step import OptimizerStep
-from olavlm.student.trainer import train
+from olavlm.student.training.metrics import read_metrics
+from olavlm.student.training.step import OptimizerStep
+from olavlm.student.training.trainer import train
 
 DEPTH, GEN, SEG = "loss/depth/2/smooth_l1", "loss/gen/4/smooth_l1", "loss/seg/3/smooth_l1"
 CONTRASTIVE = "loss/depth/2/contrastive"

@@ -10,11 +10,11 @@ import torch
 
 from olavlm.cache import Dataset, FeatureStore, StoreBuilder, convert, pending
 from olavlm.pipelines.extraction.extractor import ShardExtractor, TeacherSpec
+from olavlm.student.data.targets import CachedTargets, OnlineTargets, check_targets, extract_command
 from olavlm.student.errors import RecipeError, TargetsError
-from olavlm.student.metrics import read_metrics
-from olavlm.student.scaled_features import joined
-from olavlm.student.targets import CachedTargets, OnlineTargets, check_targets, extract_command
-from olavlm.student.trainer import train
+from olavlm.student.losses.scaled_features import joined
+from olavlm.student.training.metrics import read_metrics
+from olavlm.student.training.trainer import train
 
 
 @pytest.fixture(scope="module", params=["float16", "int8", "int4"])

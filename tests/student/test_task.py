@@ -2,9 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from olavlm.student.conversation import IGNORE_INDEX
 from olavlm.student.stages import apply_stage
 from olavlm.student.task import Batch, BatchTotals, DistillTask
+from olavlm.student.text.conversation import IGNORE_INDEX
 
 
 def totals_of(batch, **fields):

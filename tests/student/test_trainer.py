@@ -19,13 +19,13 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from olavlm.cache import FeatureStore, StoreBuilder
 from olavlm.student import OlaVLM, RecipeError, TargetsError, TrainingError, load_checkpoint, task
-from olavlm.student import trainer as trainer_module
-from olavlm.student.checkpoint import read_adapter
-from olavlm.student.data import MicroBatch, _leave_signals_to_the_trainer
-from olavlm.student.metrics import read_metrics
+from olavlm.student.data.batches import MicroBatch, _leave_signals_to_the_trainer
 from olavlm.student.stages import ADAPTER
-from olavlm.student.step import OptimizerStep
-from olavlm.student.trainer import Schedule, train
+from olavlm.student.training import trainer as trainer_module
+from olavlm.student.training.checkpoint import read_adapter
+from olavlm.student.training.metrics import read_metrics
+from olavlm.student.training.step import OptimizerStep
+from olavlm.student.training.trainer import Schedule, train
 
 LAYERS = {"gen": (4, 6), "depth": (2, 6), "seg": (3, 5)}
 TERMS = [

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from olavlm.student.losses import embedding_loss_sums
-from olavlm.student.scaled_features import ScaledFeatures
+from olavlm.student.losses.embedding import embedding_loss_sums
+from olavlm.student.losses.scaled_features import ScaledFeatures
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    from olavlm.student import triton_losses
+    from olavlm.student.losses import triton_kernels
 
-    triton_losses._PROGRAMS = 3  # so that each goes through several blocks of features, and the last through fewer
+    triton_kernels._PROGRAMS = 3  # so that each goes through several blocks of features, and the last through fewer
     torch.set_num_threads(1)
     print(json.dumps({name: case.deviation("cpu") for name, case in CASES.items()}))

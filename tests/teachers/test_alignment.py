@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from olavlm.student.encoders import VisionEncoder, load_image_transform
+from olavlm.student.vision.encoders import VisionEncoder, load_image_transform
 from olavlm.teachers import load_teacher
 
 TEACHERS = ("depth", "seg", "timm:vit_small_patch14_reg4_dinov2", "timm:convnext_tiny", "open_clip:tiny")

@@ -1,0 +1,1 @@
+"""Prompts: templates, conversations and what of them is supervised."""

@@ -1,0 +1,79 @@
+"""The stages of a recipe one after the other, each from the result of the one before.
+
+    DIR/pt  DIR/vpt  DIR/ift      run folders, each resumable; a stage that is finished is not run again
+
+All stages run in the processes that the first was started in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from olavlm.student.choices import Stage
+from olavlm.student.config import Recipe
+from olavlm.student.errors import RecipeError
+
+from .checkpoint import latest_step
+from .trainer import STAGE_FILE, OnStep, Schedule, open_data, run_identity, train
+
+
+def train_chain(recipes: Mapping[Stage, Recipe], versions: dict[str, str], on_step: OnStep = lambda *_: None) -> Path:
+    """Run the stages of `load_chain`; returns the last one's run folder.
+
+    Raises:
+        RecipeError: stages that cannot share their processes.
+        StudentError, CacheError: as `train`; stages ahead of the one that failed are finished, and skipped next time.
+    """
+    check_chain(recipes)
+    last = Path()
+    for number, (stage, recipe) in enumerate(recipes.items(), 1):
+        last = Path(recipe.train.output_dir)
+        if is_finished(recipe, stage):
+            say(f"stage {number}/{len(recipes)}: {stage} is finished: {last}")
+            continue
+        say(f"stage {number}/{len(recipes)}: {stage}")
+        train(recipe, stage, versions, on_step)
+    return last
+
+
+def check_chain(recipes: Mapping[Stage, Recipe]) -> None:
+    """RecipeError for stages that cannot follow each other in the same processes."""
+    precisions = {stage: recipe.train.mixed_precision for stage, recipe in recipes.items()}
+    if len(set(precisions.values())) > 1:
+        raise RecipeError(
+            f"train.mixed_precision is {precisions}: stages of one command share it; set one, or run them one by one"
+        )
+    folders = [recipe.train.output_dir for recipe in recipes.values()]
+    if len(set(folders)) < len(folders):
+        raise RecipeError(f"train.output_dir is {folders[0]} for several stages; put {{stage}} into it")
+
+
+def is_finished(recipe: Recipe, stage: Stage) -> bool:
+    """Whether the run folder holds the result of all the recipe's steps.
+
+    Raises:
+        TrainingError: the folder holds a run of another recipe.
+    """
+    run = Path(recipe.train.output_dir)
+    if not (run / STAGE_FILE).is_file():
+        return False
+    finished = json.loads((run / STAGE_FILE).read_text()).get("finished", 0)
+    global_batch = recipe.train.batch_size * recipe.train.accumulation * num_processes()
+    dataset, _ = open_data(recipe)
+    latest_step(run, run_identity(recipe, stage, global_batch))  # or it is another recipe's
+    return finished >= Schedule(recipe, math.ceil(len(dataset) / global_batch)).total_steps
+
+
+def num_processes() -> int:
+    """Of this launch, by the environment of torchrun and accelerate."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(text: str) -> None:
+    """A line from the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)

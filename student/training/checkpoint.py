@@ -1,0 +1,230 @@
+"""Run folders: what a run starts from, leaves behind, and is resumed from.
+
+    RUN/recipe.yaml versions.json stage.json    the resolved recipe, versions, and what trained
+    RUN/metrics.jsonl
+    RUN/checkpoints/step-000200/                trained parameters, optimizer state, step
+    RUN/adapter.safetensors adapter.json        PT's result: projector, task tokens, predictors, logit scales
+    RUN/config.json model.safetensors ...       VPT's and IFT's result: a whole model, for `OlaVLM.from_pretrained`
+
+Neither teachers nor a frozen LLM are ever written. Weights are safetensors, optimizer states are read with
+`weights_only`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from olavlm.student.errors import ModelError, TrainingError
+from olavlm.student.extension import extend
+from olavlm.student.model import OlaVLM
+from olavlm.student.stages import ADAPTER
+from olavlm.student.text.conversation import load_tokenizer
+from olavlm.student.tokens import TaskSpec
+
+from .parallel import Replicated
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
+
+
+@dataclass
+class Adapter:
+    """What PT trained, and what it was trained on: two base models, or the parts of a whole one."""
+
+    folder: Path
+    llm: str
+    encoder: str
+    config: dict[str, Any]
+    """Keyword arguments of `OlaVLM.build`."""
+    tasks: list[TaskSpec]
+    recipe_hash: str
+    whole: str | None = None
+    """Folder of the model that PT started from, where it was a whole one; then `llm` and `encoder` are not read."""
+
+    def build(self, *, with_predictors: bool = True, **overrides: Any) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
+        """Base models with the adapter's weights in place; `overrides` replace arguments of `OlaVLM.build`.
+
+        Raises:
+            ModelError: a base model or the adapter cannot be loaded, or the two do not fit.
+        """
+        tokenizer = load_tokenizer(str(self.folder))
+        arguments = {**self.config, **overrides}
+        llm, encoder = arguments.pop("llm", self.llm), arguments.pop("encoder", self.encoder)
+        if self.whole is None:
+            model = OlaVLM.build(llm, encoder, tokenizer, self.tasks, with_predictors=with_predictors, **arguments)
+        else:
+            options = {name: arguments.pop(name, None) for name in ("dtype", "attn_implementation")}
+            base = OlaVLM.from_pretrained(self.whole, **{k: v for k, v in options.items() if v is not None})
+            model = extend(base, self.tasks, with_predictors=with_predictors, **arguments)
+            model.tokenizer = tokenizer
+        weights = _load(self.folder / ADAPTER_WEIGHTS)
+        if not with_predictors:
+            weights = {k: v for k, v in weights.items() if k.partition(".")[0] not in ("predictors", "logit_scales")}
+        own = {k for k in model.state_dict() if k.partition(".")[0] in ADAPTER}
+        if own != set(weights):
+            raise ModelError(f"{self.folder}: the adapter lacks or exceeds the model by {min(own ^ set(weights))!r}")
+        try:
+            model.load_state_dict(weights, strict=False)
+        except RuntimeError as e:
+            raise ModelError(
+                f"{self.folder} does not fit {self.whole or f'{llm} and {encoder}'}: {str(e).splitlines()[-1].strip()}"
+            ) from None
+        return model, tokenizer
+
+
+def save_adapter(
+    folder: Path,
+    model: OlaVLM,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    llm: str,
+    encoder: str,
+    config: dict[str, Any],
+    recipe_hash: str,
+    whole: str | None = None,
+) -> None:
+    """Write PT's result: adapter weights, how to build the model around them, and the tokenizer."""
+    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k.partition(".")[0] in ADAPTER}
+    tokenizer.save_pretrained(folder)
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    content = {
+        "format": 1,
+        "llm": llm,
+        "encoder": encoder,
+        "config": config,
+        "tasks": [task.to_dict() for task in model.tasks],
+        "recipe_sha256": recipe_hash,
+        "whole": whole,
+    }
+    write_json(folder / ADAPTER_CONFIG, content)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in a folder; ModelError if there is none or it is damaged."""
+    try:
+        content = json.loads((folder / ADAPTER_CONFIG).read_text())
+        tasks = [TaskSpec.from_dict(task) for task in content["tasks"]]
+        names = ("llm", "encoder", "config")
+        parts = [content[name] for name in names]
+        return Adapter(folder, *parts, tasks, content["recipe_sha256"], content["whole"])
+    except FileNotFoundError:
+        raise ModelError(f"{folder} holds neither {ADAPTER_CONFIG} (from pt) nor config.json (from ift)") from None
+    except (KeyError, TypeError, ValueError) as e:
+        raise ModelError(f"{folder / ADAPTER_CONFIG} is damaged: {e}") from None
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds PT's result; ModelError if the folder does not exist."""
+    folder = Path(path)
+    if folder.is_file():
+        raise ModelError(f"checkpoint {path} is a file; give the run folder that it lies in")
+    if not folder.is_dir():
+        raise ModelError(f"checkpoint {path} does not exist; give a run folder of olavlm-train")
+    if (folder / ADAPTER_CONFIG).is_file():
+        return True
+    if (folder / "config.json").is_file():
+        return False
+    if (folder / "checkpoints").is_dir():
+        raise ModelError(f"{path} is a run that has not finished; run the same olavlm-train command again to finish it")
+    raise ModelError(f"{path} holds no checkpoint: neither {ADAPTER_CONFIG} (from pt) nor config.json (from ift)")
+
+
+def whole_model(path: str | Path | None) -> str | None:
+    """The folder of the whole model that a start goes back to, None for base models apart; errors of `is_adapter`."""
+    if path is None:
+        return None
+    return read_adapter(Path(path)).whole if is_adapter(path) else str(Path(path).absolute())
+
+
+def load_checkpoint(path: str | Path) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
+    """A trained model and its tokenizer, from the run folder of any stage. ModelError if it cannot be had."""
+    if is_adapter(path):
+        return read_adapter(Path(path)).build(with_predictors=False)
+    model = OlaVLM.from_pretrained(path)
+    return model, model.tokenizer or load_tokenizer(str(path))  # which says why there is none
+
+
+def save_step(run: Path, step: int, parallel: Replicated, recipe_hash: str, keep: int) -> None:
+    """Write `checkpoints/step-...`, which appears whole or not at all, and remove all but the newest `keep`.
+
+    Every process takes part; the main one writes.
+    """
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    private = folder.with_name(f".{folder.name}")
+    writes, wait = parallel.accelerator.is_main_process, parallel.accelerator.wait_for_everyone
+    if writes:
+        shutil.rmtree(private, ignore_errors=True)
+        private.mkdir(parents=True)
+    trained = parallel.trained()
+    if writes:
+        save_file({k: v.contiguous() for k, v in trained.items()}, private / "trained.safetensors")
+    del trained
+    wait()
+    parallel.save_optimizer(private)
+    wait()
+    if writes:
+        write_json(private / "state.json", {"step": step, "recipe_sha256": recipe_hash})
+        shutil.rmtree(folder, ignore_errors=True)
+        private.rename(folder)
+        for old in sorted(folder.parent.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    wait()
+
+
+def latest_step(run: Path, recipe_hash: str) -> tuple[Path | None, int]:
+    """The newest checkpoint of a run and its step, (None, 0) if there is none.
+
+    Raises:
+        TrainingError: the checkpoint is another recipe's.
+    """
+    folders = sorted((run / "checkpoints").glob("step-*"))
+    if not folders:
+        return None, 0
+    try:
+        state = json.loads((folders[-1] / "state.json").read_text())
+        step, written_by = state["step"], state["recipe_sha256"]
+    except (OSError, KeyError, ValueError) as e:
+        raise TrainingError(
+            f"checkpoint {folders[-1]} is damaged: {e}; remove it to resume from the one before"
+        ) from None
+    if written_by != recipe_hash:
+        raise TrainingError(
+            f"{run} holds a run of another recipe (see its recipe.yaml); use another train.output_dir or remove it"
+        )
+    return folders[-1], step
+
+
+def load_trained(folder: Path, model: nn.Module) -> None:
+    """Put a checkpoint's parameters into a model that is whole, bit for bit."""
+    weights = _load(folder / "trained.safetensors")
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if set(weights) != set(own):
+        raise TrainingError(f"checkpoint {folder} holds other parameters than those that train")
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise ModelError(f"{file} does not exist") from None
+    except (SafetensorError, OSError) as e:
+        raise ModelError(f"{file} is damaged: {e}") from None
+
+
+def write_json(file: Path, content: object) -> None:
+    """Replace a file as a whole."""
+    private = file.with_name(f".{file.name}")
+    private.write_text(json.dumps(content, indent=1) + "\n")
+    private.replace(file)

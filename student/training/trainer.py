@@ -1,0 +1,361 @@
+"""One stage of training, from a recipe to a run folder.
+
+    accelerate launch --num_processes 8 -m olavlm.pipelines.train pt --config llama3-8b-clip-l ...
+    python -m olavlm.pipelines.train pt --config tiny --model.llm tiny/llm ...
+
+A step (`step.py`) takes the global batch of the sampler, cut into `accumulation` micro-batches a process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerBase
+
+from olavlm.cache import Dataset, ImageRoots
+from olavlm.student.choices import Stage
+from olavlm.student.config import Recipe
+from olavlm.student.data.batches import Collator, batches, check_images, check_samples, choose_samples, make_sampler
+from olavlm.student.data.encoder_features import EncoderFeatures, check_encoder_features
+from olavlm.student.data.targets import check_targets, open_targets, tokens_without_losses
+from olavlm.student.errors import RecipeError, TrainingError
+from olavlm.student.extension import extend
+from olavlm.student.fused_teachers import FusedTeacher
+from olavlm.student.lora import add_lora, lora_parameters, merge_lora, save_lora
+from olavlm.student.model import OlaVLM
+from olavlm.student.stages import PartRow, apply_stage, trains_llm
+from olavlm.student.task import DistillTask
+from olavlm.student.text.conversation import load_tokenizer
+from olavlm.student.tokens import TaskSpec
+from olavlm.student.vision.encoder_name import EncoderName
+
+from .checkpoint import (
+    is_adapter,
+    latest_step,
+    load_trained,
+    read_adapter,
+    save_adapter,
+    save_step,
+    whole_model,
+    write_json,
+)
+from .metrics import check_trackers, open_trackers
+from .parallel import launched_with, spread
+from .signals import stop_requests
+from .step import OptimizerStep
+
+STAGE_FILE = "stage.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+OnStep = Callable[[int, int, dict[str, float]], None]
+"""Called on the main process after each step with its number, the number of steps and the metrics."""
+
+
+def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnStep = lambda *_: None) -> Path:
+    """Run one stage; returns the run folder. Resumes what an earlier call with the same recipe left unfinished.
+
+    Raises:
+        StudentError, CacheError: what the user can mend, before any model is loaded where that is possible.
+        TrainingError: a loss that is not finite, an embedding loss of exactly zero, or a stop by SIGINT or SIGTERM
+            (after a checkpoint).
+    """
+    distil = recipe.distils(stage)
+    reads_features = distil or recipe.fuses
+    check_trackers(recipe.train.trackers)
+    dataset, roots = open_data(recipe)
+    check_samples(dataset, recipe.model.template)
+    reads_encoder = recipe.data.encoder_features is not None
+    if reads_encoder:
+        check_encoder_features(recipe, dataset, stage)
+    if not reads_encoder or (reads_features and recipe.targets.source == "online"):
+        check_images(dataset, roots)
+    if reads_features:
+        check_targets(recipe, dataset, stage)
+
+    AcceleratorState._reset_state()  # a stage before this one may have had another precision; processes stay joined
+    # Without `cpu`, accelerate would take several processes on a machine without an accelerator for one each.
+    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, cpu=not torch.accelerator.is_available())
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "processes do not see each other"
+    source = open_targets(recipe, accelerator.device) if reads_features else None
+    set_seed(recipe.train.seed)
+    specs, fused = [], []
+    if recipe.fuses:
+        fused = [FusedTeacher.of(name, source.cards[name]) for name in recipe.task_order]
+    elif distil:
+        specs = source.specs
+    elif stage == "pt" and recipe.tasks:
+        specs = tokens_without_losses(recipe)
+    model, tokenizer = start_model(recipe, stage, specs, fused, distil)
+    features = EncoderFeatures(recipe) if reads_encoder else None
+    if features is not None:  # of the models saved, pt's holds no encoder
+        features.take_the_place_of(model.vision, keep=stage != "pt" and accelerator.is_main_process)
+    if recipe.model.max_length <= model.num_inserted_tokens + 1:
+        raise RecipeError(
+            f"model.max_length is {recipe.model.max_length}: an image alone takes "
+            f"{model.num_inserted_tokens + 1} tokens here, and nothing would be learnt; make it longer"
+        )
+    if recipe.lora.rank is not None and trains_llm(stage):
+        add_lora(model.llm, recipe.lora)
+    table = apply_stage(model, stage, freeze_tokens=recipe.train.freeze_tokens, distil=distil)
+    if recipe.train.gradient_checkpointing:
+        model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run = Path(recipe.train.output_dir)
+    global_batch = recipe.train.batch_size * recipe.train.accumulation * accelerator.num_processes
+    identity = run_identity(recipe, stage, global_batch)
+    resumed_from, first_step = latest_step(run, identity)
+    if resumed_from is not None:
+        load_trained(resumed_from, model)
+    if accelerator.is_main_process:
+        describe_run(run, recipe, stage, table, versions, accelerator.num_processes)
+    sampler = make_sampler(recipe, dataset, source, global_batch)
+    collator = Collator.of(recipe, model, tokenizer, dataset, roots, source, features)
+    schedule = Schedule(recipe, len(sampler))
+    parallel = spread(model, accelerator, recipe.train)
+    optimizer = parallel.optimizer
+    if resumed_from is not None:
+        parallel.load_optimizer(resumed_from)
+    trackers = []
+    if accelerator.is_main_process:
+        trackers = open_trackers(recipe.train.trackers, run, first_step, {"stage": stage, **recipe.to_dict()})
+    if first_step:
+        accelerator.print(f"resumed from step {first_step}")
+
+    losses = recipe.losses
+    task = DistillTask(model.tasks if distil else [], losses.contrastive, losses.contrastive_weight, losses.kernels)
+    optimizer_step = OptimizerStep(recipe, accelerator, parallel, source, task)
+    steps = range(first_step, schedule.total_steps)
+    loading = batches(
+        collator,
+        sampler,
+        steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulation=recipe.train.accumulation,
+        workers=recipe.data.workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    with ExitStack() as leaving, stop_requests() as stop:
+        for tracker in trackers:
+            leaving.callback(tracker.close)
+        for step in steps:
+            waited = time.perf_counter()
+            micro_batches = next(loading)
+            data_wait = time.perf_counter() - waited
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr(step)
+            values = optimizer_step(step, micro_batches)
+            values |= {
+                "lr": optimizer.param_groups[0]["lr"],
+                "epoch": (step + 1) / len(sampler),
+                "data_wait_ms": 1000 * data_wait,
+                "step_ms": 1000 * (time.perf_counter() - waited),
+            }
+            for tracker in trackers:
+                tracker.log(step + 1, values)
+            if accelerator.is_main_process:
+                on_step(step + 1, schedule.total_steps, values)
+            last = step + 1 == schedule.total_steps
+            stopping = bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device)) > 0)
+            if last or stopping or (step + 1) % recipe.train.save_every == 0:
+                save_step(run, step + 1, parallel, identity, recipe.train.keep)
+            if stopping and not last:
+                raise TrainingError(
+                    f"stopped by {stop[0] if stop else 'another process'} after step {step + 1}, which is saved; run "
+                    "the same command again to finish"
+                )
+    parallel.gather()
+    if accelerator.is_main_process:
+        save_result(run, recipe, stage, model, tokenizer)
+        mark_finished(run, schedule.total_steps)
+    accelerator.wait_for_everyone()  # the next stage, on another process, reads the result
+    accelerator.print(f"{stage} finished: {run}")
+    accelerator.free_memory()
+    return run
+
+
+def leave_processes() -> None:
+    """Leave the group of processes that `train` joined, after the last stage: it cannot be joined twice."""
+    PartialState().destroy_process_group()
+
+
+class Schedule:
+    """Length of the run, and the learning rate of each step: linear warm-up, then a cosine to 0."""
+
+    def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
+        by_epochs = math.ceil(recipe.train.epochs * steps_per_epoch)
+        self.total_steps = recipe.train.max_steps or by_epochs
+        self.horizon = by_epochs  # not of max_steps: a run resumed has the rates of one that never stopped
+        self.warmup_steps = math.ceil(recipe.train.warmup * self.horizon)
+        self.peak = recipe.train.lr
+
+    def lr(self, step: int) -> float:
+        """Of a step, from 0. The first is not wasted at 0, the last is above it. Beyond the epochs it starts anew."""
+        step %= self.horizon
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.horizon - self.warmup_steps)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def open_data(recipe: Recipe) -> tuple[Dataset, ImageRoots]:
+    """The recipe's samples, `data.fraction` applied, and image roots."""
+    dataset, roots = Dataset(recipe.files), ImageRoots(recipe.image_roots)
+    chosen = choose_samples(len(dataset), recipe.data.fraction, recipe.train.seed)
+    return (dataset if len(chosen) == len(dataset) else dataset.take(chosen)), roots
+
+
+def start_model(
+    recipe: Recipe, stage: Stage, specs: list[TaskSpec], fused: list[FusedTeacher], distil: bool
+) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
+    """The model that the stage starts from: base checkpoints in pt, `init.from` after it.
+
+    `specs` are the tasks with tokens or losses, `fused` the teachers of a fusion baseline.
+    """
+    m = recipe.model
+    settings = build_settings(recipe, stage) | {"fused_teachers": [teacher.to_dict() for teacher in fused]}
+    if recipe.init.from_ is None:
+        if stage != "pt":
+            raise RecipeError(f"init.from is not set; {stage} starts from the run folder of an earlier stage")
+        tokenizer = load_tokenizer(m.llm, m.chat_template)
+        return OlaVLM.build(m.llm, m.encoder, tokenizer, specs, **settings), tokenizer
+    if is_adapter(recipe.init.from_):
+        adapter = read_adapter(Path(recipe.init.from_))
+        bases = {} if adapter.whole else {"llm": adapter.llm, "encoder": adapter.encoder}
+        check_start(recipe, {**adapter.config, **bases}, adapter.tasks, fused)
+        if distil:
+            adapter.tasks = specs
+        return adapter.build(with_predictors=distil, llm=m.llm, encoder=m.encoder, **settings)
+    if distil and stage != "pt":
+        raise RecipeError(f"losses.stages has {stage}, and {recipe.init.from_} holds no predictors to go on with")
+    model = OlaVLM.from_pretrained(recipe.init.from_, dtype=DTYPES[m.dtype], attn_implementation=m.attention)
+    tokenizer = model.tokenizer or load_tokenizer(recipe.init.from_)  # which says why there is none
+    start = {name: getattr(model.config, name) for name in (*_INHERITED, "fused_teachers")}
+    if stage == "pt":
+        check_start(recipe, {**start, "num_task_tokens": m.num_task_tokens}, specs, fused)
+        own = {key: value for key, value in settings.items() if key not in ("dtype", "attn_implementation")}
+        return extend(model, specs, **own), tokenizer
+    check_start(recipe, start, list(model.tasks), fused)
+    model.config.fused_teachers = settings["fused_teachers"]  # the same, as this stage's store knows them
+    model.config.geometry, model.config.max_sequence_length = settings["geometry"], m.max_length
+    return model, tokenizer
+
+
+_INHERITED = ("template", "num_task_tokens", "select_layer", "fusion")  # what a later stage cannot change
+
+
+def check_start(recipe: Recipe, start: dict[str, Any], tasks: list[TaskSpec], fused: list[FusedTeacher]) -> None:
+    """RecipeError if the recipe says otherwise than `init.from` what the model is: it would be trained as another."""
+    inherited = [name for name in _INHERITED if name != "num_task_tokens" or recipe.task_order or tasks]
+    before = [FusedTeacher.from_dict(teacher) for teacher in start["fused_teachers"]]
+    said: dict[str, tuple[Any, Any]] = {
+        "tasks, in model.order": (recipe.task_order, [x.name for x in (*tasks, *before)])
+    }
+    said |= {f"model.{name}": (getattr(recipe.model, name), start[name]) for name in inherited}
+    for teacher, there in zip(fused, before, strict=False):
+        said[f"the fingerprint of {teacher.name}'s features"] = teacher.fingerprint, there.fingerprint
+    for name in ("llm", "encoder"):
+        there = start.get(name)
+        if there is not None and (Path(there).is_dir() or not Path(there).is_absolute()):  # it has not been moved
+            said[f"model.{name}"] = _absolute(getattr(recipe.model, name)), there
+    for key, (here, there) in said.items():
+        if here != there:
+            raise RecipeError(f"{key} is {here}, and {recipe.init.from_} was trained with {there}; use the same")
+
+
+def run_identity(recipe: Recipe, stage: Stage, global_batch: int) -> str:
+    """Of what a run's numbers follow from; a run is resumed under the same one alone."""
+    return f"{stage}-{recipe.hash()}-{global_batch}-{start_digest(recipe.init.from_)}"
+
+
+def start_digest(path: str | None) -> str:
+    """Names the weights that a run starts from, by the ends of their files: no resume on top of other ones."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.safetensors")) if path else ():
+        with file.open("rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            for offset in (0, max(0, size - 2**20)):
+                f.seek(offset)
+                digest.update(f.read(2**20))
+            digest.update(f"{file.name} {size}".encode())
+    return digest.hexdigest()[:16]
+
+
+def build_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """The recipe's model section as arguments of `OlaVLM.build`."""
+    m = recipe.model
+    return {
+        "geometry": recipe.base_geometry(stage),
+        "select_layer": m.select_layer,
+        "dtype": DTYPES[m.dtype],
+        "attn_implementation": m.attention,
+        "template": m.template,
+        "max_sequence_length": m.max_length,
+        "num_task_tokens": m.num_task_tokens,
+        "fusion": m.fusion,
+        "gen_query": m.gen_query,
+        "key_blocks": m.key_blocks,
+        "include_answer": m.include_answer,
+    }
+
+
+def describe_run(
+    run: Path, recipe: Recipe, stage: Stage, table: list[PartRow], versions: dict[str, str], num_processes: int
+) -> None:
+    """Print and keep what trains, and keep the resolved recipe and the versions."""
+    print(f"{'part':<14}{'parameters':>16}{'trainable':>16}")
+    for row in table:
+        print(f"{row.part:<14}{row.parameters:>16,}{row.trainable:>16,}")
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    write_json(run / "versions.json", versions)
+    launch = {"processes": num_processes, "sharded": launched_with("FSDP")}
+    write_json(run / STAGE_FILE, {"stage": stage, **launch, "parts": [asdict(r) for r in table]})
+
+
+def mark_finished(run: Path, step: int) -> None:
+    """Note in `stage.json` that the run folder holds the whole result of so many steps."""
+    write_json(run / STAGE_FILE, {**json.loads((run / STAGE_FILE).read_text()), "finished": step})
+
+
+def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What the next stage, or a user, takes from the run folder. LoRA updates become part of the model's weights."""
+    if lora_parameters(model.llm):
+        save_lora(model.llm, run / "lora")
+        merge_lora(model.llm)
+    if stage != "pt":
+        model.vision.restore_tower()
+        model.save_pretrained(run, tokenizer=tokenizer, with_predictors=False)
+        return
+    config = {k: v for k, v in build_settings(recipe, stage).items() if k not in ("dtype", "attn_implementation")}
+    config["fused_teachers"] = model.config.fused_teachers
+    m = recipe.model
+    save_adapter(
+        run,
+        model,
+        tokenizer,
+        llm=_absolute(m.llm),
+        encoder=_absolute(m.encoder),
+        config=config,
+        recipe_hash=recipe.hash(),
+        whole=whole_model(recipe.init.from_),
+    )
+
+
+def _absolute(model: str) -> str:
+    """With local paths in full, so that the adapter finds them from anywhere; a hub id as it is."""
+    return EncoderName.parse(model).absolute()

@@ -1,0 +1,102 @@
+"""A picture to the pixels of a base vision encoder, with Pillow, whatever library the encoder comes from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from PIL import Image
+from transformers import CLIPImageProcessor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from olavlm.student.choices import Geometry
+from olavlm.student.errors import ModelError, RecipeError
+
+LONGEST_SIDE = 8192
+"""Pixels; a longer picture is made smaller before it is padded to a square, which would be over 200 MB."""
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """An image to the encoder's input, on the CPU with Pillow. Picklable, so that loader workers need no model.
+
+    Size, mean, std and interpolation are the encoder's own. The frame is not: an encoder whose own processing cuts a
+    margin off, or squashes, is shown the same frame as all others, so that the teachers' frames can be aligned with it.
+    """
+
+    size: int
+    """Side S of the square input, in pixels."""
+    mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
+    std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    geometry: Geometry = "square"
+    """square: the short edge to S, then the centre crop. pad: first pasted centred on a square of the longer side that
+    is filled with the mean colour, so that nothing is cut off. squash: both edges to S, whatever shape that gives."""
+    interpolation: str = "bicubic"
+    """Name of one of Pillow's filters, in small letters."""
+
+    def __post_init__(self) -> None:
+        if self.geometry not in get_args(Geometry):
+            raise RecipeError(f"geometry={self.geometry!r} must be one of {', '.join(get_args(Geometry))}")
+        if self.interpolation.upper() not in Image.Resampling.__members__:
+            names = ", ".join(known.name.lower() for known in Image.Resampling)
+            raise ModelError(f"interpolation {self.interpolation!r} is none of Pillow's ({names}); use another encoder")
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ModelError(f"the encoder takes pictures of {len(self.mean)} channels, ours have 3; use another one")
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """float32 (3, S, S), normalised, channels RGB."""
+        image = image.convert("RGB")
+        if self.geometry == "pad":
+            image = self._pad_to_square(image)
+        if self.geometry == "squash":
+            image = image.resize((self.size, self.size), Image.Resampling[self.interpolation.upper()])
+        else:
+            image = self._cover(_without_extremes(image))
+        pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
+        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def _cover(self, image: Image.Image) -> Image.Image:
+        """The short edge to S, and the middle of the long one."""
+        width, height = image.size
+        short = min(width, height)
+        width, height = (int(self.size * side / short) for side in (width, height))
+        image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def _pad_to_square(self, image: Image.Image) -> Image.Image:
+        if max(image.size) > LONGEST_SIDE:
+            image = image.copy()
+            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.BICUBIC)
+        width, height = image.size
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in self.mean))
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        return square
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `preprocessor_config.json`, which the library's image processors read."""
+        square = {"height": self.size, "width": self.size}
+        CLIPImageProcessor(
+            size=square if self.geometry == "squash" else {"shortest_edge": self.size},
+            crop_size=square,
+            image_mean=list(self.mean),
+            image_std=list(self.std),
+            resample=int(Image.Resampling[self.interpolation.upper()]),
+        ).save_pretrained(folder)
+
+
+def _without_extremes(image: Image.Image) -> Image.Image:
+    """The middle of a picture over 16 times as long as it is wide: the rest is cropped, and would only cost memory."""
+    width, height = image.size
+    longest = 16 * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    if width > height:
+        left = (width - longest) // 2
+        return image.crop((left, 0, left + longest, height))
+    top = (height - longest) // 2
+    return image.crop((0, top, width, top + longest))

@@ -1,0 +1,144 @@
+"""Base encoders of transformers: CLIP, SigLIP and DINOv2, from a hub id or a folder."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    CLIPVisionModel,
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import cached_file
+
+from olavlm.student.choices import Geometry
+from olavlm.student.errors import ModelError
+from olavlm.student.loading import load_complete, load_errors
+
+from .encoder_name import EncoderName
+from .image_transform import ImageTransform
+from .select_layer import FeatureShape, block_of, check_patches
+
+
+@dataclass(frozen=True)
+class TransformersFamily:
+    """A kind of ViT: how it is built, and what stands ahead of its patch tokens."""
+
+    model_class: type[PreTrainedModel]
+    blocks: str
+    """Path of the list of blocks."""
+    num_prefix_tokens: int
+    """Class token; register tokens, which the config counts, come on top."""
+    any_side: bool = False
+    """Whether position embeddings are resized to whatever picture comes; if not, it has to be asked for."""
+    mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
+    std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    """Mean and std of pixels where the checkpoint has no image processor."""
+
+    def feature_shape(self, tower: PreTrainedModel, select_layer: int, side: int) -> FeatureShape:
+        """RecipeError for a layer that the tower has not, or pictures that its patches do not divide."""
+        block_of(select_layer, tower.config.num_hidden_layers)
+        patch = tower.config.patch_size
+        if side != tower.config.image_size:  # its own may leave a rest, as 384 pixels do with patches of 14
+            check_patches(side, patch)
+        return FeatureShape(side // patch, side // patch, tower.config.hidden_size)
+
+    def features(self, tower: PreTrainedModel, pixels: torch.Tensor, select_layer: int) -> torch.Tensor:
+        """Patch tokens [B, tokens, width] of a hidden state ahead of the final norm."""
+        captured = []
+        block = tower.get_submodule(self.blocks)[block_of(select_layer, tower.config.num_hidden_layers)]
+        handle = block.register_forward_hook(lambda _module, _inputs, output: captured.append(output))
+        resized = not self.any_side and pixels.shape[-1] != tower.config.image_size
+        try:
+            tower(pixels, **({"interpolate_pos_encoding": True} if resized else {}))
+        finally:
+            handle.remove()
+        states = captured[0] if isinstance(captured[0], torch.Tensor) else captured[0][0]
+        return states[:, self.num_prefix_tokens + getattr(tower.config, "num_register_tokens", 0) :]
+
+
+_SIGLIP_MEAN = (0.5, 0.5, 0.5)
+_IMAGENET = {"mean": tuple(IMAGENET_DEFAULT_MEAN), "std": tuple(IMAGENET_DEFAULT_STD)}
+
+FAMILIES = {
+    "clip_vision_model": TransformersFamily(CLIPVisionModel, "encoder.layers", 1),
+    "siglip_vision_model": TransformersFamily(
+        SiglipVisionModel, "encoder.layers", 0, mean=_SIGLIP_MEAN, std=_SIGLIP_MEAN
+    ),
+    "dinov2": TransformersFamily(Dinov2Model, "encoder.layer", 1, any_side=True, **_IMAGENET),
+    "dinov2_with_registers": TransformersFamily(
+        Dinov2WithRegistersModel, "encoder.layer", 1, any_side=True, **_IMAGENET
+    ),
+}
+"""By the `model_type` of the vision config. Another one is another entry."""
+
+
+def load(name: EncoderName, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
+    """The vision tower of a checkpoint, which may hold a whole CLIP or SigLIP model.
+
+    Raises:
+        ModelError: no checkpoint there, another kind of model, or weights missing from it.
+    """
+    family = _family(_vision_config(name).model_type, name)
+    return load_complete(family.model_class, name.model, dtype=dtype, **kwargs)
+
+
+def load_config(name: EncoderName) -> PreTrainedConfig:
+    """The config of the vision tower; no weights are read. ModelError as `load`."""
+    config = _vision_config(name)
+    _family(config.model_type, name)
+    return config
+
+
+def load_transform(name: EncoderName, geometry: Geometry) -> ImageTransform:
+    """Size, mean, std and interpolation of the checkpoint's `preprocessor_config.json`, else of its model.
+
+    Raises:
+        ModelError: no checkpoint there, or a preprocessor that does not give a square of the model's size.
+    """
+    config = _vision_config(name)
+    family = _family(config.model_type, name)
+    try:
+        file = cached_file(name.model, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        file = None
+    fields = {}
+    if file is not None:
+        with load_errors(name.model):
+            fields = json.loads(Path(file).read_text())
+    size = config.image_size
+    given = fields.get("crop_size") or fields.get("size") or size
+    sides: Sequence[int] = list(given.values()) if isinstance(given, dict) else [given]
+    if len(set(sides)) != 1 or (sides[0] != size and not family.any_side):
+        raise ModelError(f"{name.text!r}: the preprocessor crops to {given}, the model takes {size} pixels")
+    return ImageTransform(
+        name.side or sides[0],
+        tuple(fields.get("image_mean") or family.mean),
+        tuple(fields.get("image_std") or family.std),
+        geometry,
+        Image.Resampling(fields.get("resample") or Image.Resampling.BICUBIC).name.lower(),
+    )
+
+
+def _vision_config(name: EncoderName) -> PreTrainedConfig:
+    with load_errors(name.model):
+        config = AutoConfig.from_pretrained(name.model)
+    return getattr(config, "vision_config", config)
+
+
+def _family(model_type: str, name: EncoderName) -> TransformersFamily:
+    if model_type not in FAMILIES:
+        raise ModelError(
+            f"{name.text!r}: {model_type!r} is no known encoder; choose one of: {', '.join(FAMILIES)}, or any model "
+            "of timm:MODEL or open_clip:MODEL/PRETRAINED"
+        )
+    return FAMILIES[model_type]
