@@ -18,8 +18,8 @@ import yaml
 from olavlm.cache import Dataset, TeacherFeatures
 from olavlm.cache.files import is_local
 from olavlm.student.config import Recipe
-from olavlm.student.metrics import read_metrics
-from olavlm.student.targets import CachedTargets, extract_command
+from olavlm.student.data.targets import CachedTargets, extract_command
+from olavlm.student.training.metrics import read_metrics
 
 from .break_even import bytes_per_second, runs_to_pay, waiting
 from .extraction.record import Recorded, recorded_extractions

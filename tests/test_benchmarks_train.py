@@ -15,10 +15,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from olavlm.student.data.targets import OnlineTargets, task_spec
 from olavlm.student.recipes import load_recipe
 from olavlm.student.stages import apply_stage
-from olavlm.student.targets import OnlineTargets, task_spec
-from olavlm.student.trainer import start_model
+from olavlm.student.training.trainer import start_model
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "benchmarks" / "train"

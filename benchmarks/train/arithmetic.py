@@ -12,9 +12,9 @@ from unittest.mock import patch
 from torch.utils.flop_counter import FlopCounterMode
 
 from olavlm.student.config import Recipe
-from olavlm.student.memory import BatchShape, estimate_memory
+from olavlm.student.data.targets import task_spec
 from olavlm.student.recipes import load_recipe
-from olavlm.student.targets import task_spec
+from olavlm.student.training.memory import BatchShape, estimate_memory
 
 from ..extract.arithmetic import TEACHERS
 from ..figures import Measurement, number

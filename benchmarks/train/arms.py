@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from olavlm.student.config import Recipe
-from olavlm.student.data import MicroBatch
-from olavlm.student.step import OptimizerStep
-from olavlm.student.targets import OnlineTargets
-from olavlm.student.trainer import train
+from olavlm.student.data.batches import MicroBatch
+from olavlm.student.data.targets import OnlineTargets
+from olavlm.student.training.step import OptimizerStep
+from olavlm.student.training.trainer import train
 from olavlm.teachers import Teacher
 
 from ..extract.photographs import SIZE

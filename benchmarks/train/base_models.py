@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPImageProcessor, CLIPVisionConfig, LlamaConfig
 
 from olavlm.student import OlaVLM
-from olavlm.student.encoders import VisionEncoder, load_encoder_config, load_image_transform
+from olavlm.student.vision.encoders import VisionEncoder, load_encoder_config, load_image_transform
 from olavlm.teachers.tiny_llm import BOS, EOT, PAD, train_tokenizer
 
 from .sizes import Encoder, Llm

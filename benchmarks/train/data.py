@@ -13,8 +13,8 @@ from statistics import median
 from unittest.mock import patch
 
 from olavlm.cache import ImageRoots
-from olavlm.student.metrics import read_metrics
-from olavlm.student.trainer import train
+from olavlm.student.training.metrics import read_metrics
+from olavlm.student.training.trainer import train
 
 from ..figures import Measurement, number
 from .arms import recipe_of

@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 import torch
 
-from olavlm.student.memory import LiveBytes
 from olavlm.student.task import DistillTask
+from olavlm.student.training.memory import LiveBytes
 
 from ..cache.fresh import Peak
 from .arms import OpenArm, open_arm
