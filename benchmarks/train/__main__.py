@@ -1,6 +1,6 @@
 """Measures one optimizer step of PT without distillation, with cached targets and with teachers in the loop.
 
-    python -m benchmarks.train                                  shapes of SmolLM2-135M on a CPU, 12 minutes on two cores
+    python -m benchmarks.train                                  shapes of SmolLM2-135M, 15 minutes on two cores
     python -m benchmarks.train --size tiny                      a look, half a minute
     python -m benchmarks.train --size paper --name my-gpu       Llama-3-8B, one GPU of 80 GB or more
 
