@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 
 
-def bytes_per_second(row_bytes: float, step_seconds: float, samples: int) -> float:
+def bytes_per_second(row_bytes: float, step_seconds: float, samples: float) -> float:
     """That a step of so many samples, over all devices together, needs of the disk."""
     return row_bytes * samples / step_seconds
 
 
-def waiting(row_bytes: float, step_seconds: float, samples: int, devices: int, disk: float) -> float:
+def waiting(row_bytes: float, step_seconds: float, samples: float, devices: int, disk: float) -> float:
     """Device-seconds a sample that `devices` stand still, all at once, because a disk gives `disk` bytes a second.
 
     `step_seconds` is a step's time when it never waits; what is read ahead meanwhile costs nothing.
