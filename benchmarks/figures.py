@@ -56,13 +56,14 @@ class Comparison:
 
 @dataclass
 class Measurement:
-    """What fresh processes measured of themselves; columns are named with their unit."""
+    """What fresh processes, or the steps of a run, measured of themselves; columns are named with their unit."""
 
     title: str
     values: dict[str, dict[str, list[float]]]  # subject -> column -> one value a process
     rows: dict[str, int] = field(default_factory=dict)  # of subjects that are compared by the row
     limits: dict[str, float] = field(default_factory=dict)  # column -> what it must stay below
     notes: list[str] = field(default_factory=list)
+    of: str = "fresh processes"  # what each value was taken of
     kind: str = "measurement"
 
     def markdown(self) -> str:
@@ -78,7 +79,50 @@ class Measurement:
         if self.limits:
             lines.append(["must stay below", *(f"{self.limits[c]:g}" if c in self.limits else "" for c in columns)])
         rounds = len(next(iter(next(iter(self.values.values())).values())))
-        about = f"**{self.title}**: fresh processes, {rounds} for each line"
+        about = f"**{self.title}**: {self.of}, {rounds} for each line"
+        return "\n\n".join([about, table(header, lines), *self.notes])
+
+
+@dataclass
+class Steps:
+    """Optimizer steps of several arms that took turns, and how many times longer one takes than another."""
+
+    title: str
+    images: int  # a step
+    seconds: dict[str, list[float]]  # of each arm, a step, by rounds; an arm may take part in the first rounds alone
+    over: dict[str, str]  # arm -> the arm that it is compared with
+    at_most: dict[str, float] = field(default_factory=dict)  # arm -> limit of its time over the other's
+    at_least: dict[str, float] = field(default_factory=dict)
+    gflop: dict[str, float] = field(default_factory=dict)  # a step
+    notes: list[str] = field(default_factory=list)
+    kind: str = "steps"
+
+    def ratios(self, arm: str) -> list[float]:
+        """Time over that of the arm it is compared with, round by round."""
+        return [own / other for own, other in zip(self.seconds[arm], self.seconds[self.over[arm]], strict=False)]
+
+    def arithmetic(self, arm: str) -> float:
+        """As `ratios`, of the FLOPs."""
+        return self.gflop[arm] / self.gflop[self.over[arm]]
+
+    def rate(self, arm: str) -> float:
+        """Images a second, by the median round."""
+        return self.images / median(self.seconds[arm])
+
+    def markdown(self) -> str:
+        header = ["arm", "rounds", "ms a step", "images/s", *["GFLOP a step"] * bool(self.gflop), "compared with"]
+        header += ["time over its", *["FLOPs over its"] * bool(self.gflop), "must be"]
+        lines = []
+        for arm, seconds in self.seconds.items():
+            line = [arm, str(len(seconds)), spread([1e3 * s for s in seconds]), number(self.rate(arm))]
+            line += [number(self.gflop[arm])] * bool(self.gflop)
+            compared = arm in self.over
+            line += [self.over.get(arm, ""), spread(self.ratios(arm)) if compared else ""]
+            line += [f"{self.arithmetic(arm):.3g}" if compared else ""] * bool(self.gflop)
+            line.append(f"<= {self.at_most[arm]}" if arm in self.at_most else "")
+            line[-1] += f">= {self.at_least[arm]}" if arm in self.at_least else ""
+            lines.append(line)
+        about = f"**{self.title}**: {self.images} images a step"
         return "\n\n".join([about, table(header, lines), *self.notes])
 
 
@@ -149,7 +193,7 @@ class Count:
         return "\n\n".join([f"**{self.title}**", table(["", *columns], lines), *self.notes])
 
 
-Figures = Comparison | Measurement | Agreement | Answers | Count
+Figures = Comparison | Measurement | Steps | Agreement | Answers | Count
 
 
 def to_json(figures: Iterable[Figures]) -> list[dict]:
@@ -157,7 +201,8 @@ def to_json(figures: Iterable[Figures]) -> list[dict]:
 
 
 def from_json(figures: Iterable[dict]) -> list[Figures]:
-    kinds = {of.__dataclass_fields__["kind"].default: of for of in (Comparison, Measurement, Agreement, Answers, Count)}
+    classes = (Comparison, Measurement, Steps, Agreement, Answers, Count)
+    kinds = {cls.kind: cls for cls in classes}
     return [kinds[f["kind"]](**f) for f in figures]
 
 

@@ -19,13 +19,17 @@ Measure = Callable[[Path], list[Figures]]
 """One benchmark: works in the empty folder that it is given, which is removed afterwards."""
 
 
-def arguments(module: str, description: str, names: Iterable[str], sizes: Iterable[str], folder: Path):
+def arguments(
+    module: str, description: str, names: Iterable[str], sizes: Iterable[str], folder: Path, default: str = "full"
+):
     """The parser of `python -m {module}`, whose results and README.md lie in `folder`."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help=f"{', '.join(names)}; default: all")
-    parser.add_argument("--size", choices=list(sizes), default="full", help="how much is measured (default: full)")
+    parser.add_argument(
+        "--size", choices=list(sizes), default=default, help=f"how much is measured (default: {default})"
+    )
     parser.add_argument("--dir", type=Path, default=Path(), help="where to write, in a folder that is removed again")
     parser.add_argument("--name", help="keep the figures as results/NAME.json and render README.md")
     parser.add_argument("--results", type=Path, default=folder, help="folder of results/ and README.md, for --name")

@@ -1,4 +1,4 @@
-"""What a run would do, from everything but the models: data, targets, steps, and an estimate of memory."""
+"""What a run would do, from everything but the models: data, steps, targets and their cost, an estimate of memory."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from olavlm.student.training.checkpoint import whole_model
 from olavlm.student.training.memory import BatchShape, MemoryEstimate, estimate_memory
 from olavlm.student.training.parallel import launched_with
 from olavlm.student.training.trainer import open_data
+
+from .cache_cost import Load, cost_lines
 
 SAMPLES_MEASURED = 500
 """Spread over the dataset, to learn how long texts are."""
@@ -58,6 +60,10 @@ def dry_run(recipe: Recipe, stage: Stage) -> None:
             how = f"layers {task.layers}, weight {task.weight}, targets" if not recipe.fuses else "fused, features"
             say(f"{name}: {how} from {where}")
     if os.environ.get("RANK", "0") == "0":
+        if (recipe.distils(stage) or recipe.fuses) and with_images:
+            share = with_images / len(dataset)
+            load = Load(round(steps * global_batch * share), len(dataset.images()), global_batch, share, processes)
+            print("\n".join(cost_lines(recipe, dataset, load)), flush=True)
         print("\n".join(memory_lines(recipe, stage, dataset)), flush=True)
     say(f"result: {recipe.train.output_dir}")
 

@@ -21,6 +21,7 @@ EXTRACT = ROOT / "benchmarks" / "extract"
 OVERFIT = ROOT / "benchmarks" / "overfit"
 LOSSES = ROOT / "benchmarks" / "losses"
 FORWARD = ROOT / "benchmarks" / "forward"
+TRAIN = ROOT / "benchmarks" / "train"
 
 
 @pytest.fixture
@@ -34,12 +35,12 @@ def module(monkeypatch: pytest.MonkeyPatch):
     return load
 
 
-@pytest.mark.parametrize("folder", [CACHE, EXTRACT, FORWARD, LOSSES, OVERFIT])
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT, FORWARD, LOSSES, OVERFIT, TRAIN])
 def test_the_tables_are_those_of_the_results(module, folder):
     assert (folder / "README.md").read_text() == module("readme").rendered(folder)
 
 
-@pytest.mark.parametrize("folder", [CACHE, EXTRACT, FORWARD, LOSSES, OVERFIT])
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT, FORWARD, LOSSES, OVERFIT, TRAIN])
 def test_results_are_small(folder):
     assert all(file.stat().st_size < 1e6 for file in folder.glob("results/*"))
 
@@ -97,6 +98,34 @@ def test_arms_take_turns(module):
     arms = {name: lambda k, name=name: order.append(f"{name}{k}") or float(k) for name in "ab"}
     assert module("rounds").alternate(arms, 2) == {"a": [1.0, 2.0], "b": [1.0, 2.0]}
     assert order == ["a0", "b0", "b1", "a1", "a2", "b2"]
+
+
+def test_arms_may_take_part_in_the_first_rounds_alone(module):
+    order = []
+    arms = {name: lambda k, name=name: order.append(f"{name}{k}") or float(k) for name in "ab"}
+    assert module("rounds").alternate(arms, 2, {"b": 1}) == {"a": [1.0, 2.0], "b": [1.0]}
+    assert order == ["a0", "b0", "b1", "a1", "a2"]
+
+
+def test_steps_are_compared_round_by_round(module):
+    figures = module("figures")
+    steps = figures.Steps(
+        title="t",
+        images=2,
+        seconds={"a": [1.0, 2.0, 1.0], "b": [1.5, 2.0, 1.0], "c": [3.0]},
+        over={"b": "a", "c": "b"},
+        at_most={"b": 1.1},
+        at_least={"c": 1.5},
+        gflop={"a": 10.0, "b": 11.0, "c": 22.0},
+    )
+    assert steps.ratios("b") == [1.5, 1.0, 1.0]
+    assert steps.ratios("c") == [2.0]
+    assert steps.markdown().splitlines()[-3:] == [
+        "| a | 3 | 1,000 (1,000..2,000) | 2 | 10 |  |  |  |  |",
+        "| b | 3 | 1,500 (1,000..2,000) | 1.33 | 11 | a | 1 (1..1.5) | 1.1 | <= 1.1 |",
+        "| c | 1 | 3,000 | 0.667 | 22 | b | 2 | 2 | >= 1.5 |",
+    ]
+    assert figures.from_json(json.loads(json.dumps(figures.to_json([steps])))) == [steps]
 
 
 @pytest.fixture

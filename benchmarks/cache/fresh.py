@@ -31,9 +31,13 @@ class Peak:
     """How far this process's resident memory rises from here on."""
 
     def __init__(self) -> None:
+        self.forget()
+        self._base = _status("VmRSS")
+
+    def forget(self) -> None:
+        """Peaks so far; where the rise is counted from stays."""
         with contextlib.suppress(OSError):  # not permitted: the figure may hold an earlier peak, and is never too low
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        self._base = _status("VmRSS")
 
     def mb(self) -> float:
         return round((_status("VmHWM") - self._base) * 1024 / 1e6, 2)

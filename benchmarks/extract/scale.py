@@ -5,11 +5,10 @@ python -m benchmarks.extract.scale            render it anew
 
 from __future__ import annotations
 
-import re
-import textwrap
 from pathlib import Path
 
 from ..figures import number, table
+from ..prose import filled
 from . import arithmetic as a
 from .decode import DECODE, READ, name_of
 from .facts import Device, Facts, load
@@ -33,7 +32,7 @@ STEPS = (1, 3, 10)  # seconds of a training step
 
 def render(facts: Facts) -> str:
     """docs/scale.md."""
-    return _filled(
+    return filled(
         [
             INTRODUCTION.format(extract=facts.cpu.name, cache=facts.cache_name, largest=f"{facts.opening.largest:,}"),
             BYTES.format(**facts.overhead),
@@ -49,19 +48,6 @@ def render(facts: Facts) -> str:
             _breaks(facts),
         ]
     )
-
-
-def _filled(parts: list[str]) -> str:
-    """The parts as one text, with paragraphs and the items of lists filled anew: numbers differ in length."""
-    paragraphs = "".join(parts).rstrip("\n").split("\n\n")
-    return "\n\n".join(p if p.startswith(("|", "    ")) else _fill(p) for p in paragraphs) + "\n"
-
-
-def _fill(paragraph: str) -> str:
-    items = re.split(r"\n(?=\d+\. )", paragraph)
-    indent = "   " if len(items) > 1 else ""
-    options = {"width": 120, "break_long_words": False, "break_on_hyphens": False, "subsequent_indent": indent}
-    return "\n".join(textwrap.fill(" ".join(item.split()), **options) for item in items)
 
 
 def write() -> None:

@@ -10,6 +10,7 @@ import argparse
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -81,6 +82,53 @@ def running_extractions(store: Location) -> dict[str, Running]:
             most = None if None in (limit, other.limit) else max(limit, other.limit)
             found[key] = Running(min(stamp.changed, other.began), most)
     return found
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the extractions that are on record took together, for some teachers."""
+
+    hours: float
+    worker_seconds: float
+    device_seconds: float
+    """Of the workers' time, that their devices computed."""
+    rows: dict[str, int]
+    """By teacher; a row that was extracted again counts again."""
+    devices: list[str]
+    others: list[str]
+    """Teachers that the same extractions made beside: their cost cannot be told apart."""
+
+    @property
+    def images(self) -> float:
+        """Rows a teacher, on average."""
+        return sum(self.rows.values()) / len(self.rows)
+
+
+def recorded_extractions(store: Location, keys: Sequence[str]) -> Recorded | None:
+    """Of those that have ended and gave rows of these teachers; None unless all of them are on record."""
+    rows, others, devices = dict.fromkeys(keys, 0), set(), set()
+    hours = worker_seconds = device_seconds = 0.0
+    for name in files.listing(store / "runs"):
+        if name[0] == "." or not name.endswith(".json"):
+            continue
+        try:
+            cost = json.loads(files.read(store / "runs" / name))["cost"]
+            gave = {key: done["rows"] for key, done in cost["teachers"].items() if done["rows"]}
+            took = (cost["hours"], cost["worker_seconds"], cost["stages"]["device"], cost["device"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged, running, or killed: what it cost is not known
+        if not gave.keys() & rows.keys():
+            continue
+        for key, count in gave.items():
+            if key in rows:
+                rows[key] += count
+            else:
+                others.add(key)
+        hours, worker_seconds, device_seconds = hours + took[0], worker_seconds + took[1], device_seconds + took[2]
+        devices.add(took[3])
+    if not all(rows.values()):
+        return None
+    return Recorded(hours, worker_seconds, device_seconds, rows, sorted(devices), sorted(others))
 
 
 def _json(content: dict) -> bytes:

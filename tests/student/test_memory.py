@@ -168,6 +168,7 @@ def test_a_dry_run_tells_it(recipe, capsys, tmp_path):
     assert train.main(["all", "--config", str(file), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert out.count("memory of a device, estimated for 4 samples of ") == 2
+    assert out.count("needed: ") == 1  # pt alone reads targets
     for stage in ("pt", "ift"):
         assert f"{stage} with one process: global batch 4" in out
     assert " without gradient checkpointing)" not in out
