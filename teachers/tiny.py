@@ -33,8 +33,9 @@ def make_tiny(root: str | Path, *, seed: int = 0) -> dict[str, Path]:
     other content is never overwritten. Folders appear whole or not at all.
 
     Returns:
-        Folder by name: `depth` (Depth-Anything-V2), `seg` (OneFormer with a tokenizer), `gen` (CLIP with projection), `encoder`
-        (CLIP vision tower with its image processor), `llm` (Llama with a tokenizer and chat template).
+        Folder by name: `depth` (Depth-Anything-V2), `seg` (OneFormer with a tokenizer), `gen` (CLIP with
+        projection), `encoder` (CLIP vision tower with its image processor), `llm` (Llama with a tokenizer and chat
+        template).
 
     Raises:
         TeacherError: one of the folders exists and holds something else. Nothing is written.

@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny OneFormer: CLIP's own kind, with merges for the words of the task text that it is asked with."""
+"""The tokenizer of the tiny OneFormer: CLIP's own kind, with merges for the words of its task text alone."""
 
 from __future__ import annotations
 
