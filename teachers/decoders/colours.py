@@ -43,7 +43,7 @@ def class_picture(classes: np.ndarray, count: int) -> Image.Image:
 
 
 def largest_classes(maps: Sequence[np.ndarray], count: int, most: int = 6) -> list[int]:
-    """The ids that take most of some maps of classes, the largest first; each map weighs the same, whatever its size."""
+    """The ids that take most of some maps of classes, the largest first; each map weighs the same, however large."""
     shares = np.zeros(count)
     for classes in maps:
         known = classes[(classes >= 0) & (classes < count)]

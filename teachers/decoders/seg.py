@@ -77,19 +77,22 @@ class SegDecoder:
         if images is None or len(images) != len(features):
             given = "none" if images is None else len(images)
             raise TeacherError(f"{len(features)} features and {given} photographs: seg decodes each with its own")
-        return [
-            classes_of(*self._queries(features[i : i + 1], image), size=(image.height, image.width))
-            for i, image in enumerate(images)
-        ]
+        side, decoded, context = square_grid(features, self.dim, self.name), [], []
+        for row, image in enumerate(images):
+            if row == 0 or image is not images[row - 1]:  # of one photograph, several layers may predict
+                context = self._context(image, side)
+            logits = self._queries(features[row : row + 1], side, context)
+            decoded.append(classes_of(*logits, size=(image.height, image.width)))
+        return decoded
 
     @torch.no_grad()
-    def _queries(self, features: torch.Tensor, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+    def _queries(
+        self, features: torch.Tensor, side: int, context: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of classes [1, queries, classes + 1] and of masks [1, queries, h, w] for one photograph."""
-        side = square_grid(features, self.dim, self.name)
         last = features.to(self.device, torch.float32).transpose(1, 2).unflatten(2, (side, side)).contiguous()
-        module = self._network.pixel_level_module
         with torch.autocast(self.device.type, enabled=False):
-            decoded = module.decoder([*self._context(module.encoder, image, side), last], output_hidden_states=False)
+            decoded = self._network.pixel_level_module.decoder([*context, last], output_hidden_states=False)
             output = self._network.transformer_module(
                 multi_scale_features=decoded.multi_scale_features,
                 mask_features=decoded.mask_features,
@@ -97,12 +100,15 @@ class SegDecoder:
             )
         return output.prediction_class, output.prediction_masks
 
-    def _context(self, encoder: torch.nn.Module, image: Image.Image, side: int) -> list[torch.Tensor]:
+    @torch.no_grad()
+    def _context(self, image: Image.Image, side: int) -> list[torch.Tensor]:
         """The stages ahead of the last, [1, channels, h, w]."""
+        encoder = self._network.pixel_level_module.encoder
         if self.context == "zero":
             return [torch.zeros(1, channels, side, side, device=self.device) for channels in encoder.channels[:-1]]
         pixels = torch.from_numpy(self._teacher.prepare(image))[None].to(self.device)
-        stages = list(encoder(pixels.float().div(255).sub(self._mean).div(self._std)).feature_maps[:-1])
+        with torch.autocast(self.device.type, enabled=False):
+            stages = list(encoder(pixels.float().div(255).sub(self._mean).div(self._std)).feature_maps[:-1])
         if self.context == "full":
             return stages
         return [F.interpolate(stage, (side, side), mode="bilinear", align_corners=False) for stage in stages]

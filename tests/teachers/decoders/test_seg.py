@@ -58,7 +58,7 @@ def test_a_true_target_with_the_real_stages_gives_the_models_own_classes(tiny, t
     decoder = decoders["full"]
     for row, (image, own) in enumerate(zip(pictures, decoder.decode(targets, pictures[:2]), strict=False)):
         class_logits, mask_logits, classes = by_the_library(tiny, teacher, image)
-        logits = decoder._queries(targets[row : row + 1], image)
+        logits = decoder._queries(targets[row : row + 1], 24, decoder._context(image, 24))
         torch.testing.assert_close(logits[0], class_logits, atol=1e-4, rtol=0)
         torch.testing.assert_close(logits[1], mask_logits, atol=1e-4, rtol=0)
         assert mask_logits.std() > 0.1
@@ -70,7 +70,7 @@ def test_the_context_is_what_it_says(decoders, targets, pictures):
     """Stages 1 to 3 count where they are there, and not at all where they are not."""
     other = [picture.rotate(180) for picture in pictures[:2]]
     logits = {
-        name: [decoder._queries(targets[:1], picture[0])[1] for picture in (pictures, other)]
+        name: [decoder._queries(targets[:1], 24, decoder._context(picture[0], 24))[1] for picture in (pictures, other)]
         for name, decoder in decoders.items()
     }
     assert {name: tuple(masks.shape[2:]) for name, (masks, _) in logits.items()} == {
@@ -83,7 +83,8 @@ def test_the_context_is_what_it_says(decoders, targets, pictures):
 
 def test_the_features_count(decoders, targets, pictures):
     for name, decoder in decoders.items():
-        own, swapped = (decoder._queries(features[None], pictures[0])[1] for features in targets)
+        context = decoder._context(pictures[0], 24)
+        own, swapped = (decoder._queries(features[None], 24, context)[1] for features in targets)
         assert (own - swapped).abs().max() > 1e-3, name
 
 
@@ -139,6 +140,18 @@ def test_colours_and_legend(decoders):
     assert legend.width == 120
     assert tuple(colours[3].tolist()) in {colour for _, colour in legend.getcolors(99999)}
     assert class_legend([3, 1], SEG_CLASSES, 60).height > legend.height or legend.height > 18
+
+
+def test_a_photograph_is_looked_at_once_for_several_layers(decoders, targets, pictures, monkeypatch):
+    decoder, looks = decoders["shrunk"], []
+    alone = [decoder.decode(features[None], [pictures[0]])[0] for features in targets]
+    look = decoder._context
+    monkeypatch.setattr(decoder, "_context", lambda *arguments: looks.append(1) or look(*arguments))
+    together = decoder.decode(targets, [pictures[0]] * 2)
+    assert len(looks) == 1
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+    decoder.decode(targets, pictures[:2])
+    assert len(looks) == 3
 
 
 def test_photographs_of_any_mode(decoders, targets):
