@@ -250,11 +250,7 @@ def _decoded_panels(decoder: Any, features: dict[str, np.ndarray], photograph: I
     from olavlm.teachers.decoders.drawing import draw
 
     drawn = draw(decoder, features, photograph, side=SIDE)
-    first = (
-        panel(drawn.legend, f"{decoder.name}, largest classes", "")
-        if drawn.legend
-        else panel("", f"{decoder.name}, decoded", "by the teacher's own decoder")
-    )
+    first = panel(drawn.legend or "", f"{decoder.name}, decoded", "by the teacher's own decoder")
     panels = [panel(drawn.pictures.get(name, "not finite"), f"{decoder.name}, {name}", "decoded") for name in features]
     return [first, *panels]
 

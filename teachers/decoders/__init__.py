@@ -54,6 +54,10 @@ class Decoder(Protocol):
         """One of those maps in colours, RGB, of its size."""
         ...
 
+    def legend(self, decoded: Sequence[np.ndarray], width: int) -> Image.Image | None:
+        """What the colours of some maps mean, RGB, no wider than `width` pixels; None for pictures."""
+        ...
+
 
 def _depth(**options) -> Decoder:
     from olavlm.teachers.decoders.depth import load_depth_decoder

@@ -26,6 +26,17 @@ def depth_picture(depth: np.ndarray) -> Image.Image:
     return Image.fromarray(matplotlib.colormaps["Spectral_r"](share, bytes=True)[..., :3])
 
 
+def depth_legend(width: int) -> Image.Image:
+    """The colours of `depth_picture` from far to close, with these words, RGB."""
+    font, bar, line = _font(), 14, 18
+    sheet = Image.new("RGB", (width, bar + line), _PAPER)
+    sheet.paste(depth_picture(np.linspace(0, 1, width)[None]).resize((width, bar), Image.Resampling.NEAREST))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((0, bar + 2), "far", _INK, font)
+    draw.text((width - font.getlength("close"), bar + 2), "close", _INK, font)
+    return sheet
+
+
 def class_colours(count: int) -> np.ndarray:
     """uint8 (count, 3): a colour a class, the same for the same class whatever the count."""
     colours = [
@@ -42,7 +53,7 @@ def class_picture(classes: np.ndarray, count: int) -> Image.Image:
     return Image.fromarray(palette[np.where(known, classes, count)])
 
 
-def largest_classes(maps: Sequence[np.ndarray], count: int, most: int = 6) -> list[int]:
+def largest_classes(maps: Sequence[np.ndarray], count: int, most: int) -> list[int]:
     """The ids that take most of some maps of classes, the largest first; each map weighs the same, however large."""
     shares = np.zeros(count)
     for classes in maps:

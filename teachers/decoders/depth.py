@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from olavlm.teachers.checkpoint import load_model, open_checkpoint, weights_digest
-from olavlm.teachers.decoders.colours import depth_picture
+from olavlm.teachers.decoders.colours import depth_legend, depth_picture
 from olavlm.teachers.decoders.grid import square_grid
 from olavlm.teachers.errors import TeacherError
 
@@ -75,6 +75,10 @@ class DepthDecoder:
     def picture(self, decoded: np.ndarray) -> Image.Image:
         """Spectral_r from the map's least to its largest value: red is close."""
         return depth_picture(decoded)
+
+    def legend(self, decoded: Sequence[np.ndarray], width: int) -> Image.Image:
+        """The colours from far to close; each map has its own least and largest value."""
+        return depth_legend(width)
 
 
 def load_depth_decoder(*, name: str, model: str, revision: str | None, device: torch.device) -> DepthDecoder:

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from olavlm.teachers.decoders.colours import class_legend, largest_classes
-
 if TYPE_CHECKING:
     from olavlm.teachers.decoders import Decoder
 
@@ -23,21 +21,18 @@ class Drawn:
     pictures: dict[str, Image.Image]
     """RGB, by the name of what gave the features; without what is not finite."""
     legend: Image.Image | None
-    """Of seg: the largest classes over all of the pictures."""
+    """What the colours mean."""
 
 
-def draw(
-    decoder: Decoder, features: Mapping[str, np.ndarray], photograph: Image.Image, *, side: int = 280, most: int = 8
-) -> Drawn:
+def draw(decoder: Decoder, features: Mapping[str, np.ndarray], photograph: Image.Image, *, side: int = 280) -> Drawn:
     """Decode features of one photograph, such as a target and what some layers predict.
 
-    Each depth map spans the colours by itself; classes have the same colours everywhere.
+    Each depth map spans the colours by itself; a class has the same colour everywhere.
 
     Args:
         features: by name, each (tokens, dim) float.
         photograph: what they are of; a decoder that reads it is given it no larger than `side` squared.
         side: of a picture, at most, in pixels.
-        most: classes in the legend.
 
     Raises:
         TeacherError: features that are not of the decoder's checkpoint.
@@ -55,9 +50,4 @@ def draw(
         if not decoder.needs_images:  # a square, of a photograph that was squashed or cropped to one
             picture = picture.resize((side, side), Image.Resampling.BILINEAR)
         pictures[name] = picture
-    classes = getattr(decoder, "classes", None)
-    legend = None
-    if classes and maps:
-        ids = largest_classes(list(maps.values()), len(classes), most)
-        legend = class_legend(ids, classes, side)
-    return Drawn(pictures, legend)
+    return Drawn(pictures, decoder.legend(list(maps.values()), side) if maps else None)

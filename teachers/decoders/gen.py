@@ -58,6 +58,9 @@ class GenDecoder:
         """The picture itself."""
         return Image.fromarray(decoded)
 
+    def legend(self, decoded: Sequence[np.ndarray], width: int) -> None:
+        """None: a picture has no code of colours."""
+
 
 def load_gen_decoder(*, name: str, model: str, revision: str | None, device: torch.device) -> GenDecoder:
     """See `load_decoder`. Weights are float16 on CUDA, float32 elsewhere.

@@ -24,7 +24,7 @@ from PIL import Image
 
 from olavlm.teachers.base import PixelTeacher
 from olavlm.teachers.checkpoint import Checkpoint, load_model, one_line, open_checkpoint, quiet
-from olavlm.teachers.decoders.colours import class_picture
+from olavlm.teachers.decoders.colours import class_legend, class_picture, largest_classes
 from olavlm.teachers.decoders.grid import square_grid
 from olavlm.teachers.errors import TeacherError
 from olavlm.teachers.registry import look_up
@@ -34,6 +34,7 @@ Context = Literal["shrunk", "full", "zero"]
 TASK = "the task is semantic"
 """What OneFormer is told; its queries depend on it."""
 _CLASSES_AT_ONCE = 16  # of which the scores are resized to the photograph together
+_NAMED = 8  # classes in a legend
 
 
 class SegDecoder:
@@ -114,8 +115,12 @@ class SegDecoder:
         return [F.interpolate(stage, (side, side), mode="bilinear", align_corners=False) for stage in stages]
 
     def picture(self, decoded: np.ndarray) -> Image.Image:
-        """A colour a class; `colours.class_legend` names them."""
+        """A colour a class, the same in every map."""
         return class_picture(decoded, len(self.classes))
+
+    def legend(self, decoded: Sequence[np.ndarray], width: int) -> Image.Image:
+        """The largest classes over all of the maps, with their names."""
+        return class_legend(largest_classes(decoded, len(self.classes), _NAMED), self.classes, width)
 
 
 def classes_of(class_logits: torch.Tensor, mask_logits: torch.Tensor, *, size: tuple[int, int]) -> np.ndarray:

@@ -67,6 +67,8 @@ def test_its_picture_goes_from_far_to_close(decoder):
     far, close = picture.getpixel((0, 0)), picture.getpixel((1, 1))
     assert far == (94, 79, 162)  # Spectral's last colour
     assert close == (158, 1, 66)  # its first
+    legend = decoder.legend([], 100)
+    assert (legend.getpixel((0, 0)), legend.getpixel((99, 0))) == (far, close)
     assert decoder.picture(np.ones((2, 2), np.float32)).getpixel((1, 1)) == far
 
 

@@ -134,11 +134,12 @@ def test_colours_and_legend(decoders):
     assert picture.getpixel((0, 0)) == tuple(colours[2].tolist())
     assert picture.getpixel((1, 0)) == (255, 255, 255)
     maps = [np.array([[1, 1, 4, 255]]), np.full((9, 9), 3)]
-    assert largest_classes(maps, 6) == [3, 1, 4]
+    assert largest_classes(maps, 6, most=6) == [3, 1, 4]
     assert largest_classes(maps, 6, most=1) == [3]
     legend = class_legend([3, 1], SEG_CLASSES, 120)
     assert legend.width == 120
     assert tuple(colours[3].tolist()) in {colour for _, colour in legend.getcolors(99999)}
+    assert decoders["zero"].legend(maps, 120).size == (120, 2 * legend.height)  # a third class starts a line
     assert class_legend([3, 1], SEG_CLASSES, 60).height > legend.height or legend.height > 18
 
 
