@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..cli import command, quiet_models
+from olavlm.pipelines.cli import command, quiet_models
+
 from .command import add_arguments, run
 
 

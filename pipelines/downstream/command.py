@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from olavlm.cache import BadImage, ImageRoots
+from olavlm.pipelines.cli import JobFailed, Progress, UsageError, counted, versions
 
-from ..cli import JobFailed, Progress, UsageError, counted, versions
 from .da2k import PROMPT, Da2kScore, read_pairs
 from .miou import MiouScore, PanopticImage, PanopticLabels, match_classes
 from .sources import FeatureSource, StoreSource

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cli import JobFailed
+from olavlm.pipelines.cli import JobFailed
 
 PROMPT = "Describe the image."
 """What the public code asks beside each picture."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from ..cli import JobFailed
+from olavlm.pipelines.cli import JobFailed
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..cli import JobFailed
+from olavlm.pipelines.cli import JobFailed
 
 VOID = 255
 _NO_NAME = re.compile(r"LABEL_\d+")  # what the library calls a class that has none

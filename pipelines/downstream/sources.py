@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from olavlm.cache import FeatureStore
-
-from ..cli import JobFailed
+from olavlm.pipelines.cli import JobFailed
 
 if TYPE_CHECKING:
     import torch
