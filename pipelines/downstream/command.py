@@ -36,6 +36,10 @@ OpenSource = Callable[[argparse.Namespace, str], FeatureSource]
 """The source that `--source` names, for a teacher."""
 
 
+class Unscored(Exception):
+    """An image that cannot be scored, and why; the others are."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     p = parser
     p.add_argument("--task", required=True, choices=(*TEACHER_OF, "fid-reference"),
@@ -124,7 +128,7 @@ def score_miou(args: argparse.Namespace, open_source: OpenSource) -> int:
     def add(layer: str, image: str, classes: np.ndarray, photograph: Image.Image) -> None:
         truth = labels.semantic(images[image])
         if truth.shape != classes.shape:
-            raise JobFailed(f"{image}: {classes.shape} pixels, its annotation has {truth.shape}; fetch both again")
+            raise Unscored(f"{image}: {classes.shape} pixels, and its annotation has {truth.shape}")
         scores[layer].add(truth, numbers[classes])
 
     left_out = _each_map(args, source, decoder, list(images), add)
@@ -214,7 +218,10 @@ def _each_map(
         for layer in source.layers if rows else ():
             maps = decoder.decode(features[layer][rows], list(photographs.values()))
             for row, decoded in zip(rows, maps, strict=True):
-                add(layer, batch[row], decoded, photographs[row])
+                try:
+                    add(layer, batch[row], decoded, photographs[row])
+                except Unscored as e:
+                    left_out.append(str(e))
         progress.update(len(batch))
     progress.close()
     return left_out
@@ -262,8 +269,11 @@ def _finish(
 
 
 def make_reference(args: argparse.Namespace) -> int:
-    """Photographs below the roots, or those of `--annotations`, as 256 x 256 pictures in the folder `--output`."""
-    from .fid import compared_size
+    """Photographs below the roots, or those of `--annotations`, as 256 x 256 pictures in the folder `--output`.
+
+    With `--inception` their statistics, too, beside it: so that they need not be computed for each score.
+    """
+    from .fid import Inception, compared_size, save_statistics, statistics_of
 
     roots, left_out = ImageRoots(args.images), []
     images = _photographs(args)
@@ -280,6 +290,10 @@ def make_reference(args: argparse.Namespace) -> int:
         progress.update(1)
     progress.close()
     print(f"{args.output}: {counted(len(images) - len(left_out), 'picture')}")
+    if args.inception:
+        mu, sigma, _ = statistics_of(args.output, Inception(args.inception, _device(args)))
+        save_statistics(f"{args.output}.npz", mu, sigma)
+        print(f"{args.output}.npz: their statistics")
     for line in left_out:
         print(f"left out: {line}")
     return 1 if left_out else 0

@@ -1,6 +1,7 @@
 """`score` over a store of targets: what is printed is what the parts give, and what does not fit is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from olavlm.cache import FeatureStore, ImageRoots
-from olavlm.pipelines.downstream import command
+from olavlm.pipelines.downstream import command, fid
 from olavlm.pipelines.downstream.__main__ import main
 from olavlm.pipelines.downstream.da2k import is_right, read_pairs
 from olavlm.teachers.decoders import load_decoder
@@ -119,6 +120,13 @@ def test_miou_of_the_targets(store, names, sample_images, tiny, tmp_path):
     assert layer["classes"] == {SEG_CLASSES[i]: pytest.approx(ious.get(i)) for i in range(6)}
     assert layer["miou"] == pytest.approx(np.mean(list(ious.values())))
     assert 0 < layer["miou"] < 1
+    other = tmp_path / "other"  # the first photograph is of another size than its annotation
+    shutil.copytree(sample_images, other)
+    Image.new("RGB", (31, 17)).save(other / names[0])
+    assert main([str(other) if word == str(sample_images) else word for word in words]) == 1
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert [line.partition(":")[0] for line in result["left_out"]] == [names[0]]
+    assert result["layers"]["targets"]["images"] == 1
 
 
 def test_fid_draws_once_and_compares(store, names, sample_images, tmp_path, monkeypatch, capsys):
@@ -146,6 +154,10 @@ def test_fid_draws_once_and_compares(store, names, sample_images, tmp_path, monk
     made = sorted(reference.rglob("*.png"))
     assert len(made) == 4
     assert Image.open(made[0]).size == (256, 256)
+    again = ["--output", str(tmp_path / "again"), "--limit", "4", "--inception", "weights.pth"]
+    assert main(["--task", "fid-reference", *roots, *again]) == 0
+    mu, sigma = fid.read_statistics(tmp_path / "again.npz")
+    assert (mu.shape, sigma.shape) == ((1,), (1, 1))
     coco = tmp_path / "instances.json"
     coco.write_text(json.dumps({"images": [{"id": i, "file_name": name} for i, name in enumerate(names)]}))
     words = ["--task", "fid", "--source", store, *roots, "--annotations", str(coco), "--pictures", str(pictures),
