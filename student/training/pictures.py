@@ -40,6 +40,8 @@ from olavlm.student.data.targets import TargetSource, check_targets
 from olavlm.student.errors import RecipeError, TargetsError
 from olavlm.student.losses.scaled_features import ScaledFeatures
 
+from .parallel import Replicated
+
 FOLDER = "pictures"
 _DECODED = ("depth", "seg")  # quickly enough to wait for; unCLIP takes many steps a picture
 
@@ -103,7 +105,7 @@ class HeldOutPictures:
     Args:
         samples: what `held_out` gave.
         collator: the trainer's, of any samples; its settings are used for these.
-        module: what is called: the model, or a wrapper with its forward.
+        parallel: the model, as it is spread over the processes.
         run: the run folder.
 
     Raises:
@@ -116,11 +118,11 @@ class HeldOutPictures:
         samples: Dataset,
         collator: Collator,
         source: TargetSource,
-        module: nn.Module,
+        parallel: Replicated,
         accelerator: Accelerator,
         run: Path,
     ) -> None:
-        self.every, self.module, self.accelerator = recipe.train.pictures_every, module, accelerator
+        self.every, self.parallel, self.accelerator = recipe.train.pictures_every, parallel, accelerator
         self.tasks, self.source, self.folder = source.specs, source, run / FOLDER
         self.batch = dataclasses.replace(collator, dataset=samples).collate(list(range(len(samples))))
         self.photographs, self.decoders = [], {}
@@ -155,8 +157,10 @@ class HeldOutPictures:
         inputs = {name: value.to(device) for name in names if (value := getattr(batch, name)) is not None}
         if batch.encoder_features is not None:
             inputs["image_features"] = on_device(batch.encoder_features, device)
-        with evaluating(self.module), torch.no_grad(), self.accelerator.autocast():
-            predictions = self.module(**inputs).predictions
+        module = self.parallel.module
+        with evaluating(module), torch.no_grad(), self.accelerator.autocast():
+            predictions = module(**inputs).predictions
+        self.parallel.finish_forward()
         features, valid = self.source.finish(batch.targets, device)
         targets = {}
         for name, values in features.items():

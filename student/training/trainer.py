@@ -136,7 +136,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         trackers = open_trackers(recipe.train.trackers, run, first_step, {"stage": stage, **recipe.to_dict()})
     pictures = None
     if drawn is not None:
-        pictures = HeldOutPictures(recipe, drawn, collator, source, parallel.module, accelerator, run)
+        pictures = HeldOutPictures(recipe, drawn, collator, source, parallel, accelerator, run)
     if first_step:
         accelerator.print(f"resumed from step {first_step}")
 
