@@ -91,7 +91,7 @@ def test_shards_are_used_where_the_launch_asks_for_them(together):
 
 
 def test_the_main_process_draws_and_the_model_is_cut_again(together):
-    """Drawn after the last step, no backward follows: what is saved then must be whole (`test_two_processes_equal_one`)."""
+    """After the last step no backward follows; that what is saved is whole, `test_two_processes_equal_one` sees."""
     assert len(list((together / "pt-accumulated" / "pictures" / f"step-{STEPS:06d}").iterdir())) == 1
 
 
