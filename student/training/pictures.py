@@ -197,7 +197,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def local_decoders(recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """The decoders of the tasks whose teacher is a local folder; of depth and seg alone.
+    """The decoders of the tasks whose teacher is a local folder; of depth, and of seg on whole photographs, alone.
 
     Raises:
         TargetsError: a folder without one.
@@ -208,6 +208,8 @@ def local_decoders(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     decoders = {}
     for name, task in recipe.tasks.items():
         teacher = task.teacher or name
+        if teacher == "seg" and recipe.targets.geometry != "reference":
+            continue  # its decoder reads the whole photograph beside features that would be of a part of it
         if teacher in _DECODED and task.model is not None and Path(task.model).is_dir():
             options = {"recipe": task.recipe} if teacher == "seg" else {}
             try:

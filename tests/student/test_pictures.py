@@ -13,7 +13,7 @@ from olavlm.student import RecipeError, TargetsError
 from olavlm.student.training import pictures as module
 from olavlm.student.training import trainer
 from olavlm.student.training.metrics import TensorBoard, read_metrics
-from olavlm.student.training.pictures import PictureTracker, evaluating, held_out
+from olavlm.student.training.pictures import PictureTracker, evaluating, held_out, local_decoders
 from olavlm.student.training.trainer import train
 
 DRAWN = {"train.pictures_every": 2, "train.pictures": 2, "data.fraction": 0.6, "train.batch_size": 2}
@@ -113,6 +113,12 @@ def test_a_teacher_folder_without_a_decoder_is_refused_at_the_start(recipe, tiny
     bare = shutil.copytree(tiny["seg"], tmp_path / "seg", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(TargetsError, match=r"train\.pictures_every, tasks\.seg\.model: .*tokenizer"):
         train(recipe(**DRAWN, **{"tasks.seg.model": bare, "train.max_steps": 2}), "pt", {})
+
+
+def test_seg_is_not_decoded_on_a_part_of_the_photograph(recipe):
+    square = {"targets.geometry": "square", "model.geometry": "square"}
+    whole, part = (local_decoders(recipe(**DRAWN, **more), torch.device("cpu")) for more in ({}, square))
+    assert (sorted(whole), sorted(part)) == (["depth", "seg"], ["depth"])
 
 
 def test_drawing_does_not_change_what_counts_for_a_resume(recipe):
