@@ -31,7 +31,19 @@ from .colours import (
 from .comparison import Agreement, Comparison, compare
 from .errors import CacheError
 from .frames import failures_frame, outcome, plan_frame
-from .preview import enlarged, extracted_from, photograph, preview, reachable_root, started_in, visible, why
+from .preview import (
+    SIDE,
+    enlarged,
+    extracted_from,
+    panel,
+    photograph,
+    preview,
+    reachable_root,
+    sheet,
+    started_in,
+    visible,
+    why,
+)
 
 if TYPE_CHECKING:
     from .store import FeatureStore, TeacherFeatures
@@ -39,18 +51,22 @@ if TYPE_CHECKING:
 __all__ = [
     "NEGATIVE",
     "POSITIVE",
+    "SIDE",
     "TIMES",
     "Agreement",
     "Comparison",
     "PcaColours",
     "bar_limit",
     "compare",
+    "enlarged",
     "extracted_from",
     "failures_frame",
     "fills_grid",
+    "panel",
     "plan_frame",
     "preview",
     "reachable_root",
+    "sheet",
     "started_in",
     "store_html",
     "teacher_html",

@@ -51,20 +51,26 @@ def preview(
         DatasetError: one of `roots` does not exist.
     """
     row, name = row_and_image(store, image)
-    panels = [_panel(photograph(store, name, roots, SIDE), name, f"row {row}")]
+    panels = [panel(photograph(store, name, roots, SIDE), name, f"row {row}")]
     for key in store.teachers:
         try:
             features = store[key]
             shape = f"{features.shape[1]} {TIMES} {features.shape[2]}"
-            panels.append(_panel(_teacher_picture(features, row), key, shape))
+            panels.append(panel(_teacher_picture(features, row), key, shape))
         except (CacheError, OSError, ValueError) as e:
-            panels.append(_panel(why(e), key, "no features to show"))
+            panels.append(panel(why(e), key, "no features to show"))
     columns = min(len(panels), _PANELS_A_LINE)
-    across, down = SIDE + _MARGIN, panels[0].height + _MARGIN
-    sheet = Image.new("RGB", (columns * across + _MARGIN, -(-len(panels) // columns) * down + _MARGIN), _PAPER)
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (_MARGIN + i % columns * across, _MARGIN + i // columns * down))
-    return sheet
+    return sheet([panels[i : i + columns] for i in range(0, len(panels), columns)])
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of panels as one picture (RGB)."""
+    across, down = SIDE + _MARGIN, rows[0][0].height + _MARGIN
+    whole = Image.new("RGB", (max(map(len, rows)) * across + _MARGIN, len(rows) * down + _MARGIN), _PAPER)
+    for i, row in enumerate(rows):
+        for j, one in enumerate(row):
+            whole.paste(one, (_MARGIN + j * across, _MARGIN + i * down))
+    return whole
 
 
 def row_and_image(store: FeatureStore, image: str | int) -> tuple[int, str]:
@@ -158,10 +164,13 @@ def reachable_root(spec: str, base: Path | None) -> str | None:
     return None
 
 
-def _panel(content: Image.Image | str, title: str, subtitle: str) -> Image.Image:
-    """A picture, or hatching with the text that says why there is none, centred above two lines of label."""
-    panel = Image.new("RGB", (SIDE, SIDE + 8 + 2 * _LINE), _PAPER)
-    draw = ImageDraw.Draw(panel)
+def panel(content: Image.Image | str, title: str, subtitle: str) -> Image.Image:
+    """A picture, or hatching with the text that says why there is none, centred above two lines of label.
+
+    The picture is at most `SIDE` pixels wide and high.
+    """
+    whole = Image.new("RGB", (SIDE, SIDE + 8 + 2 * _LINE), _PAPER)
+    draw = ImageDraw.Draw(whole)
     font = _font()
     if isinstance(content, str):
         draw.rectangle((0, 0, SIDE - 1, SIDE - 1), fill=_EMPTY)
@@ -174,11 +183,11 @@ def _panel(content: Image.Image | str, title: str, subtitle: str) -> Image.Image
             draw.text(((SIDE - font.getlength(line)) / 2, top + _LINE * i), line, _INK, font)
     else:
         corner = ((SIDE - content.width) // 2, (SIDE - content.height) // 2)
-        panel.paste(content, corner, content if content.mode == "RGBA" else None)
+        whole.paste(content, corner, content if content.mode == "RGBA" else None)
     for line, text in enumerate((title, subtitle)):
         text = _fit(visible(text), font, SIDE)
         draw.text((0, SIDE + 6 + _LINE * line), text, _SOFT_INK if line else _INK, font)
-    return panel
+    return whole
 
 
 def visible(text: str) -> str:

@@ -19,7 +19,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape as _escape
@@ -44,6 +44,7 @@ from olavlm.student.errors import StudentError
 from olavlm.teachers import TeacherError
 
 from .cli import JobFailed, command, quiet_models, versions
+from .decoded import DECODED_ABOUT, decoded_figures, decoder_choice, open_decoders
 from .page import (
     Curve,
     Markup,
@@ -64,6 +65,8 @@ from .page import (
 from .runs import Run, read_run
 
 if TYPE_CHECKING:
+    from olavlm.teachers.decoders import Decoder
+
     from .predictions import SampleView, TaskView
 
 STAGE_NAMES = {"pt": "Pre-training (PT)", "vpt": "Visual pre-training (VPT)", "ift": "Instruction finetuning (IFT)"}
@@ -86,6 +89,9 @@ def arguments() -> argparse.ArgumentParser:
                    help="image roots (default: the recipe's)")  # fmt: skip
     p.add_argument("--samples", type=_count, default=4, metavar="N",
                    help="photographs with targets and predictions (default 4; 0 loads no model)")  # fmt: skip
+    p.add_argument("--decode", nargs="+", action="extend", default=[], type=decoder_choice, metavar="NAME[=MODEL]",
+                   help="draw them by these teachers' own decoders too: depth, seg, gen; MODEL: hub id or "
+                   "folder")  # fmt: skip
     return p
 
 
@@ -107,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     output: Path = args.output or shared / "report.html"
     if output.is_dir():
         raise JobFailed(f"--output {output} is a folder; name a file in it")
-    html = render(runs, Settings(args.store, args.images, args.samples))
+    html = render(runs, Settings(args.store, args.images, args.samples, args.decode))
     output.parent.mkdir(parents=True, exist_ok=True)
     private = output.with_name(f".{output.name}.{os.getpid()}")
     private.write_text(html, encoding="utf-8")
@@ -126,6 +132,8 @@ class Settings:
     store: str | None = None
     images: list[str] | None = None
     samples: int = 4
+    decode: Sequence[tuple[str, str | None]] = ()
+    """Names of decoders, each with a model or None."""
 
 
 # Blocks: (run, settings) -> HTML.
@@ -259,9 +267,14 @@ def show_predictions(run: Run, settings: Settings) -> str:
         return ""
     from .predictions import predict
 
+    decoders, undecoded = {}, ""
+    try:
+        decoders = open_decoders(settings.decode)
+    except (TeacherError, OSError, ImportError) as e:
+        undecoded = note(f"Not decoded: {' '.join(str(e).split())}")
     try:
         samples = predict(run.folder, num_samples=settings.samples, store=settings.store, images=settings.images)
-        content = "".join(_sample(sample) for sample in samples)
+        content = undecoded + "".join(_sample(sample, decoders) for sample in samples)
     except (StudentError, CacheError, TeacherError, ImportError, OSError, RuntimeError, ValueError) as e:
         reason = " ".join(str(e).split())
         content = note(f"No pictures: {reason}")
@@ -271,20 +284,25 @@ def show_predictions(run: Run, settings: Settings) -> str:
         "What the teachers see in a photograph, and what each predictor makes of the language model's states at its "
         "layer. The colours are the three principal components of the target's tokens, and predictions are coloured in "
         "that same basis and scale: equal colours are equal features. Beside it stands the cosine of the whole "
-        "prediction with its target, and in brackets the mean with the targets of the other photographs here.",
+        "prediction with its target, and in brackets the mean with the targets of the other photographs here."
+        + (DECODED_ABOUT if decoders else ""),
     )
 
 
-def _sample(sample: SampleView) -> str:
+def _sample(sample: SampleView, decoders: Mapping[str, Decoder]) -> str:
+    def decode(view: TaskView) -> str:
+        decoder = decoders.get(view.name)
+        return "" if decoder is None else decoded_figures(view, sample.photograph, decoder)
+
     caption = f"<small>{_escape(sample.text)}</small>" if sample.text else ""
     return (
         f'<div class="sample"><figure>{_photograph(sample.photograph, sample.image)}'
         f"<figcaption><b>{_escape(sample.image)}</b>{caption}</figcaption></figure>"
-        f'<div class="tasks">{"".join(_task_view(view) for view in sample.tasks)}</div></div>'
+        f'<div class="tasks">{"".join(_task_view(view, decode(view)) for view in sample.tasks)}</div></div>'
     )
 
 
-def _task_view(view: TaskView) -> str:
+def _task_view(view: TaskView, decoded: str = "") -> str:
     draw = _bars if view.tokens == 1 else _map
     figures = []
     if view.target is None:
@@ -302,7 +320,7 @@ def _task_view(view: TaskView) -> str:
     columns = max(2, len(figures))
     return (
         f'<div class="task"><h4>{_escape(view.name)}</h4>'
-        f'<div class="{layout}" style="--n:{columns};--m:{min(columns, 4)}">{"".join(figures)}</div></div>'
+        f'<div class="{layout}" style="--n:{columns};--m:{min(columns, 4)}">{"".join(figures)}</div>{decoded}</div>'
     )
 
 

@@ -20,7 +20,8 @@ STAGES = ("pt", "vpt", "ift")
 
 
 _NOT_THE_RESULT = (
-    "output_dir", "stages", "max_steps", "save_every", "keep", "trackers", "batch_size", "accumulation"
+    "output_dir", "stages", "max_steps", "save_every", "keep", "trackers", "batch_size", "accumulation",
+    "pictures_every", "pictures"
 )  # fmt: skip
 """Fields of `train` that a run may change when it is resumed."""
 
@@ -126,6 +127,9 @@ class DataConfig:
     encoder is not run. Another one for each geometry, so that pt and ift have their own."""
     encoder_features_key: str | None = None
     """Where that store keeps them; by default what `olavlm-extract` calls them."""
+    held_out: str | list[str] | None = None
+    """LLaVA files with samples that are not trained on: `train.pictures_every` draws the first of them. By default,
+    the first of those that `fraction` leaves out."""
 
 
 @dataclass
@@ -189,6 +193,11 @@ class TrainConfig:
     trackers: list[TrackerName] = field(default_factory=list)
     """Where metrics go beside metrics.jsonl: tensorboard, wandb (the extra `wandb`, which reads
     WANDB_PROJECT, WANDB_MODE=offline and so on)."""
+    pictures_every: int | None = None
+    """Optimizer steps between pictures of targets and predictions, in stages with embedding losses: in
+    RUN/pictures, and for trackers that take pictures. None by default."""
+    pictures: int = 4
+    """Held-out samples that are drawn."""
 
 
 @dataclass
@@ -235,6 +244,9 @@ class Recipe:
         rule(0 <= t.warmup < 1, "train.warmup", t.warmup, "a part of the run, from 0 to below 1")
         rule(t.save_every >= 1, "train.save_every", t.save_every, "at least 1")
         rule(t.keep >= 1, "train.keep", t.keep, "at least 1")
+        every = t.pictures_every
+        rule(every is None or every >= 1, "train.pictures_every", every, "at least 1, or null")
+        rule(t.pictures >= 1, "train.pictures", t.pictures, "at least 1")
         ordered = t.stages == [stage for stage in STAGES if stage in t.stages]
         rule(bool(t.stages) and ordered, "train.stages", t.stages, "some of pt, vpt, ift, in this order")
         rule(self.lora.rank is None or self.lora.rank >= 1, "lora.rank", self.lora.rank, "at least 1, or null")
@@ -267,6 +279,10 @@ class Recipe:
         return [self.data.images] if isinstance(self.data.images, str) else self.data.images
 
     @property
+    def held_out_files(self) -> list[str]:
+        return [self.data.held_out] if isinstance(self.data.held_out, str) else self.data.held_out or []
+
+    @property
     def task_order(self) -> list[str]:
         """The tasks that are on, in the order of insertion."""
         return [name for name in self.model.order if name in self.tasks]
@@ -296,7 +312,7 @@ class Recipe:
         content = self.to_dict()
         for key in _NOT_THE_RESULT:
             del content["train"][key]
-        del content["model"]["packing"], content["data"]["workers"]
+        del content["model"]["packing"], content["data"]["workers"], content["data"]["held_out"]
         del content["targets"]["local_cache"], content["targets"]["local_cache_gb"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

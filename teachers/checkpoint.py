@@ -226,7 +226,9 @@ def fetch_weights(
     return None, revision
 
 
-def load_model(cls: type, checkpoint: Checkpoint, *, part: str = "", unused: tuple[str, ...] = ()) -> Any:
+def load_model(
+    cls: type, checkpoint: Checkpoint, *, part: str | tuple[str, ...] = "", unused: tuple[str, ...] = ()
+) -> Any:
     """`cls.from_pretrained` on the folder, in float32, with every tensor of the part we run taken from the file.
 
     from_pretrained draws tensors that the file lacks at random and goes on; here that is an error.
@@ -234,7 +236,7 @@ def load_model(cls: type, checkpoint: Checkpoint, *, part: str = "", unused: tup
     Args:
         cls: a transformers model class.
         checkpoint: what `open_checkpoint` found.
-        part: prefix of the parameters the teacher runs.
+        part: prefix, or prefixes, of the parameters that are run.
         unused: pieces of parameter names inside that part which the features do not depend on.
 
     Raises:

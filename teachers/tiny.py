@@ -13,12 +13,17 @@ from pathlib import Path
 
 from olavlm.teachers.checkpoint import WEIGHTS, quiet
 from olavlm.teachers.errors import TeacherError
+from olavlm.teachers.tiny_clip_tokenizer import clip_tokenizer
 from olavlm.teachers.tiny_llm import write_llm
 
 # Weights are drawn wider than the libraries' usual 0.02, about 1/sqrt(width). With 0.02 the blocks of so narrow a
 # network add next to nothing to their residual stream: every layer gives the same features, so that a wrong layer would
 # go unnoticed, and CLIP's pooled embedding hardly depends on the picture. Much wider, and rounding errors grow too.
-DINOV2_INIT, SWIN_INIT, CLIP_INIT_FACTOR = 0.18, 0.15, 3.0
+# With 0.02 the depth decoder's maps are zero but for rounding, and every picture is of one class.
+DINOV2_INIT, SWIN_INIT, CLIP_INIT_FACTOR, DPT_INIT, ONEFORMER_INIT = 0.18, 0.15, 3.0, 0.2, 0.1
+
+SEG_CLASSES = ("person", "chair", "bird", "tree-merged", "sky-other-merged", "grass-merged")
+"""Of the tiny OneFormer: some of COCO's, things before stuff."""
 
 
 def make_tiny(root: str | Path, *, seed: int = 0) -> dict[str, Path]:
@@ -28,8 +33,9 @@ def make_tiny(root: str | Path, *, seed: int = 0) -> dict[str, Path]:
     other content is never overwritten. Folders appear whole or not at all.
 
     Returns:
-        Folder by name: `depth` (Depth-Anything-V2), `seg` (OneFormer), `gen` (CLIP with projection), `encoder`
-        (CLIP vision tower with its image processor), `llm` (Llama with a tokenizer and chat template).
+        Folder by name: `depth` (Depth-Anything-V2), `seg` (OneFormer with a tokenizer), `gen` (CLIP with
+        projection), `encoder` (CLIP vision tower with its image processor), `llm` (Llama with a tokenizer and chat
+        template).
 
     Raises:
         TeacherError: one of the folders exists and holds something else. Nothing is written.
@@ -83,6 +89,7 @@ def _write_depth(folder: Path) -> None:
         neck_hidden_sizes=[8, 8, 8, 8],
         fusion_hidden_size=8,
         head_hidden_size=4,
+        initializer_range=DPT_INIT,
     )
     DepthAnythingForDepthEstimation(config).save_pretrained(folder)
 
@@ -102,9 +109,10 @@ def _write_seg(folder: Path) -> None:
     )
     config = OneFormerConfig(
         backbone_config=backbone,
+        init_std=ONEFORMER_INIT,
         conv_dim=32,  # the pixel decoder normalises 32 groups of channels
         hidden_dim=32,
-        mask_dim=8,
+        mask_dim=32,  # as wide as the pixel decoder, or the library cannot run it
         encoder_feedforward_dim=8,
         dim_feedforward=8,
         encoder_layers=1,
@@ -118,6 +126,8 @@ def _write_seg(folder: Path) -> None:
         text_encoder_num_layers=1,
         text_encoder_vocab_size=16,
         text_encoder_n_ctx=2,
+        id2label=dict(enumerate(SEG_CLASSES)),
+        label2id={name: i for i, name in enumerate(SEG_CLASSES)},
     )
     OneFormerModel(config).save_pretrained(folder)
     # The real checkpoint is a OneFormerForUniversalSegmentation, which calls this model `model` and adds no weights but
@@ -126,6 +136,7 @@ def _write_seg(folder: Path) -> None:
     save_file({f"model.{name}": tensor for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
     config.architectures = ["OneFormerForUniversalSegmentation"]
     config.save_pretrained(folder)
+    clip_tokenizer().save_pretrained(folder)
 
 
 def _write_gen(folder: Path) -> None:

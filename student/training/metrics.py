@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from PIL import Image
+
 from olavlm.student.choices import TrackerName
 from olavlm.student.errors import RecipeError, TrainingError
 
@@ -57,6 +60,10 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
+        for name, picture in pictures.items():
+            self._writer.add_image(f"pictures/{name}", np.asarray(picture), step, dataformats="HWC")
+
     def close(self) -> None:
         self._writer.close()
 
@@ -89,6 +96,11 @@ class WeightsAndBiases:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
+
+    def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
+        import wandb
+
+        self._run.log({f"pictures/{name}": wandb.Image(picture) for name, picture in pictures.items()}, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -74,6 +74,9 @@ class Replicated:
         """Around forward and backward of a micro-batch: DDP exchanges gradients in a step's last backward alone."""
         return nullcontext() if last or not isinstance(self.module, DistributedDataParallel) else self.module.no_sync()
 
+    def finish_forward(self) -> None:
+        """Called after a forward that no backward follows."""
+
     def finish_gradients(self) -> None:
         """Called after the last backward of a step; now all processes have the gradients of the whole batch."""
 
@@ -148,6 +151,11 @@ class Sharded(Replicated):
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Gradients are exchanged in each backward: those not exchanged yet would lie whole on every process."""
         return nullcontext()
+
+    def finish_forward(self) -> None:
+        for module in self.model.modules():  # the outermost unit stays whole until a backward
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def finish_gradients(self) -> None:
         for scale in self.model.logit_scales.parameters():

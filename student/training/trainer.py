@@ -65,6 +65,7 @@ from .checkpoint import (
 from .data_watch import DataWatch
 from .metrics import check_trackers, open_trackers
 from .parallel import launched_with, spread
+from .pictures import HeldOutPictures, held_out
 from .signals import stop_requests
 from .step import OptimizerStep
 
@@ -96,6 +97,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         check_images(dataset, roots)
     if reads_features:
         check_targets(recipe, dataset, stage)
+    drawn = held_out(recipe, stage)
 
     AcceleratorState._reset_state()  # a stage before this one may have had another precision; processes stay joined
     # Without `cpu`, accelerate would take several processes on a machine without an accelerator for one each.
@@ -145,6 +147,9 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     trackers = []
     if accelerator.is_main_process:
         trackers = open_trackers(recipe.train.trackers, run, first_step, {"stage": stage, **recipe.to_dict()})
+    pictures = None
+    if drawn is not None:
+        pictures = HeldOutPictures(recipe, drawn, collator, source, parallel, accelerator, run)
     if first_step:
         accelerator.print(f"resumed from step {first_step}")
 
@@ -186,6 +191,8 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
                 on_step(step + 1, schedule.total_steps, values)
                 if (warning := watch.see(values)) is not None:
                     print(f"warning: {warning}", file=sys.stderr, flush=True)
+            if pictures is not None:
+                pictures(step + 1, trackers)
             last = step + 1 == schedule.total_steps
             stopping = bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device)) > 0)
             if last or stopping or (step + 1) % recipe.train.save_every == 0:

@@ -70,13 +70,13 @@ def damage(store, key="map"):
 @pytest.fixture
 def panels(monkeypatch):
     """What `preview` puts into its panels: (content, title, subtitle)."""
-    seen, original = [], preview._panel
+    seen, original = [], preview.panel
 
     def spy(*content):
         seen.append(content)
         return original(*content)
 
-    monkeypatch.setattr(preview, "_panel", spy)
+    monkeypatch.setattr(preview, "panel", spy)
     return seen
 
 
@@ -183,7 +183,7 @@ def test_many_teachers_take_several_lines(store, tmp_path):
 @pytest.mark.parametrize("name", ["two\nlines.jpg", "\x1b[31mred.jpg", "\u202egpj.exe", "a\tb\0c.jpg", "x" * 2000, ""])
 def test_any_name_can_be_a_label(name):
     """Pillow fails on a label of two lines, and a terminal or page would obey some characters."""
-    panel = preview._panel(f"photograph: missing ({name})", name, "row 1")
+    panel = preview.panel(f"photograph: missing ({name})", name, "row 1")
     assert panel.size == (preview.SIDE, preview.SIDE + 46)
     assert preview.visible(name).isprintable()
 

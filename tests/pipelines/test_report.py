@@ -185,7 +185,7 @@ def test_what_is_no_run_is_one_line_and_status_1(make_run, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("olavlm-report: error: ")
         assert error.count("\n") == 1
-    for words in ([], ["a", "--samples", "-1"], ["a", "--samples", "many"]):
+    for words in ([], ["a", "--samples", "-1"], ["a", "--samples", "many"], ["a", "--decode", "timm:x"]):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == 2
@@ -305,7 +305,7 @@ def test_a_sample_without_target_or_with_a_broken_prediction_says_so():
     assert "did not reach" in _task_view(TaskView("gen", 1, (1, 1), target, "", {}, {}))
 
 
-def test_a_trained_run_shows_its_own_predictions_until_the_store_is_gone(recipe, report, monkeypatch):
+def test_a_trained_run_shows_its_own_predictions_until_the_store_is_gone(recipe, report, tiny, monkeypatch):
     made = recipe(**{"train.max_steps": 1})
     folder = train(made, "pt", {"test": "1"})
     samples = predict(folder, num_samples=3)
@@ -335,6 +335,15 @@ def test_a_trained_run_shows_its_own_predictions_until_the_store_is_gone(recipe,
     alts = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
     assert len(alts) == 2 * (1 + 3 * 3)
     assert "No pictures" not in page.text
+    decoded = report(folder, "--samples", 1, "--decode", f"depth={tiny['depth']}")
+    alts = [attrs["alt"] for tag, attrs in decoded.tags if tag == "img"]
+    layers = made.tasks["depth"].layers
+    expected = [f"depth, {name}, decoded" for name in ("target", *(f"layer {layer}" for layer in layers))]
+    assert [alt for alt in alts if alt.endswith("decoded")] == expected
+    assert "the teacher's own decoder" in decoded.text
+    undecoded = report(folder, "--samples", 1, "--decode", f"depth={tiny['seg']}")
+    assert "Not decoded: " in undecoded.text
+    assert "depth, target: tokens as colours" in {attrs.get("alt") for _, attrs in undecoded.tags}
     assert "No pictures" in report(folder, "--store", "nowhere").text
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / "adapter.safetensors").write_bytes(b"cut")

@@ -101,21 +101,28 @@ def test_shards_are_used_where_the_launch_asks_for_them(together):
     assert launch_of["sharded"] is (together.name == "fsdp")
 
 
+def test_the_main_process_draws_and_the_model_is_cut_again(together):
+    """After the last step no backward follows; that what is saved is whole, `test_two_processes_equal_one` sees."""
+    assert len(list((together / "pt-accumulated" / "pictures" / f"step-{STEPS:06d}").iterdir())) == 1
+
+
 def run_alone(stage, recipe):
     torch.set_num_threads(1)
     return train(recipe, stage, {"test": "1"})
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def together(request, scene, alone, folder, probes):
+def together(request, scene, alone, folder, pt_json, probes):
     """Run folders of two processes, by scene and split, and by scene for those resumed."""
     place = folder / request.param
     place.mkdir()
     jobs = []
+    pictures = {"data.held_out": pt_json, "train.pictures_every": STEPS, "train.pictures": 1}
     for name, split in CUT:
         size, accumulation = SPLITS[split]
         cut = {"train.batch_size": size, "train.accumulation": accumulation}
-        jobs.append(scene(name, place / f"{name}{split}", **cut))
+        drawn = pictures if (name, split) == ("pt", "-accumulated") else {}
+        jobs.append(scene(name, place / f"{name}{split}", **cut, **drawn))
     for name, stops in {"pt": (1, 3, STEPS), "ift": (2, STEPS)}.items():
         cut = {"train.batch_size": 2}
         jobs += [scene(name, place / f"{name}-halves", **cut, **{"train.max_steps": steps}) for steps in stops]

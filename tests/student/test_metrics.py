@@ -5,10 +5,12 @@ import json
 import struct
 
 import pytest
+from PIL import Image
 
 from olavlm.student import RecipeError, TrainingError
 from olavlm.student.training import metrics as metrics_module
 from olavlm.student.training.metrics import JsonLines, check_trackers, open_trackers, read_metrics
+from olavlm.student.training.pictures import PictureTracker
 from olavlm.student.training.trainer import train
 
 STEPS = [(1, {"loss/total": 2.5, "lr": 0.1}), (2, {"loss/total": 1.5, "lr": 0.2}), (3, {"loss/total": 0.5, "lr": 0.0})]
@@ -87,6 +89,19 @@ def test_wandb_gets_the_same_numbers_and_goes_on_in_the_same_run(tmp_path, wandb
     steps, ids = history(tmp_path)
     assert steps == STEPS
     assert ids == {(tmp_path / "wandb" / "run-id").read_text()}
+
+
+def test_wandb_has_pictures_in_the_step_they_are_of(tmp_path, wandb):
+    _, tracker = open_trackers(["wandb"], tmp_path, 0, {})
+    assert isinstance(tracker, PictureTracker)
+    tracker.log(1, {"loss/total": 3.0})
+    tracker.log_pictures(1, {"00-cat": Image.new("RGB", (5, 3))})
+    tracker.log(2, {"loss/total": 2.0})
+    tracker.close()
+    (first, values), (second, rest) = history(tmp_path)[0]
+    assert (first, second, rest) == (1, 2, {"loss/total": 2.0})
+    assert values["loss/total"] == 3.0
+    assert any(name.startswith("pictures/00-cat") for name in values)
 
 
 def test_wandb_that_cannot_start_says_what_to_do(tmp_path, wandb, monkeypatch):
