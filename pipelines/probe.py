@@ -5,13 +5,15 @@
     olavlm-probe train --model runs/llama3-8b-clip-l/ift --data coco_train.json --images coco --store coco-train \\
         --tasks depth,seg,gen --output probes/ift
     olavlm-probe eval probes/ift probes/baseline --data coco_val.json --images coco --store coco-val
+    olavlm-probe score --task da2k --source probes/ift --annotations DA-2K/annotations.json --images DA-2K
 
 On a laptop, after `make demo`:
 
     olavlm-probe train --model demo_run/ift --data pipelines/sample/pt.json --images pipelines/sample/images \\
         --store demo_run/features --tasks seg,gen --output probes/demo --batch-size 16 --epochs 20 --workers 0
 
-`train` learns a probe a task and layer (`student/probing/bank.py`), `eval` scores probes on images they have not seen.
+`train` learns a probe a task and layer (`student/probing/bank.py`), `eval` scores probes on images they have
+not seen, `score` what they predict, decoded, on public benchmarks (`downstream/`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 from olavlm.student.probing.settings import RECIPES, ProbeData, ProbeSettings, default_key
 
 from .cli import JobFailed, Progress, UsageError, command, counted, quiet_models, versions
+from .downstream import command as downstream
 from .train import StepDisplay
 
 TRAIN_HELP = """\
@@ -44,6 +47,15 @@ TRAIN_EXAMPLE = (
 EVAL_EXAMPLE = (
     "example: olavlm-probe eval probes/ift probes/baseline --data coco_val.json --images coco --store coco-val"
 )
+SCORE_HELP = """\
+Features are decoded by their teacher's own decoder and scored: depth on DA-2K, seg on COCO's panoptic annotations,
+gen by FID. --source is a store, the targets themselves and so the upper bound, or a run of probes, layer by layer; a
+model's score is the mean over its layers (arXiv 2412.09585, table 8). Images that cannot be scored are named, and the
+exit status is 1."""
+SCORE_EXAMPLE = (
+    "example: olavlm-probe score --task da2k --source probes/ift --annotations DA-2K/annotations.json --images DA-2K "
+    "--output da2k.json"
+)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -53,7 +65,7 @@ def arguments() -> argparse.ArgumentParser:
         epilog=f"{TRAIN_EXAMPLE.splitlines()[0]}\n         {EVAL_EXAMPLE.removeprefix('example: ')}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = p.add_subparsers(dest="command", required=True, metavar="train|eval")
+    commands = p.add_subparsers(dest="command", required=True, metavar="train|eval|score")
     train = _subparser(commands, "train", "train probes on the states of a frozen model", TRAIN_HELP, TRAIN_EXAMPLE)
     train.add_argument("--model", required=True, metavar="RUN",
                        help="run folder of olavlm-train of any stage, or a stock LLaVA "
@@ -85,18 +97,24 @@ def arguments() -> argparse.ArgumentParser:
     train.add_argument("--save-every", type=int, metavar="N", default=defaults.save_every,
                        help="optimizer steps between checkpoints (%(default)s)")  # fmt: skip
     train.add_argument("--keep", type=int, metavar="N", default=defaults.keep, help="checkpoints kept (%(default)s)")
-    score = _subparser(commands, "eval", "score trained probes on held-out images", EVAL_HELP, EVAL_EXAMPLE)
-    score.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder of olavlm-probe train")
-    _add_data(score)
-    score.add_argument("--output", type=Path, metavar="DIR",
-                       help="default: eval in the run folder, of several runs in the folder they share")  # fmt: skip
-    score.add_argument("--model", metavar="RUN", help="of one run: where the probed model lies now, if it has moved")
-    score.add_argument("--batch-size", type=_positive, metavar="N", default=16, help="images a forward (%(default)s)")
-    score.add_argument("--workers", type=_natural, metavar="N", default=4, help="loader processes (%(default)s)")
-    score.add_argument("--resamples", type=_positive, metavar="N", default=1000, help="of the bootstrap (%(default)s)")
-    score.add_argument("--seed", type=_natural, metavar="N", default=0, help="of the bootstrap (%(default)s)")
-    score.add_argument("--level", type=_level, metavar="X", default=0.95, help="of the intervals (%(default)s)")
-    score.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    held_out = _subparser(commands, "eval", "score trained probes on held-out images", EVAL_HELP, EVAL_EXAMPLE)
+    held_out.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder of olavlm-probe train")
+    _add_data(held_out)
+    held_out.add_argument("--output", type=Path, metavar="DIR",
+                          help="default: eval in the run folder, of several runs in the folder they share")  # fmt: skip
+    held_out.add_argument("--model", metavar="RUN", help="of one run: where the probed model lies now, if it has moved")
+    held_out.add_argument(
+        "--batch-size", type=_positive, metavar="N", default=16, help="images a forward (%(default)s)"
+    )
+    held_out.add_argument("--workers", type=_natural, metavar="N", default=4, help="loader processes (%(default)s)")
+    held_out.add_argument(
+        "--resamples", type=_positive, metavar="N", default=1000, help="of the bootstrap (%(default)s)"
+    )
+    held_out.add_argument("--seed", type=_natural, metavar="N", default=0, help="of the bootstrap (%(default)s)")
+    held_out.add_argument("--level", type=_level, metavar="X", default=0.95, help="of the intervals (%(default)s)")
+    held_out.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    scored = _subparser(commands, "score", "score decoded predictions on public benchmarks", SCORE_HELP, SCORE_EXAMPLE)
+    downstream.add_arguments(scored)
     return p
 
 
@@ -164,6 +182,8 @@ def _level(text: str) -> float:
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     quiet_models()
+    if args.command == "score":
+        return downstream.run(args)
     data = ProbeData(args.data, args.images, args.store)
     return (run_train if args.command == "train" else run_eval)(args, data)
 

@@ -4,8 +4,9 @@
     olavlm-extract --teacher depth --recipe last --data da2k.json --images DA-2K --store features
     olavlm-probe score --task da2k --source features --annotations DA-2K/annotations.json --images DA-2K --output s.json
 
-Features are those of a store, the targets themselves, which are the upper bound, or what `open_source` makes of a path.
-A model's score is the mean over its layers, as in table 8 of arXiv 2412.09585.
+Features are those of a store, the targets themselves, which are the upper bound; or what the probes of a run of
+`olavlm-probe train` predict of the images (`--source RUN`, without an extraction). A model's score is the mean over
+its layers, as in table 8 of arXiv 2412.09585.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
     from olavlm.teachers.decoders import Decoder
 
+PROBES = "probes.json"
+"""What tells a run of probes from a store."""
 TEACHER_OF = {"da2k": "depth", "miou": "seg", "fid": "gen"}
-OpenSource = Callable[[argparse.Namespace, str], FeatureSource]
-"""The source that `--source` names, for a teacher."""
 
 
 class Unscored(Exception):
@@ -75,12 +76,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
 
 
-def open_store(args: argparse.Namespace, teacher: str) -> FeatureSource:
-    """The store that `--source` names."""
-    return StoreSource(args.source, teacher, args.key)
+def open_source(args: argparse.Namespace, teacher: str) -> FeatureSource:
+    """The store, or the run of probes, that `--source` names."""
+    if not Path(args.source, PROBES).is_file():
+        return StoreSource(args.source, teacher, args.key)
+    from .probe_source import ProbeSource
+
+    return ProbeSource(Path(args.source), teacher, ImageRoots(args.images), _device(args), args.key)
 
 
-def run(args: argparse.Namespace, open_source: OpenSource = open_store) -> int:
+def run(args: argparse.Namespace) -> int:
     """Score, print, and write `--output`; 1 if images had to be left out.
 
     Raises:
@@ -96,7 +101,7 @@ def run(args: argparse.Namespace, open_source: OpenSource = open_store) -> int:
     _need(args, "source", "images", *({"fid": ("pictures",)}.get(args.task, ("annotations",))))
     if args.inception and not args.reference:
         raise UsageError("--inception alone compares nothing; name --reference, pictures or their statistics")
-    return {"da2k": score_da2k, "miou": score_miou, "fid": score_fid}[args.task](args, open_source)
+    return {"da2k": score_da2k, "miou": score_miou, "fid": score_fid}[args.task](args)
 
 
 def _need(args: argparse.Namespace, *names: str) -> None:
@@ -105,9 +110,9 @@ def _need(args: argparse.Namespace, *names: str) -> None:
         raise UsageError(f"--task {args.task} needs {', '.join(missing)}")
 
 
-def score_da2k(args: argparse.Namespace, open_source: OpenSource) -> int:
+def score_da2k(args: argparse.Namespace) -> int:
     pairs = read_pairs(args.annotations)
-    source, decoder = _open(args, open_source)
+    source, decoder = _open(args)
     scores = {layer: Da2kScore() for layer in source.layers}
 
     def add(layer: str, image: str, depth: np.ndarray, photograph: Image.Image) -> None:
@@ -117,11 +122,11 @@ def score_da2k(args: argparse.Namespace, open_source: OpenSource) -> int:
     return _finish(args, source, decoder, {n: s.result() for n, s in scores.items()}, "accuracy", left_out)
 
 
-def score_miou(args: argparse.Namespace, open_source: OpenSource) -> int:
+def score_miou(args: argparse.Namespace) -> int:
     annotations = Path(args.annotations)
     labels = PanopticLabels.read(annotations, args.panoptic or annotations.with_suffix(""))
     images: dict[str, PanopticImage] = {image.file_name: image for image in labels.images}
-    source, decoder = _open(args, open_source, context=args.context)
+    source, decoder = _open(args, context=args.context)
     numbers = match_classes(decoder.classes, labels.names)
     scores = {layer: MiouScore(labels.names) for layer in source.layers}
 
@@ -136,12 +141,12 @@ def score_miou(args: argparse.Namespace, open_source: OpenSource) -> int:
     return _finish(args, source, decoder, results, "miou", left_out, context=args.context)
 
 
-def score_fid(args: argparse.Namespace, open_source: OpenSource) -> int:
+def score_fid(args: argparse.Namespace) -> int:
     from PIL import Image as Pictures
 
     from .fid import Inception, compared_size, frechet_distance, pictures_in, statistics_of
 
-    source, decoder = _open(args, open_source)
+    source, decoder = _open(args)
     folders = {layer: Path(args.pictures, layer.replace(" ", "-")) for layer in source.layers}
     drawn_of = {"card": source.card["fingerprint"], "source": source.name, "decoder": decoder.weights_sha256}
     for folder in folders.values():
@@ -171,7 +176,7 @@ def score_fid(args: argparse.Namespace, open_source: OpenSource) -> int:
     return _finish(args, source, decoder, results, "fid", left_out)
 
 
-def _open(args: argparse.Namespace, open_source: OpenSource, **options: Any) -> tuple[FeatureSource, Decoder]:
+def _open(args: argparse.Namespace, **options: Any) -> tuple[FeatureSource, Decoder]:
     """The source and the decoder of the same checkpoint."""
     from olavlm.teachers.decoders import load_decoder
 

@@ -223,9 +223,7 @@ def test_a_signal_during_a_command_gives_one_line_and_leaves_the_handlers(monkey
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize(
-    "name", ["extract", "store", "train", "generate", "export", "probe", "tiny", "report", "downstream"]
-)
+@pytest.mark.parametrize("name", ["extract", "store", "train", "generate", "export", "probe", "tiny", "report"])
 def test_help_shows_an_example_and_a_bad_flag_is_status_2(name):
     command = [sys.executable, "-m", f"olavlm.pipelines.{name}"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)

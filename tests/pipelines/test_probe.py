@@ -8,8 +8,12 @@ from xml.parsers.expat import ExpatError
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from olavlm.cache import FeatureStore, ImageRoots
 from olavlm.pipelines import probe
+from olavlm.pipelines.cli import JobFailed
+from olavlm.pipelines.downstream.probe_source import ProbeSource
 from olavlm.pipelines.layer_plot import Line, layer_plot
 from olavlm.student.training.trainer import train
 
@@ -76,6 +80,26 @@ def test_scores_of_a_run_in_every_form(scene, runs, capsys):
     overall = model["tasks"]["gen"]["mean_over_layers"]["mean"]
     assert overall == pytest.approx(np.mean([cosines[f"gen/{x}"] for x in (2, 4, 5)]))
     assert re.search(rf"^mean +{overall:.4f} ", printed.out, flags=re.M)
+
+
+def test_predictions_for_pictures_are_those_that_were_scored(scene, runs, sample_images, tmp_path):
+    folder, _, words = scene
+    assert probe.main(words("eval", "held-out", runs[0], "--output", tmp_path)) == 0
+    cosines = pq.read_table(tmp_path / "cosines.parquet").to_pydict()
+    (tmp_path / "broken.jpg").write_bytes(b"")
+    roots = ImageRoots([sample_images, f"bad={tmp_path}"])
+    source = ProbeSource(runs[0], "gen", roots, torch.device("cpu"), None)
+    assert source.layers == ("layer 2", "layer 4", "layer 5")
+    images = [*cosines["image"], "bad/broken.jpg"]
+    features, valid = source.read(images)
+    assert valid.tolist() == [True, True, False]
+    targets, _ = FeatureStore(folder / "store")["gen"].read([8, 9])
+    for layer in (2, 4, 5):
+        predictions = features[f"layer {layer}"][:2].flatten(1).double()
+        found = torch.cosine_similarity(predictions, torch.from_numpy(targets).flatten(1).double())
+        assert found.tolist() == pytest.approx(cosines[f"gen/{layer}"], abs=1e-5)
+    with pytest.raises(JobFailed, match="one of seg is scored"):
+        ProbeSource(runs[0], "seg", roots, torch.device("cpu"), None)
 
 
 def test_several_runs_side_by_side(scene, runs, capsys):

@@ -9,11 +9,15 @@ import torch
 from PIL import Image
 
 from olavlm.cache import FeatureStore, ImageRoots
+from olavlm.pipelines import probe
 from olavlm.pipelines.downstream import command, fid
-from olavlm.pipelines.downstream.__main__ import main
 from olavlm.pipelines.downstream.da2k import is_right, read_pairs
 from olavlm.teachers.decoders import load_decoder
 from olavlm.teachers.tiny import SEG_CLASSES
+
+
+def main(words):
+    return probe.main(["score", *words])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def test_da2k_of_the_targets(store, names, annotations, tiny, sample_images, tmp
 
 
 def test_the_mean_is_over_layers_and_what_is_left_out_is_named(
-    store, names, annotations, sample_images, tmp_path, capsys
+    store, names, annotations, sample_images, tmp_path, capsys, monkeypatch
 ):
     """A source of two layers, one the targets and one a constant, that lacks one image."""
 
@@ -68,11 +72,10 @@ def test_the_mean_is_over_layers_and_what_is_left_out_is_named(
             valid = np.array([image != names[0] for image in images])
             return {"layer 1": features, "layer 2": torch.zeros_like(features)}, valid
 
-    parser = command.argparse.ArgumentParser()
-    command.add_arguments(parser)
+    monkeypatch.setattr(command, "open_source", lambda args, teacher: Probe(args.source, teacher))
     words = ["--task", "da2k", "--source", store, "--annotations", str(annotations), "--images", str(sample_images),
              "--output", str(tmp_path / "s.json"), "--device", "cpu"]  # fmt: skip
-    assert command.run(parser.parse_args(words), lambda args, teacher: Probe(args.source, teacher)) == 1
+    assert main(words) == 1
     result = json.loads((tmp_path / "s.json").read_text())
     assert result["left_out"] == [f"{names[0]}: no features"]
     first, second = (result["layers"][f"layer {i}"]["accuracy"] for i in (1, 2))
@@ -204,7 +207,7 @@ def test_what_does_not_fit_is_one_line(store, annotations, sample_images, tmp_pa
         assert main(arguments) == status, arguments
         errors = capsys.readouterr().err
         assert message in errors
-        assert errors.startswith("olavlm-probe score: error: ")
+        assert errors.startswith("olavlm-probe: error: ")
         assert errors.count("\n") == 1
 
 
