@@ -144,10 +144,16 @@ def multiples(curves: Sequence[Curve], title: str) -> str:
 def _thinned(curve: Curve, count: int) -> tuple[np.ndarray, np.ndarray]:
     """At most `count` points, means over buckets of finite values, NaN where a bucket has none."""
     x, y = np.asarray(curve.x, np.float64), np.asarray(curve.y, np.float64)
-    parts = np.array_split(np.arange(len(x)), min(count, len(x)))
+    parts = _buckets(len(x), count)
     fine = [part[np.isfinite(y[part])] for part in parts]
     means = [y[part].mean() if len(part) else math.nan for part in fine]
     return np.array([x[part].mean() for part in parts]), np.array(means)
+
+
+def _buckets(length: int, count: int) -> list[np.ndarray]:
+    """Indices in at most `count` parts, as like as can be: among parts of one and of two, a band would come and go."""
+    size = math.ceil(length / count)
+    return np.array_split(np.arange(length), math.ceil(length / size))
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,7 @@ class _Prepared:
         bad = x[~np.isfinite(y) | (mark_zeros & (y == 0))]
         raw_x, raw_y, bucket_x, bucket_y = x, fine, x, fine
         if len(x) > _BUCKETS:
-            parts = [p for p in np.array_split(np.arange(len(x)), _BUCKETS) if np.isfinite(fine[p]).any()]
+            parts = [p for p in _buckets(len(x), _BUCKETS) if np.isfinite(fine[p]).any()]
             bucket_x = np.array([x[p].mean() for p in parts])
             bucket_y = np.array([np.nanmean(fine[p]) for p in parts])
             raw_x = np.concatenate([bucket_x, bucket_x[::-1]])
@@ -235,7 +241,8 @@ def _y_range(curves: Iterable[_Prepared], log: bool) -> tuple[float, float]:
     if log:
         low, high = low / 1.3, high * 1.3
         return (low, high) if high / low >= 10 else (low / 2, high * 2)
-    pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    varies = high - low > 1e-9 * max(abs(low), abs(high))  # beyond the rounding of means
+    pad = 0.06 * (high - low) if varies else 0.05 * abs(high) or 1.0
     return (0.0 if 0 <= low < 0.25 * high else low - pad), high + pad
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import numpy as np
 
@@ -63,8 +64,8 @@ def _by_layer(run: Run, title: str, key: str, unit: str) -> str:
             continue
         lines = _moments(dict(zip([x for x, _ in found], curves, strict=True)))
         many.append(layer_chart(f"{title}, {task}", lines, unit))
-        folded += fold(f"{title}, {task}: every layer over steps", multiples(curves, f"{title}, {task}"))
-    return charts(few) + charts(many) + folded
+        folded += f"<h4>{escape(task)}</h4>{multiples(curves, f'{title}, {task}')}"
+    return charts(few) + charts(many) + (fold(f"{title}: every layer over steps", folded) if folded else "")
 
 
 def _moments(curves: Mapping[int, Curve]) -> list[Line]:
@@ -93,9 +94,7 @@ def show_pace(run: Run, settings: Settings) -> str:
         drawn.append(chart("Throughput", [Curve("all processes", x, rate)], unit="samples/s"))
     loads = [key for key in run.keys if key.startswith("load_") and key.endswith("_ms")]
     names = {key: key.removeprefix("load_").removesuffix("_ms").replace("_", " ") for key in loads}
-    drawn.append(
-        chart("Work of the loaders for a step", _present(run, names), unit="ms, over loaders at once", log=True)
-    )
+    drawn.append(chart("Work of the loaders for a step", _present(run, names), unit="ms, sum over loaders", log=True))
     return block("Pace", charts(drawn))
 
 

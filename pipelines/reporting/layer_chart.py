@@ -22,7 +22,8 @@ def layer_chart(title: str, lines: Sequence[Line], unit: str, order: Sequence[st
     names = list(order or dict.fromkeys(line.name for line in lines))
     styles = {name: place % NUM_COLOURS for place, name in enumerate(names)}
     legend = "".join(
-        f'<span><svg class="dash" viewBox="0 0 26 6"><path class="line s{styles[line.name]}" d="M0 3h26"/></svg> '
+        '<span><svg class="dash" viewBox="0 0 26 6" aria-hidden="true">'
+        f'<path class="line s{styles[line.name]}" d="M0 3h26"/></svg> '
         f"{escape(line.name)}</span>"
         for line in lines
     )

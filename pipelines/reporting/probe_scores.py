@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from olavlm.pipelines.cli import JobFailed, counted
+from olavlm.pipelines.cli import JobFailed
 from olavlm.pipelines.layer_plot import Line
 
 from .layer_chart import layer_chart
-from .page import block, charts, fold, table, warning
+from .page import block, charts, fold, note, table, warning
 
 SCORES = "scores.json"
 EVAL = "eval"
@@ -49,7 +49,9 @@ class ModelScores:
     run: str
     tasks: dict[str, TaskScores]
     faults: list[str]
-    """what about the images needs a look, a sentence each"""
+    """what makes the scores doubtful, a sentence each"""
+    left_out: list[str]
+    """images that do not count, a sentence each"""
 
 
 @dataclass(frozen=True)
@@ -76,23 +78,23 @@ def read_scores(file: Path) -> Evaluation:
 
 
 def _read_model(model: dict[str, Any]) -> ModelScores:
-    tasks, faults, name = {}, [], str(model["name"])
-    images = counted(model["images"], "image")
+    tasks, faults, left_out, name = {}, [], [], str(model["name"])
+    images = f"{model['images']:,} images"
     if model["trained_on"]:
         faults.append(
             f"{name}: {model['trained_on']:,} of {images} were in its training; these are not held-out scores."
         )
     if model["unreadable"]:
-        faults.append(f"{name}: {model['unreadable']:,} of {images} could not be read, and are left out.")
+        left_out.append(f"{model['unreadable']:,} could not be read")
     for task, found in model["tasks"].items():
         layers = {int(layer): _interval(score) for layer, score in found["layers"].items()}
         mean = found["mean_over_layers"]
         tasks[task] = TaskScores(dict(sorted(layers.items())), _interval(mean), int(mean["images"]))
         if found["without_target"]:
-            faults.append(
-                f"{name}: {found['without_target']:,} of {images} have no target of {task}, and are left out."
-            )
-    return ModelScores(name, str(model["run"]), tasks, faults)
+            left_out.append(f"{found['without_target']:,} have no target of {task}")
+    if left_out:
+        left_out = [f"{name}: of {images} {' and '.join(left_out)}, and are left out."]
+    return ModelScores(name, str(model["run"]), tasks, faults, left_out)
 
 
 def _interval(score: dict[str, Any]) -> Interval:
@@ -138,6 +140,7 @@ def _show(evaluation: Evaluation) -> str:
     ]
     content = charts(drawn) + table("Mean over layers", ("model", *tasks), rows, shown=True)
     content += "".join(fold(f"{task}, every layer", _layer_table(models, task)) for task in tasks)
+    content += "".join(note(sentence) for model in models for sentence in model.left_out)
     content = warning([fault for model in models for fault in model.faults]) + content
     data, store, _ = evaluation.asked
     counts = sorted({task.images for model in models for task in model.tasks.values()})

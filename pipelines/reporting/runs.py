@@ -62,7 +62,7 @@ class Run:
             match key.split("/"):
                 case ["loss", task, layer, "smooth_l1" | "contrastive"] if layer.isdigit():
                     found.setdefault(task, set()).add(int(layer))
-        order = self.get("model", "order") or []
+        order = list(self.asked("tasks") or {}) if self.stage == PROBES else self.get("model", "order") or []
         ranked = sorted(found, key=lambda task: (order.index(task) if task in order else len(order), task))
         return {task: sorted(found[task]) for task in ranked}
 

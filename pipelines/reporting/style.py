@@ -36,7 +36,8 @@ border-radius:0 6px 6px 0;font-size:14px;overflow-wrap:anywhere}
 .fault li::before{content:"\\26A0\\FE0E";display:inline-block;width:24px;text-indent:0;color:var(--fault)}
 .note{border-color:var(--rule);background:var(--raised)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr));gap:26px 28px}
-.charts+.charts,.charts+.scroll{margin-top:26px}
+.charts+.charts,.charts+.scroll,details+.charts,.fault+.charts{margin-top:26px}
+details h4{margin-top:18px}
 figure{margin:0;min-width:0}figcaption{font-size:13.5px;font-weight:600}
 .chart>svg{display:block;width:100%;height:auto;overflow:visible}
 .chart text{fill:var(--soft);font-size:11px;font-variant-numeric:tabular-nums}
@@ -52,7 +53,7 @@ path{fill:none;stroke:var(--s);stroke-linejoin:round}.raw{stroke-width:1;opacity
 .c5,.s5{--s:var(--c5)}
 DASHES
 .chart path.bar{stroke:var(--s);opacity:.6}.dash{width:26px;height:6px;vertical-align:middle;margin-right:3px}
-.multiples{display:grid;grid-template-columns:repeat(auto-fill,minmax(118px,1fr));gap:12px 18px;margin-top:12px}
+.multiples{display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:12px 18px;margin-top:12px}
 .multiples svg{display:block;width:100%;height:auto}
 .multiples figcaption{font-weight:400;font-size:12px;color:var(--soft)}
 .multiples b{color:var(--ink);font-weight:500;font-variant-numeric:tabular-nums}
@@ -91,7 +92,8 @@ figcaption small{display:block;font-size:12.5px;line-height:1.4;font-weight:400}
 .answer{display:grid;grid-template-columns:minmax(96px,150px) 1fr;gap:16px;align-items:start}
 .answer p{margin:0 0 8px;overflow-wrap:anywhere}.answer .asked{color:var(--soft)}
 footer{margin-top:56px;padding-top:16px;border-top:1px solid var(--rule);font-size:13px}
-@media (max-width:640px){.sample{grid-template-columns:1fr}.sample>figure{max-width:260px}.block{margin-top:28px}
+@media (max-width:640px){.sheet{width:760px;max-width:none}
+.sample{grid-template-columns:1fr}.sample>figure{max-width:260px}.block{margin-top:28px}
 .maps{grid-template-columns:repeat(var(--m),minmax(0,1fr));width:100%}.task{width:100%}.strips{width:100%}h1{font-size:24px}}
 @media print{section{break-inside:auto}figure,.sample,.answer{break-inside:avoid}}
 """.replace("DARK", _DARK)

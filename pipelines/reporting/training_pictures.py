@@ -32,7 +32,7 @@ def show_training_pictures(run: Run, settings: Settings) -> str:
         before = {
             step: same
             for step in sorted({first, halfway} - {last})
-            if (same := file.parent.with_name(f"step-{step:06d}") / file.name) in steps[step]
+            if (same := next((other for other in steps[step] if other.name == file.name), None))
         }
         if before:
             drawn = "".join(_figure(same, step, EARLIER_SIDE) for step, same in before.items())
@@ -49,7 +49,7 @@ def picture_steps(folder: Path) -> dict[int, list[Path]]:
         number = made.name.removeprefix("step-")
         if number.isdigit() and (files := sorted(made.glob("*.png"))):
             found[int(number)] = files
-    return found
+    return dict(sorted(found.items()))
 
 
 def _figure(file: Path, step: int, side: int) -> str:
@@ -60,4 +60,8 @@ def _figure(file: Path, step: int, side: int) -> str:
     else:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         shown = picture(image, f"{file.stem} at step {step}: its target and its predictions by layer", css="sheet")
-    return f'<figure class="drawn">{shown}<figcaption>{escape(file.stem)}, step {step:,}</figcaption></figure>'
+    name = escape(f"{file.stem}, step {step:,}")
+    return (
+        f'<figure class="drawn"><div class="scroll" tabindex="0" role="region" aria-label="{name}">{shown}</div>'
+        f"<figcaption>{name}</figcaption></figure>"
+    )
