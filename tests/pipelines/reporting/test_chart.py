@@ -69,7 +69,7 @@ def test_a_band_is_one_all_along():
     html = chart("Loss", [Curve("x", np.arange(460), values)])
     outline = np.array(points(html, "band"))[:, 1]
     assert len(outline) == 460
-    assert (outline[:230] - outline[230:][::-1] == pytest.approx(outline[0] - outline[-1])).all()
+    np.testing.assert_allclose(outline[:230] - outline[230:][::-1], outline[0] - outline[-1])
     assert outline[0] - outline[-1] > 50
 
 
