@@ -59,6 +59,14 @@ def test_losses_that_are_zero_or_not_finite_are_flagged_and_marked(make_run, rep
     assert "mark" in {attrs.get("class") for _, attrs in page.tags}
 
 
+def test_of_many_faults_the_first_are_open_and_none_is_lost(make_run, report):
+    layers = [f"loss/depth/{x}/smooth_l1" for x in range(1, 33)]
+    page = report(make_run(**dict.fromkeys(layers, 0.0)), "--samples", 0)
+    assert page.by_class["fault"].count("is exactly zero") == 32
+    opened, _, folded = page.html.partition("<summary>20 more</summary>")
+    assert (opened.count("is exactly zero"), folded.count("is exactly zero")) == (12, 20)
+
+
 def test_losses_that_were_not_logged_an_unfinished_run_and_a_cut_line_are_flagged(make_run, report, capsys):
     folder = make_run(**dict.fromkeys(TERMS[2:], "absent"), bad_images=lambda s: int(s < 3))
     (folder / "adapter.json").unlink()
