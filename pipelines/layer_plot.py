@@ -11,10 +11,10 @@ from html import escape
 
 from matplotlib.ticker import MaxNLocator
 
-_WIDTH, _HEIGHT, _GAP = 340, 250, 28  # of a panel, and between panels
+WIDTH, HEIGHT, _GAP = 340, 250, 28  # of a panel, and between panels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 8, 30, 42
 _LEGEND_LINE, _LETTER = 20, 7.0  # pixels: of the legend's rows, and of a letter, a little generous
-_DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "1 4")
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "1 4")
 _LIGHT = ("#0b6cb5", "#cf5a00", "#00795c", "#ab4a93", "#8a7000", "#566173")
 _DARK = ("#5fb0f5", "#f2a154", "#46c9a2", "#dd93cf", "#e6cf57", "#a9b4c6")
 
@@ -34,12 +34,12 @@ def layer_plot(panels: Mapping[str, Sequence[Line]], *, y_title: str, note: str 
     """The SVG file. A line's name stands for the same model in every panel; `note` is a sentence at the foot."""
     names = list(dict.fromkeys(line.name for lines in panels.values() for line in lines))
     styles = {name: number % len(_LIGHT) for number, name in enumerate(names)}
-    width = round(max(len(panels) * (_WIDTH + _GAP) - _GAP, _LETTER * len(note)) + 24)
+    width = round(max(len(panels) * (WIDTH + _GAP) - _GAP, _LETTER * len(note)) + 24)
     legend, rows = _legend(names, styles, width)
     top = 16 + rows * _LEGEND_LINE
-    height = top + _HEIGHT + (26 if note else 8)
+    height = top + HEIGHT + (26 if note else 8)
     drawn = [
-        f'<g transform="translate({12 + i * (_WIDTH + _GAP)} {top})">{_panel(task, lines, styles, y_title)}</g>'
+        f'<g transform="translate({12 + i * (WIDTH + _GAP)} {top})">{panel(task, lines, styles, y_title)}</g>'
         for i, (task, lines) in enumerate(panels.items())
     ]
     foot = f'<text x="12" y="{height - 9}">{escape(note)}</text>' if note else ""
@@ -70,12 +70,16 @@ def _legend(names: Sequence[str], styles: Mapping[str, int], width: float) -> tu
     return "".join(parts), row + 1
 
 
-def _panel(task: str, lines: Sequence[Line], styles: Mapping[str, int], y_title: str) -> str:
+def panel(task: str, lines: Sequence[Line], styles: Mapping[str, int], y_title: str) -> str:
+    """One plot as the content of an SVG, `WIDTH` by `HEIGHT`. `styles` gives each name its class, of s0 to s5.
+
+    The style sheet defines these, and line, band, bar, dot, grid and axis.
+    """
     layers = [layer for line in lines for layer in line.layers]
     low, high = min(v for line in lines for v in line.lows), max(v for line in lines for v in line.highs)
     pad = 0.06 * (high - low) or 0.05
     low, high, first, last = low - pad, high + pad, min(layers), max(layers)
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
 
     def to_x(layer: float) -> float:
         share = (layer - first) / (last - first) if last > first else 0.5
@@ -84,7 +88,7 @@ def _panel(task: str, lines: Sequence[Line], styles: Mapping[str, int], y_title:
     def to_y(value: float) -> float:
         return bottom - (value - low) / (high - low) * (bottom - _TOP)
 
-    title = f'<tspan class="name">{escape(task)}</tspan> {escape(y_title)}'
+    title = f'<tspan class="name">{escape(task)}</tspan> {escape(y_title)}'.strip()
     parts = [f'<text x="{_LEFT}" y="14">{title}</text>']
     for value in _ticks(low, high, 5):
         parts.append(f'<path class="grid" d="M{_LEFT} {to_y(value):.1f}H{right}"/>')
@@ -125,7 +129,7 @@ def _style() -> str:
     def colours(palette: Sequence[str]) -> str:
         return "".join(f".s{i}{{--s:{colour}}}" for i, colour in enumerate(palette))
 
-    dashes = "".join(f".line.s{i}{{stroke-dasharray:{d}}}" for i, d in enumerate(_DASHES) if d)
+    dashes = "".join(f".line.s{i}{{stroke-dasharray:{d}}}" for i, d in enumerate(DASHES) if d)
     return (
         "svg{--paper:#fff;--ink:#1d2126;--soft:#626b77;--rule:#dde1e6;color-scheme:light dark}"
         f"{colours(_LIGHT)}@media (prefers-color-scheme:dark){{"

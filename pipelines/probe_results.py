@@ -15,8 +15,9 @@ from olavlm.student.probing.scores import Cosines, Score, score
 from olavlm.student.training.checkpoint import write_json
 
 from .layer_plot import Line, layer_plot
+from .reporting.probe_scores import SCORES
 
-SCORES, PLOT, PER_IMAGE = "scores.json", "layers.svg", "cosines.parquet"
+PLOT, PER_IMAGE = "layers.svg", "cosines.parquet"
 
 
 @dataclass(frozen=True)

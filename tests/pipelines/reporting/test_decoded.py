@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from olavlm.pipelines.decoded import decoded_figures
-from olavlm.pipelines.predictions import TaskView
+from olavlm.pipelines.reporting.decoded import decoded_figures
+from olavlm.pipelines.reporting.predictions import TaskView
 from olavlm.teachers.decoders import load_decoder
 from olavlm.teachers.decoders.drawing import draw
 

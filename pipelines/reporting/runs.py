@@ -12,8 +12,12 @@ from typing import Any
 
 import yaml
 
-from .cli import JobFailed
-from .page import Curve
+from olavlm.pipelines.cli import JobFailed
+
+from .chart import Curve
+from .page import ranges
+
+PROBES = "probes"
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Run:
     damaged_lines: int
     """of `metrics.jsonl`"""
     stage: str | None
+    """of training, or PROBES"""
     processes: int | None
     parts: list[dict[str, Any]]
     """`part`, `parameters`, `trainable`: what trained"""
@@ -57,7 +62,7 @@ class Run:
             match key.split("/"):
                 case ["loss", task, layer, "smooth_l1" | "contrastive"] if layer.isdigit():
                     found.setdefault(task, set()).add(int(layer))
-        order = self.get("model", "order") or []
+        order = list(self.asked("tasks") or {}) if self.stage == PROBES else self.get("model", "order") or []
         ranked = sorted(found, key=lambda task: (order.index(task) if task in order else len(order), task))
         return {task: sorted(found[task]) for task in ranked}
 
@@ -68,16 +73,24 @@ class Run:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
+    def asked(self, field: str) -> Any:
+        """A setting of how it trained, None where the recipe has none."""
+        return self.get("probe" if self.stage == PROBES else "train", field)
+
     @property
     def finished(self) -> bool:
-        """Whether it left its result, an adapter or a model."""
-        from olavlm.student.training.checkpoint import ADAPTER_CONFIG  # imports PyTorch
+        """Whether it left its result: an adapter or a model, or probes."""
+        from olavlm.student.probing.bank import CONFIG as PROBES_CONFIG  # these import PyTorch
+        from olavlm.student.training.checkpoint import ADAPTER_CONFIG
 
-        return any((self.folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json"))
+        results = (PROBES_CONFIG,) if self.stage == PROBES else (ADAPTER_CONFIG, "config.json")
+        return any((self.folder / name).is_file() for name in results)
 
     @property
     def global_batch(self) -> int | None:
         """Samples an optimizer step, over all processes."""
+        if self.stage == PROBES:
+            return self.asked("batch_size")
         sizes = (self.get("train", "batch_size"), self.get("train", "accumulation"), self.processes)
         return math.prod(sizes) if all(sizes) else None
 
@@ -90,10 +103,12 @@ class Run:
 def read_run(folder: Path, name: str) -> Run:
     """Read a run folder, to be shown under `name`; JobFailed if it has no metrics. Other files may be missing."""
     if not folder.is_dir():
-        raise JobFailed(f"run {folder} does not exist; give a run folder of olavlm-train")
+        raise JobFailed(f"run {folder} does not exist; give a run folder")
     file = folder / "metrics.jsonl"
     if not file.is_file():
-        raise JobFailed(f"{folder} is not a run folder: it holds no metrics.jsonl; give a run folder of olavlm-train")
+        raise JobFailed(
+            f"{folder} is not a run folder: it holds no metrics.jsonl; give one of olavlm-train or olavlm-probe"
+        )
     metrics, damaged = [], 0
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -109,16 +124,17 @@ def read_run(folder: Path, name: str) -> Run:
         recipe = yaml.safe_load(recipe_text)
     except yaml.YAMLError:
         recipe = None
+    recipe = recipe if isinstance(recipe, dict) else {}
     stage = _json(folder / "stage.json")
     return Run(
         folder=folder,
         name=name,
         metrics=sorted(metrics, key=lambda m: m["step"]),
         damaged_lines=damaged,
-        stage=stage.get("stage"),
+        stage=PROBES if "probe" in recipe else stage.get("stage"),
         processes=stage.get("processes"),
         parts=stage.get("parts") or [],
-        recipe=recipe if isinstance(recipe, dict) else {},
+        recipe=recipe,
         recipe_text=recipe_text,
         versions=_json(folder / "versions.json"),
     )
@@ -156,9 +172,16 @@ def find_faults(run: Run) -> list[str]:
                 faults.append(f"{key} {what} {where}.{_why_zero(run, key, steps) if 'zero' in what else ''}")
     if run.metrics and run.stage in (run.get("losses", "stages") or []):
         for task, settings in (run.get("tasks") or {}).items():
-            lacking = [str(x) for x in (settings or {}).get("layers") or [] if x not in run.terms.get(task, [])]
+            lacking = [x for x in (settings or {}).get("layers") or [] if x not in run.terms.get(task, [])]
             if lacking:
-                faults.append(f"The recipe distils {task} at layer {', '.join(lacking)}, but no such loss was logged.")
+                faults.append(f"The recipe distils {task} at layer {ranges(lacking)}, but no such loss was logged.")
+    if run.metrics and run.stage == PROBES:
+        for task in run.asked("tasks") or {}:
+            lacking = [x for x in run.asked("layers") or [] if x not in run.terms.get(task, [])]
+            if lacking:
+                faults.append(
+                    f"Probes of {task} at layer {ranges(lacking)} were asked for, but no such loss was logged."
+                )
     bad = sum(m.get("bad_images", 0) for m in run.metrics)
     if bad:
         faults.append(f"{_count(bad, 'sample')} with an image that could not be read trained nothing.")

@@ -1,4 +1,4 @@
-"""Targets and predictions of some samples of a PT run: what `report.py` draws.
+"""Targets and predictions of some samples of a PT run: what `features.py` draws.
 
 The samples take the trainer's own way: its collator, its target source, and a forward with labels.
 """
