@@ -16,9 +16,9 @@ $(VENV)/.installed: pyproject.toml
 demo: setup
 	$(BIN)/python -m olavlm.pipelines.demo --output demo_run
 
-# Two test processes fill two cores: more threads in each would wait for one another.
+# Three test processes keep two cores busy while one of them waits; more threads in each would wait for one another.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
@@ -30,7 +30,7 @@ test-lowest:
 	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
 	.venv-lowest/bin/python tests/lowest_versions.py > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --quiet --editable '.[dev]' --constraint .venv-lowest/constraints.txt
-	.venv-lowest/bin/python -m pytest --numprocesses 2 --dist loadfile
+	.venv-lowest/bin/python -m pytest --numprocesses 3 --dist loadfile
 
 clean:
 	rm -rf $(VENV) .venv-lowest demo_run build *.egg-info
