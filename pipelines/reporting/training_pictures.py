@@ -15,7 +15,7 @@ from .settings import Settings
 
 NUM_SHOWN = 4
 """Samples."""
-SIDE, EARLIER_SIDE = 1200, 900
+SIDE, EARLIER_SIDE = 1000, 640
 """Pixels of a picture's longer side, at most: of the last step, and of those before."""
 
 

@@ -52,5 +52,5 @@ def test_there_are_few_pictures_and_small_ones_and_a_damaged_one_says_so(make_ru
     assert "4 of 6 samples are shown" in page.text
     assert len(shown(page)) == 7
     sizes = {(int(attrs["width"]), int(attrs["height"])) for tag, attrs in page.tags if tag == "img"}
-    assert sizes == {(1200, 600), (900, 450)}
+    assert sizes == {(1000, 500), (640, 320)}
     assert "not-an-image" in page.by_class["empty"]
