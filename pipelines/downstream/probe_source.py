@@ -1,26 +1,21 @@
-"""What the probes of a model predict of any images, as a source of features to be decoded and scored."""
+"""The probes of a model as a source of features to be decoded and scored."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from olavlm.cache import BadImage, ImageRoots, Sample
+from olavlm.cache import ImageRoots
 from olavlm.pipelines.cli import JobFailed
-from olavlm.student.errors import ModelError
-from olavlm.student.fused_teachers import encode_fused
 from olavlm.student.probing.bank import ProbeRun
-from olavlm.student.probing.model import TURNS, check_layout, load_probed, probe_collator
-from olavlm.student.training.trainer import DTYPES, start_digest
+from olavlm.student.probing.predictions import ProbePredictions
 
 
 class ProbeSource:
-    """The probes of one teacher's features, of every layer that has one. The prompt is that of their training.
+    """The probes of one teacher's features, of every layer that has one.
 
     Args:
         folder: run folder of `olavlm-probe train`, finished.
@@ -43,48 +38,11 @@ class ProbeSource:
             raise JobFailed(
                 f"{folder} has probes of {held}, and one of {teacher} is scored; train that, or name it by --key"
             )
-        if start_digest(run.model) != run.weights:
-            raise ModelError(
-                f"{run.model} has other weights than when the probes in {folder} were trained; train them again"
-            )
         (self.task,) = alike
         self.card = run.teachers[self.task.name].card
         self.name, self.layers = f"{folder}/{self.task.name}", tuple(f"layer {layer}" for layer in self.task.layers)
-        self.roots, self.device = roots, device
-        self.bank = run.bank(folder).to(device)
-        self.model, _ = load_probed(run.model, dtype=DTYPES[run.dtype], template=run.template)
-        check_layout(self.model, run.layout, folder)
-        self.model.to(device)
-        if self.model.fused_teachers:
-            self.model.load_teachers()
-        self.collator = probe_collator(self.model, [], roots, None)
+        self.predict = ProbePredictions(folder, roots, device)
 
-    @torch.no_grad()
     def read(self, images: Sequence[str]) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-        samples = [Sample(image, image, list(TURNS)) for image in images]
-        micro = replace(self.collator, dataset=samples).collate(list(range(len(samples))))
-        states, mask = self.model.states(
-            set(self.task.layers),
-            micro.input_ids.to(self.device),
-            pixel_values=micro.pixel_values.to(self.device),
-            teacher_features=self._fed(images),
-            placement=micro.placement.to(self.device),
-        )
-        features = {
-            name: self.bank(self.task.name, layer, states[layer], mask).float().cpu()
-            for name, layer in zip(self.layers, self.task.layers, strict=True)
-        }
-        return features, micro.complete.numpy()
-
-    def _fed(self, images: Sequence[str]) -> dict[str, torch.Tensor] | None:
-        """What a fusion baseline reads: its teachers are run. An image that cannot be read is black, and not valid."""
-        if not self.model.fused_teachers:
-            return None
-        by_image = [encode_fused(self.model._teachers, self._open(image), self.device) for image in images]
-        return {name: torch.cat([features[name] for features in by_image]) for name in by_image[0]}
-
-    def _open(self, image: str) -> Image.Image:
-        try:
-            return self.roots.open(image)
-        except BadImage:
-            return Image.new("RGB", (8, 8))
+        predictions, valid = self.predict(images, [self.task])
+        return {f"layer {layer}": values for layer, values in predictions[self.task.name].items()}, valid

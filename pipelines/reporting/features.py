@@ -1,4 +1,4 @@
-"""Targets and predictions of a finished PT run, as colours of their features: needs data, targets and base models."""
+"""Targets and predictions of predictors, or of probes, as colours of features: needs data, targets, base models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from olavlm.teachers import TeacherError
 
 from .decoded import DECODED_ABOUT, decoded_figures, open_decoders
 from .page import block, empty, note, photograph, picture
-from .runs import Run
+from .runs import PROBES, Run
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -28,18 +28,16 @@ BARS = (230, 64)  # pixels, of a one-token target
 
 
 def show_predictions(run: Run, settings: Settings) -> str:
-    distils = run.get("tasks") and run.stage in (run.get("losses", "stages") or [])
-    if not settings.samples or not distils or run.stage != "pt":
+    distils = run.stage == "pt" and run.get("tasks") and "pt" in (run.get("losses", "stages") or [])
+    if not settings.samples or not (distils or (run.stage == PROBES and run.finished)):
         return ""
-    from .predictions import predict
-
     decoders, undecoded = {}, ""
     try:
         decoders = open_decoders(settings.decode)
     except (TeacherError, OSError, ImportError) as e:
         undecoded = note(f"Not decoded: {' '.join(str(e).split())}")
     try:
-        samples = predict(run.folder, num_samples=settings.samples, store=settings.store, images=settings.images)
+        samples = _samples(run, settings)
         content = undecoded + "".join(_sample(sample, decoders) for sample in samples)
     except (StudentError, CacheError, TeacherError, ImportError, OSError, RuntimeError, ValueError) as e:
         reason = " ".join(str(e).split())
@@ -47,12 +45,23 @@ def show_predictions(run: Run, settings: Settings) -> str:
     return block(
         "Targets and predictions",
         content,
-        "What the teachers see in a photograph, and what each predictor makes of the language model's states at its "
-        "layer. The colours are the three principal components of the target's tokens, and predictions are coloured in "
-        "that same basis and scale: equal colours are equal features. Beside it stands the cosine of the whole "
-        "prediction with its target, and in brackets the mean with the targets of the other photographs here."
-        + (DECODED_ABOUT if decoders else ""),
+        f"What the teachers see in a photograph, and what each {'probe' if run.stage == PROBES else 'predictor'} makes "
+        "of the language model's states at its layer. The colours are the three principal components of the target's "
+        "tokens, and predictions are coloured in that same basis and scale: equal colours are equal features. Beside "
+        "it stands the cosine of the whole prediction with its target, and in brackets the mean with the targets of "
+        "the other photographs here." + (DECODED_ABOUT if decoders else ""),
     )
+
+
+def _samples(run: Run, settings: Settings) -> list[SampleView]:
+    chosen = {"num_samples": settings.samples, "store": settings.store, "images": settings.images}
+    if run.stage == PROBES:
+        from .probe_predictions import predict_by_probes
+
+        return predict_by_probes(run.folder, run.recipe["probe"], **chosen)
+    from .predictions import predict
+
+    return predict(run.folder, **chosen)
 
 
 def _sample(sample: SampleView, decoders: Mapping[str, Decoder]) -> str:

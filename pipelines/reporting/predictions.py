@@ -94,7 +94,7 @@ def predict(
             own = {layer: predictions[f"{task.name}/{layer}"][row] for layer in task.layers if batch.complete[row]}
             target = known[task.name][row] if row in rows else None
             others = [known[task.name][r] for r in rows if r != row]
-            pairs = {layer: _cosines(p, target, others) for layer, p in own.items() if target is not None}
+            pairs = {layer: compared(p, target, others) for layer, p in own.items() if target is not None}
             why = "" if target is not None else _why(source, task.name, sample.image)
             tasks.append(TaskView(task.name, task.tokens, grids[task.name], target, why, own, pairs))
         try:
@@ -149,7 +149,8 @@ def _why(source: TargetSource, task: str, image: str) -> str:
     return f"quarantined: {failure.reason}"
 
 
-def _cosines(prediction: np.ndarray, own: np.ndarray, others: list[np.ndarray]) -> tuple[float, float | None]:
+def compared(prediction: np.ndarray, own: np.ndarray, others: list[np.ndarray]) -> tuple[float, float | None]:
+    """Its cosine with its own target, and the mean with others', None without any."""
     apart = [cosine(prediction, other) for other in others]
     return cosine(prediction, own), statistics.fmean(apart) if apart else None
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from olavlm.cache import FeatureStore, ImageRoots
-from olavlm.pipelines import probe
+from olavlm.pipelines import probe, report
 from olavlm.pipelines.cli import JobFailed
 from olavlm.pipelines.downstream.probe_source import ProbeSource
 from olavlm.pipelines.layer_plot import Line, layer_plot
@@ -100,6 +100,17 @@ def test_predictions_for_pictures_are_those_that_were_scored(scene, runs, sample
         assert found.tolist() == pytest.approx(cosines[f"gen/{layer}"], abs=1e-5)
     with pytest.raises(JobFailed, match="one of seg is scored"):
         ProbeSource(runs[0], "seg", roots, torch.device("cpu"), None)
+
+
+def test_the_report_draws_what_the_probes_predict(runs, tmp_path, capsys):
+    assert report.main([str(runs[0]), "--samples", "2", "--output", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "No pictures" not in page
+    drawn = [
+        f"{task}, {name}: " for task in ("depth", "gen") for name in ("target", *(f"layer {i}" for i in (2, 4, 5)))
+    ]
+    assert [page.count(f'alt="{about}') for about in drawn] == [2] * 8
+    assert "each probe makes" in page
 
 
 def test_several_runs_side_by_side(scene, runs, capsys):

@@ -30,7 +30,8 @@ def probe_run(tmp_path):
                 line |= {f"loss/{t}/{x}/smooth_l1": value for (t, x), value in loss.items()}
                 line |= {f"cosine/{t}/{x}": 1 - value / layers for (t, x), value in loss.items()}
                 file.write(json.dumps(line) + "\n")
-        probe = {"model": "runs/<ift>", "data": {"files": ["a.json"], "images": ["images"], "store": "targets"},
+        probe = {"model": "runs/<ift>", "output": name,
+                 "data": {"files": ["a.json"], "images": ["images"], "store": "targets"},
                  "tasks": {"gen": "gen", "depth": "depth-last"}, "layers": list(range(1, (asked or layers) + 1)),
                  "batch_size": 64, "epochs": 2.0, "lr": 1e-3, "mixed_precision": "bf16", "seed": 3}  # fmt: skip
         (folder / "recipe.yaml").write_text(yaml.safe_dump({"probe": probe}))
