@@ -1,7 +1,7 @@
 """The passes of the embedding losses in plain PyTorch, on any device: the oracle of other kernels, and their fall-back.
 
 Predictions and targets are widened a few tokens at a time, into buffers that stay in a CPU's cache: beside these,
-some 20 MB, nothing is allocated. Each pass reads and widens the targets once, for all predictions together.
+at most some 20 MB, nothing is allocated. Each pass reads and widens the targets once, for all predictions together.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ So few that they stay in a CPU's last cache; fewer would make its threads, which
 operation, wait the more on a machine that does other work too.
 """
 _CHUNK_ELEMENTS_ELSEWHERE = 2**24  # where a kernel's launch is what costs
+_LEAST_CHUNKS = 8
+"""Chunks that the tokens are cut into at least, so that in a small batch, too, buffers are smaller than what they hold
+a part of."""
 
 
 def forward_pass(
@@ -96,7 +99,7 @@ def _chunks(
     dtype, device = compute_dtype(predictions[0]), predictions[0].device
     elements = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE)
     rows = len(targets) + len(predictions) * len(predictions[0])
-    width = min(n, max(1, elements // max(1, rows * dim)))
+    width = max(1, min(-(-n // _LEAST_CHUNKS), elements // max(1, rows * dim)))
     p_memory = torch.empty(len(predictions) * len(predictions[0]) * width * dim, dtype=dtype, device=device)
     t_memory = torch.empty(len(targets) * width * dim, dtype=dtype, device=device)
     keep_rows, keep_targets = (_bits(valid, dtype)[:, None] for valid in (valid_rows, valid_targets))
