@@ -25,6 +25,7 @@ from pathlib import Path
 
 from .cli import JobFailed, command, quiet_models, versions
 from .reporting.answers import show_answers
+from .reporting.benchmark_scores import show_benchmark_scores
 from .reporting.chart import chart, closing_mean
 from .reporting.curves import show_embedding_losses, show_losses, show_pace
 from .reporting.decoded import decoder_choice
@@ -116,6 +117,7 @@ BLOCKS: tuple[Block, ...] = (
     show_losses,
     show_embedding_losses,
     show_training_pictures,
+    show_benchmark_scores,
     show_predictions,
     show_answers,
     show_pace,
