@@ -9,13 +9,9 @@ Run it from the repository's root.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
-import torch
-
-from .. import harness
-from ..machine import describe
+from .. import on_device
 from . import memory, speed
 from .sizes import SIZES
 
@@ -23,16 +19,7 @@ BENCHMARKS = {"speed": speed.measure, "memory": memory.measure, "agree": memory.
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = harness.arguments("benchmarks.losses", __doc__, BENCHMARKS, SIZES, Path(__file__).parent)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    args = harness.parsed(parser, argv, BENCHMARKS)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1)  # several wait for each other, and on a machine that is not idle for its other work
-    machine = describe(args.dir, ("torch", "triton"))
-    if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    works = {name: partial(measure, SIZES[args.size], device) for name, measure in BENCHMARKS.items()}
-    harness.measure(args, works, machine)
+    on_device.main("benchmarks.losses", __doc__, BENCHMARKS, SIZES, Path(__file__).parent, ("torch", "triton"), argv)
 
 
 if __name__ == "__main__":
