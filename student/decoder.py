@@ -116,3 +116,13 @@ def grow_vocabulary(llm: PreTrainedModel, size: int) -> None:
     for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
         weight = module.weight
         weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+
+
+def checkpoint_activations(llm: PreTrainedModel) -> None:
+    """Make the blocks compute their activations anew in the backward, instead of keeping them.
+
+    Not reentrant, which would cut states that predictors read off the graph.
+    """
+    # transformers 6 knows the first name alone, 5.17 the second.
+    enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -46,16 +46,18 @@ def forward_pass(
         (k, b, m); squared norms of predictions (k, b) and of targets (m,). All in the compute dtype.
     """
     k, b, m = len(predictions), len(predictions[0]), len(targets)
-    new = {"dtype": compute_dtype(predictions[0]), "device": predictions[0].device}
+    # Sums over chunks are few numbers: in float64, how many chunks there are does not show in them.
+    new = {"dtype": torch.float64, "device": predictions[0].device}
     smooth_l1, p_square = torch.zeros(k, b, **new), torch.zeros(k, b, **new)
     dots, t_square = torch.zeros(k * b, m, **new), torch.zeros(m, **new)
     for _, p, t in _chunks(predictions, targets, valid_rows, valid_targets):
-        dots.addmm_(p.flatten(0, 1), t.T)
+        dots += torch.mm(p.flatten(0, 1), t.T)
         p_square += torch.linalg.vector_norm(p, dim=-1).square_()
         t_square += torch.linalg.vector_norm(t, dim=-1).square_()
         own = t.index_select(0, labels).expand_as(p)
         smooth_l1 += F.smooth_l1_loss(p, own, reduction="none").sum(dim=-1)
-    return smooth_l1, dots.view(k, b, m), p_square, t_square
+    dtype = compute_dtype(predictions[0])
+    return smooth_l1.to(dtype), dots.view(k, b, m).to(dtype), p_square.to(dtype), t_square.to(dtype)
 
 
 def backward_pass(

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from olavlm.student.choices import Stage
 from olavlm.student.config import Recipe
+from olavlm.student.decoder import checkpoint_activations
 from olavlm.student.errors import ModelError
 from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.loading import load_errors
@@ -117,7 +118,7 @@ def estimate_memory(
     trained = [p for p in model.parameters() if p.requires_grad]
     weights, gradients = _bytes(model.parameters()), _bytes(trained)
     if checkpointing:
-        model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model.llm)
     try:
         placement = _placement(model, batch, recipe)
         with FakeTensorMode() as fake:

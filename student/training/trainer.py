@@ -41,6 +41,7 @@ from olavlm.student.data.batches import (
 from olavlm.student.data.encoder_features import EncoderFeatures, check_encoder_features
 from olavlm.student.data.load_times import load_metrics
 from olavlm.student.data.targets import check_targets, open_targets, tokens_without_losses
+from olavlm.student.decoder import checkpoint_activations
 from olavlm.student.errors import RecipeError, TrainingError
 from olavlm.student.extension import extend
 from olavlm.student.fused_teachers import FusedTeacher
@@ -126,7 +127,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         add_lora(model.llm, recipe.lora)
     table = apply_stage(model, stage, freeze_tokens=recipe.train.freeze_tokens, distil=distil)
     if recipe.train.gradient_checkpointing:
-        model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model.llm)
     run = Path(recipe.train.output_dir)
     global_batch = recipe.train.batch_size * recipe.train.accumulation * accelerator.num_processes
     identity = run_identity(recipe, stage, global_batch)

@@ -5,7 +5,7 @@ import torch
 import transformers as library
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from olavlm.student.decoder import capture_states, decoder_blocks, head_is_plain, state_width
+from olavlm.student.decoder import capture_states, checkpoint_activations, decoder_blocks, head_is_plain, state_width
 from olavlm.student.errors import ModelError
 from olavlm.student.model import OlaVLM
 from olavlm.student.text.conversation import IMAGE_TOKEN, prepare_tokenizer
@@ -101,7 +101,7 @@ def test_predictors_learn_from_every_architecture(tiny, tmp_path):
         tokenizer = AutoTokenizer.from_pretrained(tiny["llm"])
         tasks = [TaskSpec("gen", 1, 32, (1, 3))]
         model = OlaVLM.build(tmp_path / name, tiny["encoder"], tokenizer, tasks, num_task_tokens=4)
-        model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model.llm)
         model.train()
         ids = torch.tensor([[5, model.config.image_token_id, 6, 7]])
         output = model(ids, labels=ids, pixel_values=torch.randn(1, 3, 56, 56))

@@ -8,6 +8,7 @@ import transformers as library
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import flash_attention_mask
 
+from olavlm.student.decoder import checkpoint_activations
 from olavlm.student.errors import ModelError
 from olavlm.student.model import OlaVLM
 from olavlm.student.packing import SDPA_BY_SAMPLE, packed_inputs, prepare_packing, why_not
@@ -96,7 +97,7 @@ def test_with_every_switch(build, make_batch, samples, options):
 def test_with_gradient_checkpointing(build, make_batch, samples):
     model = build()
     wanted = outcome(model, make_batch(samples))[1]
-    model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(model.llm)
     model.train()
     found = assert_packed_equals_padded(model, make_batch(samples))
     for name, value in wanted.items():
