@@ -70,6 +70,7 @@ def _same_files(left: Path, right: Path) -> bool:
 
 
 def _write_depth(folder: Path) -> None:
+    from torch import nn
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
     backbone = Dinov2Config(
@@ -89,9 +90,13 @@ def _write_depth(folder: Path) -> None:
         neck_hidden_sizes=[8, 8, 8, 8],
         fusion_hidden_size=8,
         head_hidden_size=4,
-        initializer_range=DPT_INIT,
     )
-    DepthAnythingForDepthEstimation(config).save_pretrained(folder)
+    model = DepthAnythingForDepthEstimation(config)
+    for part in (model.neck, model.head):  # by ourselves: not every version draws all of it as wide as it is told to
+        for weight in part.parameters():
+            nn.init.normal_(weight, std=DPT_INIT)
+    nn.init.ones_(model.head.conv3.bias)  # or most of a map is below 0, and cut off
+    model.save_pretrained(folder)
 
 
 def _write_seg(folder: Path) -> None:
