@@ -21,13 +21,14 @@ PAGE = (Path(__file__).parents[2] / "docs" / "encoder-features.md").read_text()
 
 
 def test_the_page_works_and_what_is_stored_is_verified_live(
-    tiny, pt_json, sample_images, tmp_path, ray_address, monkeypatch, capsys
+    tiny, pt_json, sample_images, tmp_path, monkeypatch, capsys
 ):
+    """As a user runs it, with a Ray of its own."""
     monkeypatch.chdir(tmp_path)
     for name, target in {"tiny": tiny["encoder"].parent, "pt.json": pt_json, "images": sample_images}.items():
         Path(name).symlink_to(target)
     extraction, training = re.findall(r"^olavlm-.*$", PAGE, flags=re.M)
-    here = ["--batch-size", "4", "--device", "cpu", "--workers", "1", "--address", ray_address]
+    here = ["--batch-size", "4", "--device", "cpu", "--workers", "1"]
     assert extract.main([*shlex.split(extraction)[1:], *here]) == 0
     features = FeatureStore("features")["base"]
     assert features.coverage().valid == 10
