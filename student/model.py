@@ -293,6 +293,19 @@ class OlaVLM(PreTrainedModel):
         """
         self._teachers = load_fused(self.fused_teachers, models or {}, self.device)
 
+    def encode_teachers(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        """What the teachers of a fusion baseline see in a picture, as `forward` takes it: float32 (1, n, D) by name.
+
+        Empty without fusion. Loads them first unless `load_teachers` has.
+
+        Raises:
+            SampleError: features that are not finite.
+            ModelError: teachers that cannot be loaded.
+        """
+        if self.fused_teachers and not self._teachers:
+            self.load_teachers()
+        return encode_fused(self._teachers, image, self.device)
+
     @property
     def num_image_tokens(self) -> int:
         """Tokens that stand for an image, those of fused teachers included."""
@@ -416,7 +429,7 @@ class OlaVLM(PreTrainedModel):
     ) -> str:
         """The next answer of a dialogue of LLaVA turns that ends with a human one; `answer` for the rest.
 
-        A fusion baseline runs its teachers on the image, and loads them first unless `load_teachers` has.
+        A fusion baseline runs its teachers on the image (`encode_teachers`).
 
         Raises:
             SampleError: turns that make no prompt, `<image>` in them without an image, or features that are not finite.
@@ -425,9 +438,7 @@ class OlaVLM(PreTrainedModel):
         ids = encode_prompt(tokenizer, turns, self.config.template)
         pixels, features = None, None
         if image is not None:
-            if self.fused_teachers and not self._teachers:
-                self.load_teachers()
-            features = encode_fused(self._teachers, image, self.device)
+            features = self.encode_teachers(image)
             pixels = torch.from_numpy(self.config.image_transform(image))[None].to(self.device)
         was_training = self.training
         self.eval()

@@ -276,6 +276,8 @@ def _extract_command(recipe: Recipe, names: Sequence[str], store: str | None) ->
 
 
 def _stored(recipe: Recipe, name: str) -> TeacherFeatures | None:
+    if recipe.targets.store is None:
+        return None
     try:
         return FeatureStore(recipe.targets.store)[store_key_of(recipe, name)]
     except CacheError:

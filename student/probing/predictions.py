@@ -12,7 +12,6 @@ from PIL import Image
 
 from olavlm.cache import BadImage, ImageRoots, Sample
 from olavlm.student.errors import ModelError
-from olavlm.student.fused_teachers import encode_fused
 from olavlm.student.tokens import TaskSpec
 from olavlm.student.training.trainer import DTYPES, start_digest
 
@@ -73,7 +72,7 @@ class ProbePredictions:
         """What a fusion baseline reads: its teachers are run. An image that cannot be read is black, and not valid."""
         if not self.model.fused_teachers:
             return None
-        by_image = [encode_fused(self.model._teachers, self._open(image), self.device) for image in images]
+        by_image = [self.model.encode_teachers(self._open(image)) for image in images]
         return {name: torch.cat([features[name] for features in by_image]) for name in by_image[0]}
 
     def _open(self, image: str) -> Image.Image:

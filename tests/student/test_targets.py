@@ -147,6 +147,11 @@ class TestExtractCommand:
         assert "--teacher timm:test_vit=vit.safetensors --recipe embedding" in command
         assert "--as" not in command
 
+    def test_without_a_store_there_is_a_place_to_name_one(self, recipe):
+        made = recipe(**{"tasks.gen.model": "unclip", "targets.store": "null"})
+        assert extract_command(made, ["gen"]).startswith("olavlm-extract --teacher gen=unclip ")
+        assert extract_command(made, ["gen"]).endswith(" --store STORE")
+
 
 def test_a_task_without_a_key_is_where_extract_puts_it(recipe):
     made = recipe(**{"tasks.gen.teacher": "timm:test_vit", "tasks.depth": "null", "tasks.seg": "null"})
