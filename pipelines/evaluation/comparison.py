@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..cli import JobFailed, counted
+from olavlm.pipelines.cli import JobFailed, counted
+
 from .predictions import Prediction
 from .scores import described, judge_all
 from .statistics import DEFAULT, Resampling, bootstrap, mcnemar, sign_flip

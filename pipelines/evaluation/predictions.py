@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from olavlm.cache import files
+from olavlm.pipelines.cli import JobFailed
 
-from ..cli import JobFailed
 from .tasks.task import Item, Task
 
 
@@ -104,8 +104,9 @@ class Predictions:
         At any instant every prediction is in one of the files at least.
         """
         found, parts = self.done(task), self._files(task)
+        if not found:
+            return found
         whole = self.folder / f"{task}.jsonl"
-        files.make_folder(self.folder)
         files.replace(whole, b"".join(map(_as_line, found.values())))
         for part in parts:
             if part != whole:
