@@ -77,7 +77,7 @@ class Predictions:
                 was, would_be = _where_they_differ(then, now)
                 raise JobFailed(
                     f"{self.folder}: the {what} of {stored.task}, item {stored.index}, was {was} and would be "
-                    f"{would_be}: they are of another dataset or protocol; give another folder, or remove them"
+                    f"{would_be}: it answers another dataset or protocol; give another folder, or remove the file"
                 )
 
     def append(self, predictions: Iterable[Prediction]) -> None:

@@ -142,5 +142,5 @@ def test_answers_to_another_question_are_refused(tmp_path):
     those.check(stored, stored.prompt, dict(ITEM))
     with pytest.raises(JobFailed, match=r"the prompt of cv_bench, item 2, was '\.\.\..*chairs are there\?' and"):
         those.check(stored, "Look at the picture. How many tables are there?", ITEM)
-    with pytest.raises(JobFailed, match=r"the item of cv_bench, item 2, was .* of another dataset or protocol"):
+    with pytest.raises(JobFailed, match=r"the item of cv_bench, item 2, was .* another dataset or protocol"):
         those.check(stored, stored.prompt, {**ITEM, "answer": "(A)"})
