@@ -9,13 +9,14 @@ said in a note. Every tensor is taken or is known to be left out, and no weight 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from olavlm.student.config import LossConfig
 from olavlm.student.decoder import grow_vocabulary, head_is_plain
 from olavlm.student.errors import ModelError, RecipeError
 from olavlm.student.loading import find_file, load_errors, refuse_missing
@@ -29,8 +30,16 @@ from olavlm.student.vision.encoders import VisionEncoder, load_encoder_config, l
 
 from .llava_hf import Converted
 from .shards import Shards
-from .visper_lm_config import ReleaseConfig, read_config
-from .visper_lm_names import TOWER, check_shapes, is_computed, is_of_predictors, release_name, teacher_of
+from .visper_lm_config import TASKS, ReleaseConfig, read_config
+from .visper_lm_names import (
+    TOWER,
+    check_shapes,
+    is_behind_features,
+    is_computed,
+    is_of_predictors,
+    release_name,
+    teacher_of,
+)
 
 _TEMPLATES = {"llama": ("llama_3", "vicuna_v1"), "phi3": ("phi_3",)}
 """What their models are trained with, by the kind of language model: the first whose end of an answer is a token."""
@@ -104,27 +113,27 @@ def _template_of(release: ReleaseConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _without_teachers(found: dict[str, tuple[int, ...]]) -> list[str]:
     """Takes teachers and decoders out of what was found, in place; says so."""
-    left_out = Counter(teacher for name in list(found) if (teacher := teacher_of(name)) and found.pop(name) is not None)
-    if not left_out:
+    teachers = {name: teacher for name in found if (teacher := teacher_of(name)) is not None}
+    if not teachers:
         return []
-    return [f"teachers: {left_out.total()} tensors of {', '.join(sorted(left_out))} are left out"]
+    _drop(found, teachers)
+    return [f"teachers: {len(teachers)} tensors of {', '.join(sorted(set(teachers.values())))} are left out"]
 
 
 def _predictors(
     release: ReleaseConfig, found: dict[str, tuple[int, ...]], notes: list[str]
 ) -> tuple[tuple[TaskSpec, ...], bool]:
     """The tasks, and whether the model has predictors; those that ours cannot be are taken out of what was found."""
-    present = [name for task in release.tasks for name in found if is_of_predictors(name, task.name)]
-    if not present:
-        if release.runs_predictors and release.tasks:
-            notes.append("predictors: the checkpoint holds none")
-        return release.tasks, False
-    if not release.runs_predictors:
+    present = [name for name in found for task in TASKS if is_of_predictors(name, task)]
+    if present and not release.runs_predictors:
         _drop(found, present)
         notes.append(f"predictors: {len(present)} tensors are left out, as a {release.model_type} model has none")
+    elif not present and release.runs_predictors and release.tasks:
+        notes.append("predictors: the checkpoint holds none")
+    if not present or not release.runs_predictors:
         return release.tasks, False
     tasks = release.tasks
-    own_mlps = any(name.startswith("image_depth_heads.") and ".linear_" in name for name in found)
+    own_mlps = any(".linear_" in name for name in present)
     if release.intermediate_depth or (own_mlps and release.intermediate_depth is None):
         _drop(found, [name for name in found if is_of_predictors(name, "depth")])
         tasks = tuple(replace(task, layers=()) if task.name == "depth" else task for task in tasks)
@@ -137,17 +146,21 @@ def _predictors(
             "depth: in the public code the teacher sees red and blue exchanged; targets here are of RGB, so that "
             "predictions may fit them less than they did the authors' own"
         )
-    notes.append(
-        "keys: in the public code predictors attend to padding too; here it is masked, as if samples came alone"
-    )
-    if not release.use_contrastive:
-        notes.append("contrastive loss: off in this checkpoint (losses.contrastive), so that logit scales start anew")
-    elif release.contrastive_weight != 0.3:
-        notes.append(f"contrastive loss: its weight was {release.contrastive_weight} (losses.contrastive_weight)")
+    notes += _training_notes(release)
     return tasks, True
 
 
-def _drop(found: dict[str, tuple[int, ...]], names: list[str]) -> None:
+def _training_notes(release: ReleaseConfig) -> list[str]:
+    """What predictors were trained with, and are not used with here."""
+    notes = ["keys: in the public code predictors attend to padding too; here it is masked, as if samples came alone"]
+    if not release.use_contrastive:
+        notes.append("contrastive loss: off in this checkpoint (losses.contrastive), so that logit scales start anew")
+    elif release.contrastive_weight != LossConfig.contrastive_weight:
+        notes.append(f"contrastive loss: its weight was {release.contrastive_weight} (losses.contrastive_weight)")
+    return notes
+
+
+def _drop(found: dict[str, tuple[int, ...]], names: Iterable[str]) -> None:
     for name in names:
         del found[name]
 
@@ -186,12 +199,8 @@ def _config(
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         select_layer=release.select_layer,
         template=template,
-        geometry=transform.geometry,
-        image_size=transform.size,
-        image_mean=list(transform.mean),
-        image_std=list(transform.std),
-        image_interpolation=transform.interpolation,
         max_sequence_length=release.max_sequence_length,
+        **transform.config_fields(),
     )
 
 
@@ -204,17 +213,16 @@ def _spare(
 ) -> None:
     """Takes out of the names, ours to theirs, those of tensors that need not be in the checkpoint."""
     held = any(name.startswith(TOWER) for name in found)
-    clip = EncoderName.parse(encoder).library == "transformers"
     if not held:
         notes.append(f"vision tower: the checkpoint holds no weights of it; those of {encoder}")
-    elif not clip:
-        notes.append(f"vision tower: what the checkpoint lacks of it, which is behind the features, is {encoder}'s")
+    tied = release.text_config.tie_word_embeddings
     for ours, theirs in list(names.items()):
-        if (
-            (theirs not in found and ours.startswith(_TOWER) and not (held and clip))
-            or (theirs not in found and ours == "llm.lm_head.weight" and release.text_config.tie_word_embeddings)
+        spared = (
+            (ours.startswith(_TOWER) and (not held or is_behind_features(ours)))
             or (ours.startswith("logit_scales.") and not release.use_contrastive)
-        ):
+            or (ours == "llm.lm_head.weight" and tied)
+        )
+        if spared and theirs not in found:
             del names[ours]
 
 

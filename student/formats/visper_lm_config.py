@@ -30,8 +30,8 @@ _CLIP, _CONVNEXT = "openai/clip-vit-large-patch14-336", "CLIP-convnext_xxlarge-l
 TOWERS = {Path(_CLIP).name: _CLIP, _CONVNEXT: f"open_clip:laion/{_CONVNEXT}-res768"}
 """Their two towers as our encoders, by the last part of `mm_vision_tower`, which may be a path on another machine."""
 
-_HEADS = {"gen": "img", "depth": "depth", "seg": "seg"}
-"""Tasks, and what the names of their fields begin with."""
+TASKS = {"gen": "img", "depth": "depth", "seg": "seg"}
+"""Theirs, and what the names of a task's fields begin with."""
 
 _LIBRARY_FIELDS = {"model_type", "architectures", "auto_map", "_name_or_path", "transformers_version"}
 _OWN_FIELDS = {
@@ -104,8 +104,8 @@ def read_config(source: str | Path) -> ReleaseConfig:
         text_config = llm_class.config_class(**_language_fields(fields))
     num_task_tokens = reader.number("num_task_tokens", 0)
     names = str(fields.get("aux_mode", "")).split("-") if "num_task_tokens" in fields else []
-    if unknown := [name for name in names if name not in _HEADS]:
-        raise reader.error("aux_mode", fields.get("aux_mode"), f"{unknown[0]!r} is none of {', '.join(_HEADS)}")
+    if unknown := [name for name in names if name not in TASKS]:
+        raise reader.error("aux_mode", fields.get("aux_mode"), f"{unknown[0]!r} is none of {', '.join(TASKS)}")
     if len(set(names)) < len(names):
         raise reader.error("aux_mode", fields.get("aux_mode"), "each task may occur once")
     reader.only("mm_projector_type", "linear", "mlp2x_gelu")
@@ -176,7 +176,7 @@ class _Fields:
 
 
 def _task(name: str, config: _Fields, has_predictors: bool) -> TaskSpec:
-    settings, prefix = config.inner(f"image_{name}"), _HEADS[name]
+    settings, prefix = config.inner(f"image_{name}"), TASKS[name]
     for key, ours in {"depth": 1, "num_heads": 4, "dim_head": 32, "ff_mult": 1}.items() if has_predictors else ():
         settings.only(key, None, ours)
     tokens = settings.number("num_tokens")

@@ -62,6 +62,14 @@ def release_name(name: str, tasks: Sequence[TaskSpec]) -> str:
     return f"{heads_of(task)}{index}.projector.{_PREDICTOR[module]}{dot}{leaf}"
 
 
+def is_behind_features(name: str) -> bool:
+    """Whether a tensor of ours belongs to a tower of open_clip, and features do not depend on it."""
+    tower = name.removeprefix("vision.tower.")
+    return (
+        tower != name and tower.startswith("network.") and not tower.startswith((f"{_TRUNK}stem.", f"{_TRUNK}stages."))
+    )
+
+
 def heads_of(task: str) -> str:
     """What the names of a task's predictors begin with."""
     return f"image_{task}_heads."
