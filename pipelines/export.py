@@ -23,7 +23,7 @@ RECORD = "export.json"
 
 
 def arguments() -> argparse.ArgumentParser:
-    sources = list(dict.fromkeys(source for source, _ in CONVERSIONS))
+    sources, kinds = (list(dict.fromkeys(names)) for names in zip(*CONVERSIONS, strict=True))
     p = argparse.ArgumentParser(
         prog="olavlm-export",
         description="Turn a checkpoint of one kind into another. From llava-hf to olavlm: a stock LLaVA "
@@ -36,7 +36,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("source", metavar="SOURCE", help="checkpoint folder or hub id")
     p.add_argument("out", metavar="OUT", type=Path, help="new folder")
     p.add_argument("--from", dest="source_kind", choices=sources, help="what SOURCE is; its config says it by default")
-    p.add_argument("--to", dest="kind", choices=[kind for _, kind in CONVERSIONS], required=True, help="what OUT is")
+    p.add_argument("--to", dest="kind", choices=kinds, required=True, help="what OUT is")
     p.add_argument(
         "--template",
         metavar="NAME",

@@ -98,6 +98,7 @@ class OlaVLM(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    _keys_to_ignore_on_load_unexpected = (r"^predictors\.", r"^logit_scales\.")  # of what is loaded without them
     _keep_in_fp32_modules_strict = ("projector", "task_tokens", "predictors", "logit_scales")
     _supports_sdpa = True
     _supports_flash_attn = True

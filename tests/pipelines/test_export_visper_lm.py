@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from olavlm.pipelines import export, generate
 from olavlm.student.errors import RecipeError
 from olavlm.student.model import OlaVLM
+from olavlm.student.probing.model import load_probed
 from olavlm.student.training.checkpoint import load_checkpoint
 from olavlm.student.training.trainer import train as train_stage
 
@@ -50,10 +52,21 @@ def test_an_answer_and_a_record(starts, sample_images, capsys, kind):
     assert capsys.readouterr().out.strip()
 
 
+def test_it_can_be_probed(starts):
+    for start in starts.values():
+        model, notes = load_probed(start)
+        assert (notes, model.num_image_tokens, model.inserted.added) == ([], 16, 16 + 3 * 4 - 1)
+        ids = torch.tensor([[5, model.config.image_token_id, 6]])
+        states, mask = model.states({1, 6}, ids, pixel_values=torch.ones(1, 3, 56, 56))
+        assert states[6].shape == (1, 2 + 16 + 12, 64)
+        assert mask.all()
+
+
 @pytest.mark.parametrize(("kind", "template"), [("ola_llama", "llama_3"), ("llava_phi3", "phi_3")])
-def test_ift_goes_on_from_it(recipe_from, starts, kind, template):
-    """Tokens stay as they are; predictors, which ift has no use for, are not even loaded."""
+def test_ift_goes_on_from_it(recipe_from, starts, capfd, kind, template):
+    """Tokens stay as they are; predictors, which ift has no use for, are not even loaded, without a word about it."""
     run = train_stage(recipe_from(kind, **{"model.template": template}), "ift", {})
+    assert "UNEXPECTED" not in capfd.readouterr().err
     before = OlaVLM.from_pretrained(starts[kind])
     assert len(before.predictors) == (6 if kind == "ola_llama" else 0)
     after, _ = load_checkpoint(run)
