@@ -1,7 +1,7 @@
 """Tiny checkpoints as the authors of OLA-VLM / VisPer-LM publish theirs, and what a model of theirs computes.
 
-Written from REFERENCE's description (sections 1 to 3 and 6) with the library's own language models and CLIP, and with
-predictors of our own making that have the published names; nothing here is shared with `olavlm`.
+Written from the description of the method (arXiv 2412.09585) with language models and CLIP of transformers, and with
+predictors made here that have the published names; nothing is shared with `olavlm`.
 """
 
 import json

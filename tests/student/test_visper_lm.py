@@ -378,7 +378,7 @@ def test_a_tower_in_a_folder_of_that_name(altered, tmp_path):
 
 
 def test_sizes_of_the_paper(altered, visper):
-    """Llama-3-8B and CLIP-ViT-L/14-336 without memory: REFERENCE section 3 counts their parameters."""
+    """Llama-3-8B and CLIP-ViT-L/14-336 without memory; the parameters of a predictor are those of test_predictor.py."""
     shapes = {"gen": (1, 1024, "12-20"), "depth": (576, 1024, "8-20"), "seg": (576, 1536, "10-18")}
     fields = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     fields |= {"num_key_value_heads": 8, "vocab_size": 128257, "num_task_tokens": 8, "pass_text_to_aux": True}
