@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from olavlm.student.errors import ModelError, RecipeError
 
@@ -68,3 +69,13 @@ def refuse_missing(path: str | Path, info: Mapping[str, Any]) -> None:
     """ModelError when the library's loading info names weights that the checkpoint lacks."""
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{str(path)!r} lacks {len(missing)} weights of the model, such as {missing[0]!r}")
+
+
+def find_file(place: str | Path, *filenames: str) -> Path | None:
+    """The first of some files that a folder or hub repository has. ModelError if there is no such place."""
+    for filename in filenames:
+        with load_errors(place):
+            file = cached_file(str(place), filename, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            return Path(file)
+    return None

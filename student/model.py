@@ -98,6 +98,7 @@ class OlaVLM(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    _keys_to_ignore_on_load_unexpected = (r"^predictors\.", r"^logit_scales\.")  # of what is loaded without them
     _keep_in_fp32_modules_strict = ("projector", "task_tokens", "predictors", "logit_scales")
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -199,11 +200,7 @@ class OlaVLM(PreTrainedModel):
                 tasks=list(tasks),
                 image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
                 select_layer=select_layer,
-                geometry=geometry,
-                image_size=transform.size,
-                image_mean=list(transform.mean),
-                image_std=list(transform.std),
-                image_interpolation=transform.interpolation,
+                **transform.config_fields(),
                 **config,
             ),
             llm=language_model,

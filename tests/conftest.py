@@ -149,15 +149,35 @@ def recipe(recipe_in, tmp_path):
 def llava(tiny, tmp_path_factory):
     """llava(kind, **changes) -> a tiny stock LLaVA of `llava_checkpoints.py`, beside this file, which no
     package holds; `llava.module` is that file."""
-    spec = importlib.util.spec_from_file_location("llava_checkpoints", Path(__file__).with_name("llava_checkpoints.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_beside("llava_checkpoints")
 
     def make(kind: str, **changes) -> Path:
         return getattr(module, kind)(tmp_path_factory.mktemp("llava") / kind, tiny["llm"], **changes)
 
     make.module = module
     return make
+
+
+@pytest.fixture(scope="session")
+def visper(tiny, tmp_path_factory):
+    """visper(model_type, **changes) -> a tiny published checkpoint of `visper_checkpoints.py`, beside this file, which
+    no package holds, and what it was written from; `visper.module` is that file."""
+    module = sys.modules["visper_checkpoints"] = load_beside("visper_checkpoints")  # where dataclasses look
+
+    def make(model_type: str, **changes):
+        return module.publish(tmp_path_factory.mktemp("visper") / model_type, tiny, model_type, **changes)
+
+    make.module = module
+    yield make
+    del sys.modules["visper_checkpoints"]
+
+
+def load_beside(name: str):
+    """A file of helpers beside this one as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

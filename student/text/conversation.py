@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from olavlm.student.errors import ModelError, SampleError
 from olavlm.student.loading import why_not_loaded
@@ -145,18 +145,21 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return tokenizer
 
 
-def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str | Path, chat_template: str | Path | None = None, config: PreTrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint (hub id or folder), prepared.
 
     Args:
         chat_template: a Jinja file in place of its own chat template.
+        config: of the model, where the library cannot read the checkpoint's own.
 
     Raises:
         ModelError: there is no tokenizer.
         RecipeError: no such file.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), config=config)
     except Exception as error:  # what the tokenizers library raises has no class of its own
         reason = why_not_loaded(path, error)
         if Path(path).is_dir() and not any(f.name.startswith(("tokenizer", "vocab")) for f in Path(path).iterdir()):

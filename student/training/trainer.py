@@ -273,8 +273,11 @@ def start_model(
             adapter.tasks = specs
         return adapter.build(with_predictors=distil, llm=m.llm, encoder=m.encoder, **settings)
     if distil and stage != "pt":
-        raise RecipeError(f"losses.stages has {stage}, and {recipe.init.from_} holds no predictors to go on with")
-    model = OlaVLM.from_pretrained(recipe.init.from_, dtype=DTYPES[m.dtype], attn_implementation=m.attention)
+        raise RecipeError(
+            f"losses.stages has {stage}, and {recipe.init.from_} is no run folder of pt, with predictors to go on with"
+        )
+    kept = {} if stage == "pt" else {"with_predictors": False}  # which a checkpoint from elsewhere may hold
+    model = OlaVLM.from_pretrained(recipe.init.from_, dtype=DTYPES[m.dtype], attn_implementation=m.attention, **kept)
     tokenizer = model.tokenizer or load_tokenizer(recipe.init.from_)  # which says why there is none
     start = {name: getattr(model.config, name) for name in (*_INHERITED, "fused_teachers")}
     if stage == "pt":

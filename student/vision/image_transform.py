@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -57,6 +57,16 @@ class ImageTransform:
         pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
         pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def config_fields(self) -> dict[str, Any]:
+        """As fields of `OlaVLMConfig`."""
+        return {
+            "geometry": self.geometry,
+            "image_size": self.size,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "image_interpolation": self.interpolation,
+        }
 
     def _cover(self, image: Image.Image) -> Image.Image:
         """The short edge to S, and the middle of the long one."""

@@ -18,11 +18,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.utils import cached_file
 
 from olavlm.student.choices import Geometry
 from olavlm.student.errors import ModelError
-from olavlm.student.loading import load_errors, why_not_loaded
+from olavlm.student.loading import find_file, load_errors, why_not_loaded
 
 from .encoder_name import EncoderName
 from .image_transform import ImageTransform
@@ -72,7 +71,7 @@ def load(name: EncoderName, dtype: torch.dtype) -> OpenClipTower:
         raise ModelError(
             f"{name.text!r}: open_clip names no weights for it on the hub; use open_clip:{name.model}=FILE"
         )
-    file = Path(place) if Path(place).is_file() else _file(place, *WEIGHTS)
+    file = Path(place) if Path(place).is_file() else find_file(place, *WEIGHTS)
     if file is None:
         raise ModelError(f"{name.text!r}: {place} has no {WEIGHTS[0]}, and only safetensors are read; name a file")
     try:
@@ -140,7 +139,7 @@ def _describe(name: EncoderName) -> tuple[OpenClipTowerConfig, dict[str, Any], s
     names_itself = Path(name.model).is_dir() or (known is None and bool(slash))
     if names_itself:
         place, model, tag, known = name.model, name.model, "", None
-    if place is not None and not Path(place).is_file() and (file := _file(place, CONFIG)) is not None:
+    if place is not None and not Path(place).is_file() and (file := find_file(place, CONFIG)) is not None:
         with load_errors(place):
             described = json.loads(file.read_text())
     trained = open_clip.get_pretrained_cfg(model, tag) if tag else {}
@@ -164,16 +163,6 @@ def _describe(name: EncoderName) -> tuple[OpenClipTowerConfig, dict[str, Any], s
     )
     place = place or (trained.get("hf_hub", "").rpartition("/")[0] or None)
     return config, described.get("preprocess_cfg") or trained, place
-
-
-def _file(place: str, *filenames: str) -> Path | None:
-    """The first of some files that the folder or hub repository has."""
-    for filename in filenames:
-        with load_errors(place):
-            file = cached_file(place, filename, _raise_exceptions_for_missing_entries=False)
-        if file is not None:
-            return Path(file)
-    return None
 
 
 AutoModel.register(OpenClipTowerConfig, OpenClipTower, exist_ok=True)

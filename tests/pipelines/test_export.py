@@ -110,7 +110,7 @@ def test_extend_needs_a_model_without_tasks(start):
     ("words", "status", "reason"),
     [
         (["--to", "llava-hf"], 2, "invalid choice: 'llava-hf'"),
-        (["--from", "visper-lm", "--to", "olavlm"], 2, "invalid choice: 'visper-lm'"),
+        (["--from", "llava", "--to", "olavlm"], 2, "invalid choice: 'llava'"),
         ([], 2, "required: --to"),
         (["--to", "olavlm", "--template", "llama_4"], 2, "template 'llama_4' is unknown"),
     ],
