@@ -76,6 +76,8 @@ def to_llava_hf(model: OlaVLM, tokenizer: PreTrainedTokenizerBase, dtype: torch.
     )
     ids = text.tokenizer.convert_tokens_to_ids(text.task_tokens)
     dtype = dtype or llm.dtype
+    parts = {"language model": llm.dtype, "projector and task tokens": model.projector[0].weight.dtype}
+    notes = [f"{part}: {_name(dtype)}, and {_name(own)} in the run" for part, own in parts.items() if own != dtype]
     rows = model.task_tokens().to(llm.get_input_embeddings().weight.dtype)
     _grow(llm, ids, rows, like=tokenizer.pad_token_id)
     stock = _assemble(model)
@@ -83,7 +85,7 @@ def to_llava_hf(model: OlaVLM, tokenizer: PreTrainedTokenizerBase, dtype: torch.
     stock = stock.to(dtype).eval()
     worst = next((name for name, w in stock.named_parameters() if not w.isfinite().all()), None)
     if worst is not None:
-        raise ModelError(f"{worst} has values that {dtype} cannot hold; use --dtype bfloat16 or float32")
+        raise ModelError(f"{worst} has values that {_name(dtype)} cannot hold; use --dtype bfloat16 or float32")
     stock.generation_config = GenerationConfig(
         bos_token_id=text.tokenizer.bos_token_id,
         eos_token_id=model._stop_ids(tokenizer),
@@ -98,7 +100,7 @@ def to_llava_hf(model: OlaVLM, tokenizer: PreTrainedTokenizerBase, dtype: torch.
         num_additional_image_tokens=FAMILIES[stock.config.vision_config.model_type].num_prefix_tokens,
         chat_template=text.tokenizer.chat_template,
     )
-    return Exported(stock, processor, text, _notes(model, text, dtype))
+    return Exported(stock, processor, text, [*notes, *_notes(text)])
 
 
 def check_exportable(model: OlaVLM) -> None:
@@ -210,12 +212,12 @@ def _plain_copy(config: PreTrainedConfig) -> PreTrainedConfig:
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
-def _notes(model: OlaVLM, text: ExportedTokenizer, dtype: torch.dtype) -> list[str]:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _notes(text: ExportedTokenizer) -> list[str]:
     notes = []
-    own = {part: next(getattr(model, part).parameters()).dtype for part in ("llm", "projector")}
-    for part, was in own.items():
-        if was != dtype:
-            notes.append(f"{part}: {dtype}".replace("torch.", "") + f", and {was} in the run".replace("torch.", ""))
     if text.task_tokens and not text.image_alone:
         notes.append(
             "prompts that the chat template does not write need the task tokens in their text: "
