@@ -82,14 +82,13 @@ def check_usage(args: argparse.Namespace) -> None:
 
 def kind_of(source: str) -> str:
     """What a checkpoint is, by its config. ModelError without one, UsageError for none that we know."""
-    if any(Path(source, name).is_file() for name in ("adapter.json", "stage.json")):  # a run, finished or not
-        return "olavlm"
-
     from transformers import AutoConfig
 
-    import olavlm.student.model_config  # noqa: F401 - registers ours
     from olavlm.student.loading import load_errors
+    from olavlm.student.training.checkpoint import ADAPTER_CONFIG  # the import registers our config
 
+    if any(Path(source, name).is_file() for name in (ADAPTER_CONFIG, "stage.json")):  # a run, finished or not
+        return "olavlm"
     with load_errors(source):
         model_type = AutoConfig.from_pretrained(source).model_type
     if model_type not in KINDS:

@@ -126,7 +126,7 @@ def write_card(
     sections = [
         f"---\n{yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)}---",
         f"# {name}",
-        _introduction(kind, [_name(base) for base in bases]),
+        _introduction(kind, [_name(base) for base in bases], history.runs),
         f"## How to run it\n\n{snippet.format(name=name).rstrip()}",
         "\n".join(f"- {note}" for note in notes),
         f"## What it is\n\n{_table(('', ''), rows)}" if rows else "",
@@ -137,17 +137,16 @@ def write_card(
     (folder / "README.md").write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
 
 
-def _introduction(kind: str, bases: list[str]) -> str:
-    of = f" It was trained from {' and '.join(bases)}." if bases else ""
-    if kind == "adapter":
-        return (
-            "An adapter of [OLA-VLM](https://arxiv.org/abs/2412.09585): projector, task tokens, and predictors of "
-            f"teachers' features. The base models are not in it.{of}"
-        )
-    return (
-        "A vision-language model that was trained by distillation of teachers' features into its language model "
-        f"([OLA-VLM](https://arxiv.org/abs/2412.09585)), as a stock LLaVA.{of}"
-    )
+def _introduction(kind: str, bases: Sequence[str], runs: Sequence[Run]) -> str:
+    distilled = any(run.get("tasks") and run.stage in (run.get("losses", "stages") or []) for run in runs)
+    what = {
+        "llava-hf": "A vision-language model, as a stock LLaVA",
+        "adapter": "An adapter: projector, task tokens and predictors of a vision-language model, without its base "
+        "models",
+    }[kind]
+    how = " Features of teachers were distilled into its language model ([OLA-VLM](https://arxiv.org/abs/2412.09585))."
+    origin = f", trained from {' and '.join(bases)}" if bases else ""
+    return f"{what}{origin}.{how if distilled else ''}"
 
 
 def _training(runs: Sequence[Run]) -> str:

@@ -217,12 +217,24 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _notes(text: ExportedTokenizer) -> list[str]:
-    notes = []
-    if text.task_tokens and not text.image_alone:
+    """What matters to whoever writes prompts without the chat template."""
+    notes, beginning = [], text.beginning
+    if text.task_tokens:
+        tokens = f"{text.task_tokens[0]} to {text.task_tokens[-1]}"
         notes.append(
-            "prompts that the chat template does not write need the task tokens in their text: "
-            f"<image>{text.task_tokens[0]}...{text.task_tokens[-1]}"
+            f"a prompt without the chat template gets the task tokens, {tokens}, from the tokenizer, behind an <image> "
+            "that does not end it"
+            if text.image_alone
+            else f"a prompt without the chat template has to have the task tokens, {tokens}, behind its <image>"
         )
-    if not text.writes_beginning:
-        notes.append("the tokenizer adds BOS, the chat template does not write it: let special tokens be added")
+    if beginning and text.writes_beginning:
+        notes.append(
+            f"the chat template writes {beginning} and the tokenizer does not add it: a prompt without the template "
+            "has to begin with it"
+        )
+    elif beginning:
+        notes.append(
+            f"the tokenizer adds {beginning} and the chat template does not write it: let special tokens be added to "
+            "what the template gives"
+        )
     return notes

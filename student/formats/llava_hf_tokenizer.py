@@ -55,8 +55,10 @@ class ExportedTokenizer:
     """In the order of insertion."""
     image_alone: bool
     """Whether task tokens follow an `<image>` of a prompt that no template wrote, too."""
+    beginning: str
+    """What is ahead of every prompt, such as BOS; empty for a chat template of the tokenizer's own, which writes it."""
     writes_beginning: bool
-    """Whether the chat template writes BOS, or else the tokenizer adds it."""
+    """Whether the chat template writes that, or else the tokenizer adds it."""
 
 
 def task_token_names(names: Sequence[str], number: int) -> list[str]:
@@ -88,7 +90,7 @@ def export_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str, task_tok
             exported = _reloaded(_of_content(tokenizer, content, jinja, terminator_id(tokenizer, template)))
             difference = _difference(exported, wanted, task_tokens, image_alone)
             if not difference:
-                return ExportedTokenizer(exported, task_tokens, image_alone, writes_beginning or not beginning)
+                return ExportedTokenizer(exported, task_tokens, image_alone, beginning, writes_beginning)
     raise ModelError(f"prompts of template {template} are other ones with stock tools: {difference}")
 
 

@@ -249,18 +249,19 @@ def test_what_becomes_of_the_vocabulary(small):
     assert stock.generation_config.do_sample is not True
 
 
-@pytest.mark.parametrize(("wanted", "own"), [(None, torch.bfloat16), (torch.float32, torch.float32)])
-def test_weights_have_one_type(small, wanted, own):
+@pytest.mark.parametrize(
+    ("wanted", "own", "note"),
+    [
+        (None, torch.bfloat16, "projector and task tokens: bfloat16, and float32 in the run"),
+        (torch.float32, torch.float32, "language model: float32, and bfloat16 in the run"),
+    ],
+)
+def test_weights_have_one_type(small, wanted, own, note):
     model = small(dtype=torch.bfloat16)
     assert model.projector[0].weight.dtype == torch.float32
     exported = to_llava_hf(model, model.tokenizer, wanted)
     assert {parameter.dtype for parameter in exported.model.parameters()} == {own}
-    part = (
-        "projector and task tokens: bfloat16, and float32"
-        if wanted is None
-        else "language model: float32, and bfloat16"
-    )
-    assert exported.notes == [f"{part} in the run"]
+    assert exported.notes[0] == note
 
 
 def test_values_that_a_type_cannot_hold(small):
@@ -278,7 +279,8 @@ def test_back_again(small, tmp_path, photograph, tasks):
     ids, logits, answer, _ = of_ours(model, "astronaut.jpg", question, photograph)
     to_llava_hf(model, model.tokenizer).save(tmp_path)
     back = from_llava_hf(tmp_path)
-    assert back.notes == []
+    stays = "template chat writes <seg_0> to <depth_3> behind an image: they stay vocabulary rows, and the model has no"
+    assert back.notes == ([f"{stays} task tokens of its own"] if tasks else [])
     again, after, same, _ = of_ours(back.model, "astronaut.jpg", question, photograph)
     assert back.model.config.geometry == "pad"
     assert back.model.config.template == "chat", "it writes the prompts of llama_3, BOS too"
