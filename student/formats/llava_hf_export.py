@@ -79,7 +79,9 @@ def to_llava_hf(model: OlaVLM, tokenizer: PreTrainedTokenizerBase, dtype: torch.
     parts = {"language model": llm.dtype, "projector and task tokens": model.projector[0].weight.dtype}
     notes = [f"{part}: {_name(dtype)}, and {_name(own)} in the run" for part, own in parts.items() if own != dtype]
     rows = model.task_tokens().to(llm.get_input_embeddings().weight.dtype)
-    _grow(llm, ids, rows, like=tokenizer.pad_token_id)
+    ends = model._stop_ids(tokenizer)
+    never_written = config.image_token_id if tokenizer.pad_token_id in ends else tokenizer.pad_token_id
+    _grow(llm, ids, rows, like=never_written)
     stock = _assemble(model)
     causal_lm(stock)  # refuses what the decoder and the head alone do not compute
     stock = stock.to(dtype).eval()
@@ -88,7 +90,7 @@ def to_llava_hf(model: OlaVLM, tokenizer: PreTrainedTokenizerBase, dtype: torch.
         raise ModelError(f"{worst} has values that {_name(dtype)} cannot hold; use --dtype bfloat16 or float32")
     stock.generation_config = GenerationConfig(
         bos_token_id=text.tokenizer.bos_token_id,
-        eos_token_id=model._stop_ids(tokenizer),
+        eos_token_id=ends,
         pad_token_id=text.tokenizer.pad_token_id,
         suppress_tokens=[config.image_token_id, *ids],
     )
@@ -179,6 +181,7 @@ def _assemble(model: OlaVLM) -> LlavaForConditionalGeneration:
     llm, tower, projector = model.llm, model.vision.tower, model.projector
     text_config = _plain_copy(llm.config)
     text_config.vocab_size, text_config.tie_word_embeddings = llm.get_input_embeddings().num_embeddings, False
+    text_config.architectures = [type(llm).__name__]  # by which servers choose their own implementation
     prefix = FAMILIES[tower.config.model_type].num_prefix_tokens
     config = LlavaConfig(
         text_config=text_config,
@@ -208,7 +211,9 @@ def _assemble(model: OlaVLM) -> LlavaForConditionalGeneration:
 
 
 def _plain_copy(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Without where it was read from, which is saved with some."""
     fields = copy.deepcopy(config).to_dict()
+    fields.pop("_name_or_path", None)
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -24,6 +25,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
     PhiConfig,
@@ -227,8 +229,11 @@ def small(tiny, tmp_path_factory):
     return make
 
 
-def test_what_becomes_of_the_vocabulary(small):
+@pytest.mark.parametrize("pads_with_an_end", [False, True])
+def test_what_becomes_of_the_vocabulary(small, pads_with_an_end):
     model = small("qwen2")
+    if pads_with_an_end:  # of which copies would take their part of the probability of ending
+        model.tokenizer.pad_token = model.tokenizer.eos_token
     words = len(model.tokenizer)
     read, write = (m.weight.clone() for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     pooled = model.task_tokens().detach()
@@ -239,8 +244,8 @@ def test_what_becomes_of_the_vocabulary(small):
     assert stock.get_input_embeddings().weight.shape == (len(read), 64)
     assert torch.equal(stock.get_input_embeddings().weight[ids], pooled)
     assert torch.equal(stock.get_input_embeddings().weight[:words], read[:words])
-    pad = model.tokenizer.pad_token_id
-    assert torch.equal(stock.lm_head.weight[ids], write[pad].expand(12, -1))
+    like = model.config.image_token_id if pads_with_an_end else model.tokenizer.pad_token_id
+    assert torch.equal(stock.lm_head.weight[ids], write[like].expand(12, -1))
     assert torch.equal(stock.lm_head.weight[:words], write[:words])
     assert stock.lm_head.weight is not stock.get_input_embeddings().weight
     assert not stock.config.tie_word_embeddings
@@ -289,6 +294,26 @@ def test_back_again(small, tmp_path, photograph, tasks):
     vocabulary = len(model.tokenizer)
     np.testing.assert_allclose(after[-20:, :vocabulary], logits[-20:, :vocabulary], atol=1e-4)
     assert same == answer
+
+
+@pytest.mark.parametrize("kind", ["llama_clip", "qwen2_siglip"])
+def test_stock_there_and_back(llava, photograph, tmp_path, kind):
+    """A stock model that became ours and stock again, its own chat template around which ours stands."""
+    first = llava(kind)
+    converted = from_llava_hf(first)
+    to_llava_hf(converted.model, converted.model.tokenizer).save(tmp_path)
+    question = [{"type": "text", "text": "Which is closer?"}, {"type": "image", "image": photograph("bison.jpg")}]
+    logits = []
+    for folder in (first, tmp_path):
+        stock, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        with torch.no_grad():
+            logits.append(stock.eval()(**inputs).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+    assert AutoConfig.from_pretrained(tmp_path).text_config.architectures[0].endswith("ForCausalLM")
 
 
 @pytest.mark.parametrize(
