@@ -30,9 +30,8 @@ def arguments() -> argparse.ArgumentParser:
         "vocabulary rows. To adapter: what PT trained, without its base models. From llava-hf to olavlm: a stock LLaVA "
         "becomes a model without task tokens, with the same logits, that olavlm-train starts from and olavlm-generate "
         "asks.",
-        epilog="examples: olavlm-export runs/ift my-model --to llava-hf --dtype bfloat16; "
-        "olavlm-export runs/pt my-adapter --to adapter; "
-        "olavlm-export llava-hf/llava-1.5-7b-hf start --to olavlm",
+        epilog="example: olavlm-export runs/ift my-model --to llava-hf; or: olavlm-export runs/pt my-adapter "
+        "--to adapter; or: olavlm-export llava-hf/llava-1.5-7b-hf start --to olavlm",
         allow_abbrev=False,
     )
     p.add_argument("source", metavar="SOURCE", help="checkpoint folder or hub id")

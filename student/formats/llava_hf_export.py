@@ -87,22 +87,16 @@ def to_llava_hf(model: OlaVLM, tokenizer: PreTrainedTokenizerBase, dtype: torch.
     stock = stock.to(dtype).eval()
     worst = next((name for name, w in stock.named_parameters() if not w.isfinite().all()), None)
     if worst is not None:
-        raise ModelError(f"{worst} has values that {_name(dtype)} cannot hold; use --dtype bfloat16 or float32")
+        raise ModelError(f"{worst} has values that are not finite in {_name(dtype)}; use --dtype bfloat16 or float32")
     stock.generation_config = GenerationConfig(
         bos_token_id=text.tokenizer.bos_token_id,
         eos_token_id=ends,
         pad_token_id=text.tokenizer.pad_token_id,
         suppress_tokens=[config.image_token_id, *ids],
     )
-    processor = LlavaProcessor(
-        image_processor_of(config.image_transform),
-        text.tokenizer,
-        patch_size=stock.config.vision_config.patch_size,
-        vision_feature_select_strategy=stock.config.vision_feature_select_strategy,
-        num_additional_image_tokens=FAMILIES[stock.config.vision_config.model_type].num_prefix_tokens,
-        chat_template=text.tokenizer.chat_template,
+    return Exported(
+        stock, _processor(stock.config, model.config.image_transform, text.tokenizer), text, [*notes, *_notes(text)]
     )
-    return Exported(stock, processor, text, [*notes, *_notes(text)])
 
 
 def check_exportable(model: OlaVLM) -> None:
@@ -132,6 +126,17 @@ def check_exportable(model: OlaVLM) -> None:
             f"{type(model.llm).__name__} scales, caps or shifts its logits, which stock LLaVA leaves out; this "
             "language model is not supported"
         )
+
+
+def _processor(config: LlavaConfig, transform: ImageTransform, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
+    return LlavaProcessor(
+        image_processor_of(transform),
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=FAMILIES[config.vision_config.model_type].num_prefix_tokens,
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def image_processor_of(transform: ImageTransform) -> LlavaImageProcessorPil:

@@ -272,7 +272,7 @@ def test_weights_have_one_type(small, wanted, own, note):
 def test_values_that_a_type_cannot_hold(small):
     model = small()
     torch.nn.init.constant_(model.projector[0].bias, 1e5)
-    with pytest.raises(ModelError, match=r"linear_1\.bias has values that float16 cannot hold; use --dtype"):
+    with pytest.raises(ModelError, match=r"linear_1\.bias has values that are not finite in float16; use --dtype"):
         to_llava_hf(model, model.tokenizer, torch.float16)
 
 
