@@ -21,7 +21,10 @@ from typing import TYPE_CHECKING
 from .cli import JobFailed, UsageError, command, quiet_models, versions
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from olavlm.student.formats.llava_hf import Converted
+    from olavlm.student.model import OlaVLM
 
 RECORD = "export.json"
 
@@ -48,7 +51,7 @@ def arguments() -> argparse.ArgumentParser:
         "--template",
         metavar="NAME",
         help="prompt template of the model: llama_3, phi_3, vicuna_v1, or chat, the tokenizer's own; by default the "
-        "one that its chat template writes, or that the language model of visper-lm was trained with (to olavlm)",
+        "one that its chat template writes, or that the language model of visper-lm was trained with",
     )
     p.add_argument(
         "--encoder",
@@ -69,13 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise JobFailed(f"{args.out} exists; name another folder, or remove it")
     quiet_models()
-    check_usage(args)
     args.source_kind = args.source_kind or kind_of(args.source)
-    if args.encoder is not None and args.source_kind != "visper-lm":
-        raise UsageError("--encoder is for --from visper-lm; other checkpoints hold their vision tower")
-    if (args.source_kind, args.kind) not in CONVERSIONS:
-        kinds = [kind for source, kind in CONVERSIONS if source == args.source_kind]
-        raise UsageError(f"{args.source} is {args.source_kind}; --to takes {', '.join(kinds)} for it, not {args.kind}")
+    check_usage(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{args.out.name}-", dir=args.out.parent) as staging:
         folder = Path(staging, "model")
@@ -86,14 +84,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_usage(args: argparse.Namespace) -> None:
-    """UsageError for an option of another conversion."""
-    for option, kind in (("template", "olavlm"), ("dtype", "llava-hf")):
-        if getattr(args, option) is not None and args.kind != kind:
-            raise UsageError(f"--{option} is for --to {kind}")
+    """UsageError for a conversion that there is not, or an option of another one."""
+    if (args.source_kind, args.kind) not in CONVERSIONS:
+        kinds = [kind for source, kind in CONVERSIONS if source == args.source_kind]
+        raise UsageError(f"{args.source} is {args.source_kind}; --to takes {', '.join(kinds)} for it, not {args.kind}")
+    if args.dtype is not None and args.kind != "llava-hf":
+        raise UsageError("--dtype is for --to llava-hf")
+    if args.template is not None and args.source_kind == "olavlm":
+        raise UsageError("--template is for models of others; ours say theirs")
+    if args.encoder is not None and args.source_kind != "visper-lm":
+        raise UsageError("--encoder is for --from visper-lm; other checkpoints hold their vision tower")
 
 
 def kind_of(source: str) -> str:
-    """What a checkpoint is, by its config. ModelError without one, UsageError for none that we know."""
+    """What a checkpoint is, by its config. ModelError without one, JobFailed for none that we know."""
     from transformers import PreTrainedConfig
 
     from olavlm.student.loading import load_errors
@@ -105,7 +109,7 @@ def kind_of(source: str) -> str:
         fields, _ = PreTrainedConfig.get_config_dict(source)
     model_type = fields.get("model_type")
     if model_type not in KINDS:
-        raise UsageError(
+        raise JobFailed(
             f"{source} holds a {model_type!r} model; --from takes {', '.join(dict.fromkeys(KINDS.values()))}"
         )
     return KINDS[model_type]
@@ -149,12 +153,27 @@ def write_olavlm(args: argparse.Namespace, converted: Converted, folder: Path) -
 
 def olavlm_to_llava_hf(args: argparse.Namespace, folder: Path) -> None:
     """StudentError for a run that cannot be loaded, or that stock LLaVA cannot hold, and why."""
+    from olavlm.student.training.checkpoint import load_checkpoint
+
+    write_llava_hf(args, *load_checkpoint(args.source), folder)
+
+
+def visper_lm_to_llava_hf(args: argparse.Namespace, folder: Path) -> None:
+    """StudentError for a checkpoint that cannot be taken, or that stock LLaVA cannot hold, and why."""
+    from olavlm.student.formats.visper_lm import from_visper_lm
+
+    converted = from_visper_lm(args.source, args.template, args.encoder)
+    for note in converted.notes:
+        print(note)
+    write_llava_hf(args, converted.model, converted.model.tokenizer, folder)
+
+
+def write_llava_hf(args: argparse.Namespace, model: OlaVLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A model of ours as stock LLaVA, with its card; says what it is."""
     import torch
 
     from olavlm.student.formats.llava_hf_export import to_llava_hf
-    from olavlm.student.training.checkpoint import load_checkpoint
 
-    model, tokenizer = load_checkpoint(args.source)
     exported = to_llava_hf(model, tokenizer, args.dtype and getattr(torch, args.dtype))
     exported.save(folder)
     config, tokens = model.config, exported.text.task_tokens
@@ -214,6 +233,7 @@ CONVERSIONS: dict[tuple[str, str], Callable[[argparse.Namespace, Path], None]] =
     ("olavlm", "adapter"): olavlm_to_adapter,
     ("llava-hf", "olavlm"): llava_hf_to_olavlm,
     ("visper-lm", "olavlm"): visper_lm_to_olavlm,
+    ("visper-lm", "llava-hf"): visper_lm_to_llava_hf,
 }
 """By what SOURCE is and what OUT is to be. Another pair is another entry."""
 

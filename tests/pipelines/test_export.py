@@ -132,7 +132,7 @@ def test_what_cannot_be_taken(start, tiny, stock, tmp_path, capsys):
     (full / "file").write_text("mine")
     for source, out, status, reason in [
         (start, tmp_path / "a", 2, "is olavlm; --to takes llava-hf, adapter for it, not olavlm"),
-        (tiny["llm"], tmp_path / "b", 2, "holds a 'llama' model; --from takes llava-hf, olavlm"),
+        (tiny["llm"], tmp_path / "b", 1, "holds a 'llama' model; --from takes llava-hf, olavlm"),
         (tmp_path / "nothing", tmp_path / "c", 1, "cannot load a model from"),
         (stock, full, 1, "full exists; name another folder"),
     ]:

@@ -145,7 +145,7 @@ def test_an_adapter_is_small_and_is_started_from(exported, runs, recipe, ift_jso
         (["--to", "adapter"], 1, "ift holds a whole model, of which the language model was trained too"),
         (["--to", "olavlm"], 2, "ift is olavlm; --to takes llava-hf, adapter for it, not olavlm"),
         (["--from", "llava-hf", "--to", "olavlm"], 1, "holds a 'olavlm' model, not 'llava'"),
-        (["--to", "llava-hf", "--template", "chat"], 2, "--template is for --to olavlm"),
+        (["--to", "llava-hf", "--template", "chat"], 2, "--template is for models of others"),
         (["--to", "adapter", "--dtype", "float32"], 2, "--dtype is for --to llava-hf"),
     ],
 )

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from olavlm.pipelines import export, generate
 from olavlm.student.errors import RecipeError
@@ -101,3 +103,20 @@ def test_flags(visper, llava, tiny, tmp_path, capsys):
     assert "--encoder is for --from visper-lm" in capsys.readouterr().err
     assert export.main([str(tiny["llm"]), str(tmp_path / "b"), "--from", "visper-lm", "--to", "olavlm"]) == 1
     assert "holds a 'llama' model; those of VisPer-LM are ola_llama" in capsys.readouterr().err
+
+
+def test_straight_to_stock_llava(visper, starts, sample_images, tmp_path):
+    """The answers of the two ways are one: to ours and then to stock LLaVA, or at once."""
+    made = visper("ola_llama").folder
+    assert export.main([str(made), str(tmp_path / "once"), "--to", "llava-hf"]) == 0
+    assert export.main([str(starts["ola_llama"]), str(tmp_path / "twice"), "--to", "llava-hf"]) == 0
+    logits = []
+    for name in ("once", "twice"):
+        processor = AutoProcessor.from_pretrained(tmp_path / name, backend="pil")
+        question = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+        text = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+        inputs = processor(text=text, images=Image.open(sample_images / "cat.jpg"), return_tensors="pt")
+        with torch.no_grad():
+            logits.append(LlavaForConditionalGeneration.from_pretrained(tmp_path / name)(**inputs).logits)
+    assert logits[0].std() > 0
+    torch.testing.assert_close(*logits)
