@@ -1,0 +1,70 @@
+"""A model, the same one as a stock LLaVA and as ours, and a dataset in the parquet form that CV-Bench is published in."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from olavlm.pipelines import export
+
+KINDS = (("Count", "2D", "ADE20K"), ("Relation", "2D", "COCO"), ("Depth", "3D", "Omni3D"), ("Distance", "3D", "Omni3D"))
+"""Questions, their part, and where their pictures are from, in turn."""
+
+_PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_SCHEMA = pa.schema({
+    "idx": pa.int64(), "type": pa.string(), "task": pa.string(), "image": _PICTURE, "question": pa.string(),
+    "choices": pa.list_(pa.string()), "answer": pa.string(), "prompt": pa.string(), "filename": pa.string(),
+    "source": pa.string(), "source_dataset": pa.string(), "source_filename": pa.string(), "target_class": pa.string(),
+    "target_size": pa.int64(), "bbox": pa.list_(pa.list_(pa.float64())),
+})  # fmt: skip
+
+
+def cv_bench_row(index: int) -> dict:
+    kind, part, source = KINDS[index % 4]
+    stream = io.BytesIO()
+    colour = (37 * index % 256, 90 * index % 256, 160)
+    Image.new("RGB" if index % 3 else "L", (60 + index, 48), colour if index % 3 else index).save(stream, "png")
+    question, choices = f"What is on picture {index}?", [str(index), "a cat", "a dog"]
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip("ABC", choices, strict=True))
+    return {
+        "idx": index, "type": part, "task": kind, "question": question, "choices": choices,
+        "image": {"bytes": stream.getvalue(), "path": f"{index}.png"},
+        "answer": f"({'ABC'[index % 3]})", "prompt": f"{question} Select from the following choices.\n{options}",
+        "filename": f"img/{part}/{index}.png", "source": source, "source_dataset": f"{source} val",
+        "source_filename": f"{index}.jpg", "target_class": None, "target_size": None, "bbox": [[0.0, 1.0, 2.0, 3.0]],
+    }  # fmt: skip
+
+
+def write_parquet(file: Path, rows: Sequence[dict]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows), _SCHEMA), file, row_group_size=3)
+    return file
+
+
+@pytest.fixture(scope="session")
+def cv_bench(tmp_path_factory) -> Path:
+    """Twelve rows: eight of 2D, then four of 3D, as `test_2d.parquet` and `test_3d.parquet`."""
+    folder = tmp_path_factory.mktemp("datasets") / "CV-Bench"
+    rows = [cv_bench_row(i) for i in range(16)]
+    write_parquet(folder / "test_2d.parquet", [row for row in rows if row["type"] == "2D"])
+    write_parquet(folder / "test_3d.parquet", [row for row in rows if row["type"] == "3D"][:4])
+    (folder / "README.md").write_text("CV-Bench")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stock(llava) -> Path:
+    """A LLaVA of transformers."""
+    return llava("llama_clip")
+
+
+@pytest.fixture(scope="session")
+def ours(stock, tmp_path_factory) -> Path:
+    """The same model in our form."""
+    folder = tmp_path_factory.mktemp("ours") / "model"
+    assert export.main([str(stock), str(folder), "--from", "llava-hf", "--to", "olavlm"]) == 0
+    return folder
