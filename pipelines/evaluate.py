@@ -33,6 +33,7 @@ from .generate import places_of
 if TYPE_CHECKING:
     from .evaluation.backends import Backend
     from .evaluation.predictions import Prediction, Predictions
+    from .evaluation.sheet import Sheet
 
 PREDICTIONS, SCORES, TABLE, LOG = "predictions", "scores.json", "table.md", "lmms_eval.log"
 MISSING = 'olavlm-eval asks models through lmms-eval, which is not installed: pip install "olavlm[eval]"'
@@ -116,10 +117,6 @@ def main(argv: list[str] | None = None) -> int:
     predictions = Predictions(output / PREDICTIONS, process.rank)
     if not args.score_only:
         ask_model(args, tasks, folders, output, predictions)
-        if process.count > 1:
-            from olavlm.student.training.trainer import leave_processes
-
-            leave_processes()
     if process.is_main:
         report(args, tasks, output, predictions)
     return 0
@@ -251,25 +248,31 @@ def report(args: argparse.Namespace, tasks: Sequence[Task], output: Path, predic
     Raises:
         JobFailed: there is nothing of a task, or not the same in the evaluation to compare with.
     """
-    from olavlm.cache import files
-
     from .evaluation.table import all_figures, beside_paper, compared
 
     found = merged(predictions, tasks, "leave out --score-only" if args.score_only else "ask again")
-    name, other, comparisons = shown_name(args.checkpoint), "", {}
-    with libraries_to(output / LOG) if "ok_vqa" in found else nullcontext():  # judged by lmms-eval's normaliser
+    name = shown_name(args.checkpoint)
+    with libraries_to(output / LOG, found):
         by_task = {task: scores_of(task, those) for task, those in found.items()}
-        if args.compare is not None:
-            other, comparisons = comparison(args.compare, {task.name: found[task.name] for task in tasks})
     sheets = [*beside_paper({name: by_task}), all_figures(name, by_task)]
-    content: dict[str, Any] = {"model": recorded_model(output), "tasks": by_task}
-    if comparisons:
-        sheets.append(compared(name, other, comparisons))
-        content["compared"] = {"with": recorded_model(args.compare) or other, "tasks": comparisons}
-    files.replace(output / SCORES, _as_json({**content, "versions": versions()}))
-    files.replace(output / TABLE, "\n".join(sheet.markdown() for sheet in sheets).encode())
+    content: dict[str, Any] = {"model": recorded_model(output), "tasks": by_task, "versions": versions()}
+    save(output, content, sheets)
     print("\n".join(sheet.text() for sheet in sheets))
+    if args.compare is not None:
+        with libraries_to(output / LOG, found):
+            other, comparisons = comparison(args.compare, {task.name: found[task.name] for task in tasks})
+        sheets.append(compared(name, other, comparisons))
+        save(output, content | {"compared": {"with": other, "tasks": comparisons}}, sheets)
+        print(sheets[-1].text())
     print(f"{output / SCORES}, {output / TABLE}")
+
+
+def save(output: Path, content: Mapping[str, Any], sheets: Sequence[Sheet]) -> None:
+    """Replace scores.json and table.md."""
+    from olavlm.cache import files
+
+    files.replace(output / SCORES, _as_json(content))
+    files.replace(output / TABLE, "\n".join(sheet.markdown() for sheet in sheets).encode())
 
 
 def merged(predictions: Predictions, tasks: Sequence[Task], remedy: str) -> dict[str, list[Prediction]]:
@@ -316,11 +319,11 @@ def shown_name(checkpoint: str) -> str:
     return "/".join(Path(checkpoint).parts[-2:])
 
 
-def libraries_to(log: Path) -> AbstractContextManager[None]:
-    """What libraries say goes there, if there is a library; a task that needs it says so."""
+def libraries_to(log: Path, found: Mapping[str, object]) -> AbstractContextManager[None]:
+    """OK-VQA is judged by lmms-eval's normaliser: what the library says goes there. Without it the task says so."""
     from .evaluation.quiet import output_to
 
-    return output_to(log) if importlib.util.find_spec("lmms_eval") else nullcontext()
+    return output_to(log) if "ok_vqa" in found and importlib.util.find_spec("lmms_eval") else nullcontext()
 
 
 def _as_json(content: object) -> bytes:

@@ -450,6 +450,7 @@ class OlaVLM(PreTrainedModel):
                     "do_sample": False,
                     "eos_token_id": self._stop_ids(tokenizer),
                     "pad_token_id": tokenizer.pad_token_id,
+                    "tokenizer": tokenizer,  # for `stop_strings`
                 }
                 | kwargs,
             )

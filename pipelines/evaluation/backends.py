@@ -4,7 +4,7 @@
 |---|---|
 | a run folder of olavlm-train | `olavlm`, ours (`lmms_model.py`) |
 | a LLaVA of transformers, as olavlm-export writes them | `llava_hf` |
-| another image-text model of transformers | `huggingface` |
+| another image-text model of transformers | `olavlm_transformers`, ours (`lmms_transformers.py`) |
 | a served model, by `--endpoint` | `openai` |
 | anything, by `--backend` | that one |
 """
@@ -25,7 +25,7 @@ from olavlm.student.errors import StudentError
 if TYPE_CHECKING:
     from lmms_eval.api.model import lmms
 
-OURS, SERVED, GENERIC = "olavlm", "openai", "huggingface"
+OURS, SERVED, GENERIC = "olavlm", "openai", "olavlm_transformers"
 BACKENDS = {OURS: OURS, "llava": "llava_hf", "llava_next": "llava_hf", "llava_onevision": "llava_hf"}
 """By the `model_type` of a config; GENERIC for the rest."""
 

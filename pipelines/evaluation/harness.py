@@ -38,6 +38,21 @@ class Process:
         """Whether it writes and prints what all have done."""
         return self.rank == 0
 
+    def join(self) -> None:
+        """Join the others, ahead of any model of lmms-eval: without `cpu` accelerate would take several processes on a
+        machine without an accelerator for one each."""
+        import torch
+        from accelerate import Accelerator
+
+        joined = Accelerator(cpu=not torch.accelerator.is_available()).num_processes
+        assert joined == self.count, f"{joined} of {self.count} processes see each other"
+
+    def leave(self) -> None:
+        """Leave them, when all is done."""
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+
 
 def ask(
     backend: Backend,
@@ -71,6 +86,7 @@ def ask(
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
+        process.join()
         model = load(backend, process.count)
         tasks = {name: AskedTask(of.task, of, chat=not model.is_simple) for name, of in rows.items()}
         progress.begin()
@@ -82,6 +98,8 @@ def ask(
             log_samples=False,
             process_docs_parallel=1,
         )
+        if process.count > 1:
+            process.leave()
     progress.close()
 
 

@@ -1,6 +1,6 @@
-"""Makes our checkpoints a model of lmms-eval: `python -m lmms_eval --model olavlm --model_args pretrained=RUN ...`.
+"""Our models of lmms-eval: `python -m lmms_eval --model olavlm --model_args pretrained=RUN ...`.
 
-The entry point `lmms_eval.models` in pyproject.toml names `manifest`. It is called whenever lmms-eval starts, for any
+The entry point `lmms_eval.models` in pyproject.toml names `manifests`. It is called whenever lmms-eval starts, for any
 model, so that nothing else is imported here.
 """
 
@@ -12,8 +12,15 @@ if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
 
-def manifest() -> ModelManifest:
-    """What lmms-eval is to know: the model's name, and the class behind it."""
+HERE = "olavlm.pipelines.evaluation"
+CLASSES = {
+    "olavlm": f"{HERE}.lmms_model.OlaVLMModel",
+    "olavlm_transformers": f"{HERE}.lmms_transformers.TransformersModel",
+}
+
+
+def manifests() -> list[ModelManifest]:
+    """What lmms-eval is to know: names, and the classes behind them."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest("olavlm", chat_class_path="olavlm.pipelines.evaluation.lmms_model.OlaVLMModel")
+    return [ModelManifest(name, chat_class_path=path) for name, path in CLASSES.items()]

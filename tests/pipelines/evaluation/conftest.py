@@ -1,6 +1,7 @@
-"""A model, the same one as a stock LLaVA and as ours, and a dataset in the parquet form that CV-Bench is published in."""
+"""A model, the same one as a stock LLaVA and as ours, and a dataset in the form that CV-Bench is published in."""
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,13 +15,19 @@ from olavlm.pipelines import export
 KINDS = (("Count", "2D", "ADE20K"), ("Relation", "2D", "COCO"), ("Depth", "3D", "Omni3D"), ("Distance", "3D", "Omni3D"))
 """Questions, their part, and where their pictures are from, in turn."""
 
-_PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_SCHEMA = pa.schema({
-    "idx": pa.int64(), "type": pa.string(), "task": pa.string(), "image": _PICTURE, "question": pa.string(),
-    "choices": pa.list_(pa.string()), "answer": pa.string(), "prompt": pa.string(), "filename": pa.string(),
-    "source": pa.string(), "source_dataset": pa.string(), "source_filename": pa.string(), "target_class": pa.string(),
-    "target_size": pa.int64(), "bbox": pa.list_(pa.list_(pa.float64())),
-})  # fmt: skip
+_TEXT, _NUMBER = {"dtype": "string", "_type": "Value"}, {"dtype": "int64", "_type": "Value"}
+_BOX = {"feature": {"dtype": "float64", "_type": "Value"}, "_type": "List"}
+_COLUMNS = {  # with what the library `datasets` writes of them, from which it knows a picture
+    "idx": (pa.int64(), _NUMBER), "type": (pa.string(), _TEXT), "task": (pa.string(), _TEXT),
+    "image": (pa.struct([("bytes", pa.binary()), ("path", pa.string())]), {"_type": "Image"}),
+    "question": (pa.string(), _TEXT), "choices": (pa.list_(pa.string()), {"feature": _TEXT, "_type": "List"}),
+    "answer": (pa.string(), _TEXT), "prompt": (pa.string(), _TEXT), "filename": (pa.string(), _TEXT),
+    "source": (pa.string(), _TEXT), "source_dataset": (pa.string(), _TEXT), "source_filename": (pa.string(), _TEXT),
+    "target_class": (pa.string(), _TEXT), "target_size": (pa.int64(), _NUMBER),
+    "bbox": (pa.list_(pa.list_(pa.float64())), {"feature": _BOX, "_type": "List"}),
+}  # fmt: skip
+_FEATURES = json.dumps({"info": {"features": {name: feature for name, (_, feature) in _COLUMNS.items()}}})
+SCHEMA = pa.schema([(name, kind) for name, (kind, _) in _COLUMNS.items()], {"huggingface": _FEATURES})
 
 
 def cv_bench_row(index: int) -> dict:
@@ -41,7 +48,7 @@ def cv_bench_row(index: int) -> dict:
 
 def write_parquet(file: Path, rows: Sequence[dict]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(list(rows), _SCHEMA), file, row_group_size=3)
+    pq.write_table(pa.Table.from_pylist(list(rows), SCHEMA), file, row_group_size=3)
     return file
 
 
