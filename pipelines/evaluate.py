@@ -26,7 +26,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import JobFailed, UsageError, command, quiet_models, versions
+from .cli import JobFailed, UsageError, command, quiet_models
 from .evaluation.tasks import TASKS, Task, task_named
 from .generate import places_of
 
@@ -214,7 +214,8 @@ def ask_model(
                     file=sys.stderr,
                 )
         now = resolved.resolve(backend, rows, args.seed, limit=args.limit, processes=process.count)
-        content = resolved.joined(resolved.read(output), now, output)
+        answered = {task for task in TASKS if predictions.done(task)}
+        content = resolved.joined(resolved.read(output), now, answered, output)
         files.make_folder(output)
         files.replace(output / resolved.FILE, _as_json(content))
     files.make_folder(output)
@@ -224,10 +225,10 @@ def ask_model(
 
 def backend_of(args: argparse.Namespace) -> Backend:
     """What the arguments say of the model."""
-    from .evaluation.backends import OURS, choose
+    from .evaluation.backends import OURS, TEACHER, choose
 
     options = {"dtype": args.dtype, "batch_size": args.batch_size}
-    places = {f"teacher_{name}": place for name, place in places_of(args.teacher).items()}
+    places = {f"{TEACHER}{name}": place for name, place in places_of(args.teacher).items()}
     backend = choose(
         args.checkpoint,
         options={name: value for name, value in options.items() if value is not None},
@@ -248,6 +249,7 @@ def report(args: argparse.Namespace, tasks: Sequence[Task], output: Path, predic
     Raises:
         JobFailed: there is nothing of a task, or not the same in the evaluation to compare with.
     """
+    from .evaluation.resolved import all_versions
     from .evaluation.table import all_figures, beside_paper, compared
 
     found = merged(predictions, tasks, "leave out --score-only" if args.score_only else "ask again")
@@ -255,7 +257,7 @@ def report(args: argparse.Namespace, tasks: Sequence[Task], output: Path, predic
     with libraries_to(output / LOG, found):
         by_task = {task: scores_of(task, those) for task, those in found.items()}
     sheets = [*beside_paper({name: by_task}), all_figures(name, by_task)]
-    content: dict[str, Any] = {"model": recorded_model(output), "tasks": by_task, "versions": versions()}
+    content: dict[str, Any] = {"model": recorded_model(output), "tasks": by_task, "versions": all_versions()}
     save(output, content, sheets)
     print("\n".join(sheet.text() for sheet in sheets))
     if args.compare is not None:

@@ -35,6 +35,9 @@ ONE_BY_ONE = ("llava_hf",)
 SECRET = "api_key"
 """The argument that is written nowhere."""
 
+TEACHER = "teacher_"
+"""Prefix of arguments of OURS that give the place of a fused teacher, such as `teacher_depth=FOLDER`."""
+
 _NAMES_OF_CHECKPOINT = ("pretrained", "model", "model_version", "model_path")
 _CONCURRENT = 16
 

@@ -18,11 +18,10 @@ from olavlm.student.errors import SampleError
 from olavlm.student.text.conversation import IMAGE_TOKEN
 from olavlm.student.text.dialogue import as_text
 
+from .backends import TEACHER
 from .lmms_chat import ChatModel, Messages, dtype_of
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
-TEACHER = "teacher_"
-"""Prefix of arguments that give the place of a fused teacher, such as `teacher_depth=FOLDER`."""
 
 
 class OlaVLMModel(ChatModel):

@@ -7,14 +7,14 @@ how far a run goes (`--batch-size`, `--device`, `--limit`, the number of process
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from olavlm.pipelines.cli import JobFailed, versions
 
-from .backends import SECRET, Backend
+from .backends import SECRET, TEACHER, Backend
 from .datasets import BenchmarkRows
 
 FILE = "eval.json"
@@ -22,7 +22,7 @@ MODEL, TASKS = "model", "tasks"
 """The two parts that predictions depend on."""
 
 PACE = ("batch_size", "device", "device_map", "num_concurrent", "max_retries", "retry_backoff_s", "timeout")
-"""Arguments of models that change no answer."""
+"""Arguments of models that change no answer; nor does the place of a teacher, whose features must be the same."""
 
 
 def resolve(backend: Backend, rows: Mapping[str, BenchmarkRows], seed: int, **others: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def resolve(backend: Backend, rows: Mapping[str, BenchmarkRows], seed: int, **ot
             "identity": identity(backend.checkpoint) if "base_url" not in own else None,
             "backend": backend.name,
             "dtype": backend.options.get("dtype", "auto"),
-            "arguments": {k: v for k, v in own.items() if k not in PACE},
+            "arguments": {k: v for k, v in own.items() if not _is_pace(k)},
             "seed": seed,
         },
         TASKS: {
@@ -48,9 +48,9 @@ def resolve(backend: Backend, rows: Mapping[str, BenchmarkRows], seed: int, **ot
         },
         "device": backend.device,
         "batch_size": backend.options.get("batch_size"),
-        "pace": {k: v for k, v in own.items() if k in PACE},
+        "pace": {k: v for k, v in own.items() if _is_pace(k)},
         **others,
-        "versions": versions() | {name: found for name in ("lmms-eval", "datasets") if (found := _version(name))},
+        "versions": all_versions(),
     }
 
 
@@ -83,14 +83,22 @@ def read(folder: Path) -> dict[str, Any] | None:
         raise JobFailed(f"{file} is damaged ({e!r}); give another --output, or remove the folder") from None
 
 
-def joined(before: Mapping[str, Any] | None, now: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What is to be written: this run, and tasks that were evaluated before.
+def joined(
+    before: Mapping[str, Any] | None, now: dict[str, Any], answered: Collection[str], folder: Path
+) -> dict[str, Any]:
+    """What is to be written: this run, and the tasks of those before.
+
+    Args:
+        before, now: contents of eval.json.
+        answered: tasks of which there are predictions; without any, what stopped before its first answer binds nobody.
+        folder: for the error.
 
     Raises:
         JobFailed: the predictions in the folder are of another model, or other rows; what differs is named.
     """
-    if before is None:
+    if before is None or not answered:
         return now
+    before = {**before, TASKS: {name: of for name, of in before[TASKS].items() if name in answered}}
     model = {part: dict(of[MODEL]) for part, of in (("before", before), ("now", now))}
     if model["before"].get("identity") == model["now"]["identity"] is not None:  # the same weights somewhere else
         for part in model.values():
@@ -118,6 +126,15 @@ def differences(before: Any, now: Any, name: str) -> Iterator[str]:
 def _short(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:24]}..."
+
+
+def _is_pace(argument: str) -> bool:
+    return argument in PACE or argument.startswith(TEACHER)
+
+
+def all_versions() -> dict[str, str]:
+    """Of Python, this package, the libraries that decide results, and lmms-eval if it is there."""
+    return versions() | {name: found for name in ("lmms-eval",) if (found := _version(name))}
 
 
 def _version(package: str) -> str | None:
