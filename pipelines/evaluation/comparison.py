@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..cli import JobFailed, counted
+from olavlm.pipelines.cli import JobFailed, counted
+
 from .predictions import Prediction
-from .scores import described, judge_all
+from .scores import described, measure
 from .statistics import DEFAULT, Resampling, bootstrap, mcnemar, sign_flip
 from .tasks.task import Task
 
@@ -29,20 +30,17 @@ def compare(
     test of the difference itself.
 
     Raises:
-        JobFailed: the two are not of the same items.
+        JobFailed: the two are not of the same items. How they were asked is not compared.
     """
     those, others = ({p.index: p for p in predictions} for predictions in (first, second))
     _check_same_items(task, those, others)
-    order = sorted(those)
-    items = [those[i].item for i in order]
-    (_, a), (_, b) = (judge_all(task, (predictions[i] for i in order)) for predictions in (those, others))
-    weights = task.metrics(items)
-    strata = [task.stratum(item) for item in items]
-    intervals = bootstrap(a - b, strata, weights, how)
+    found, other = (measure(task, [predictions[i] for i in sorted(those)]) for predictions in (those, others))
+    a, b = found.scores, other.scores
+    intervals = bootstrap(a - b, found.strata, found.weights, how)
     binary = bool(np.isin(np.concatenate([a, b]), (0, 1)).all())
     figures = {}
     for name, interval in intervals.items():
-        w = weights[name]
+        w = found.weights[name]
         differences = (a - b)[w > 0]
         better, worse = int(np.sum(differences > 1e-12)), int(np.sum(differences < -1e-12))
         if binary:
@@ -61,7 +59,7 @@ def compare(
             "test": test,
             "p": p,
         }
-    return {"task": task.name, "items": len(items), "figures": figures, "interval": described(how)}
+    return {"task": task.name, "items": len(a), "figures": figures, "interval": described(how)}
 
 
 def _check_same_items(task: Task, those: dict[int, Prediction], others: dict[int, Prediction]) -> None:

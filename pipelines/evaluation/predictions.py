@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from olavlm.cache import files
+from olavlm.pipelines.cli import JobFailed
 
-from ..cli import JobFailed
 from .tasks.task import Item, Task
 
 
@@ -77,7 +77,7 @@ class Predictions:
                 was, would_be = _where_they_differ(then, now)
                 raise JobFailed(
                     f"{self.folder}: the {what} of {stored.task}, item {stored.index}, was {was} and would be "
-                    f"{would_be}: they are of another dataset or protocol; give another folder, or remove them"
+                    f"{would_be}: it answers another dataset or protocol; give another folder, or remove the file"
                 )
 
     def append(self, predictions: Iterable[Prediction]) -> None:
@@ -104,8 +104,9 @@ class Predictions:
         At any instant every prediction is in one of the files at least.
         """
         found, parts = self.done(task), self._files(task)
+        if not found:
+            return found
         whole = self.folder / f"{task}.jsonl"
-        files.make_folder(self.folder)
         files.replace(whole, b"".join(map(_as_line, found.values())))
         for part in parts:
             if part != whole:

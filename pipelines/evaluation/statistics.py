@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -67,7 +68,7 @@ def bootstrap(
             draws[name] += weights[members].sum() * means
     tails = [(1 - how.level) / 2, (1 + how.level) / 2]
     return {
-        name: Interval(float(weights @ scores), *(float(x) for x in np.quantile(draws[name], tails)))
+        name: Interval(math.fsum(weights * scores), *(float(x) for x in np.quantile(draws[name], tails)))
         for name, weights in figures.items()
     }
 

@@ -1,6 +1,7 @@
 """Benchmarks with the protocols of the paper's tables, by the names that `olavlm-eval --tasks` takes."""
 
-from ...cli import UsageError
+from olavlm.pipelines.cli import UsageError
+
 from .cv_bench import CV_BENCH
 from .mmstar import MMSTAR
 from .ok_vqa import OK_VQA

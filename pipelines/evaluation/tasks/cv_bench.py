@@ -20,7 +20,8 @@ from string import ascii_uppercase
 
 import numpy as np
 
-from ...cli import JobFailed
+from olavlm.pipelines.cli import JobFailed
+
 from .task import Item, Judgement, Published, Row, Task
 from .weights import mean_of, mean_where, those_there
 
@@ -77,7 +78,7 @@ CV_BENCH = Task(
     published=Published(
         repository="nyu-visionx/CV-Bench",
         split="test",
-        files=("test*.parquet", "**/test*.parquet"),
+        files=("test*.parquet",),
         columns=("image", "prompt", "choices", "answer", "task", "source"),
         items=2638,
     ),

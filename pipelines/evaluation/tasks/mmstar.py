@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...cli import JobFailed
+from olavlm.pipelines.cli import JobFailed
+
 from .task import Item, Judgement, Published, Row, Task
-from .weights import mean_where, those_there
+from .weights import mean_of_all, mean_where, those_there
 
 SUFFIX = "\nAnswer with the option's letter from the given choices directly, such as answer letter 'A' only. \n"
 CATEGORIES = (
@@ -50,7 +51,7 @@ def _judge(item: Item, answer: str) -> Judgement:
 
 def _metrics(items: Sequence[Item]) -> dict[str, np.ndarray]:
     figures = {category: mean_where(items, "category", category) for category in CATEGORIES}
-    return those_there({**figures, "Final": mean_where(items)})
+    return those_there({**figures, "Final": mean_of_all(items)})
 
 
 MMSTAR = Task(
@@ -59,7 +60,7 @@ MMSTAR = Task(
     published=Published(
         repository="Lin-Chen/MMStar",
         split="val",
-        files=("mmstar*.parquet", "**/mmstar*.parquet"),
+        files=("mmstar*.parquet",),
         columns=("image", "question", "answer", "category"),
         items=1500,
     ),

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
+from olavlm.pipelines.cli import JobFailed
 
-from ...cli import JobFailed
 from .task import Item, Judgement, Published, Row, Task
-from .weights import mean_where, those_there
+from .weights import accuracy, one_stratum
 
 SUFFIX = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -52,17 +51,13 @@ def _judge(item: Item, answer: str) -> Judgement:
     return Judgement(statistics.fmean(min(1.0, (sum(same) - left_out) / 3) for left_out in same), read)
 
 
-def _metrics(items: Sequence[Item]) -> dict[str, np.ndarray]:
-    return those_there({"Accuracy": mean_where(items)})
-
-
 OK_VQA = Task(
     name="ok_vqa",
     title="OK-VQA",
     published=Published(
         repository="lmms-lab/OK-VQA",
         split="val2014",
-        files=("data/val2014-*.parquet", "val2014-*.parquet"),
+        files=("data/val2014-*.parquet",),
         columns=("image", "question", "answers"),
         items=5046,
     ),
@@ -70,6 +65,6 @@ OK_VQA = Task(
     prompt=_prompt,
     item=_item,
     judge=_judge,
-    metrics=_metrics,
-    stratum=lambda item: "all",
+    metrics=accuracy,
+    stratum=one_stratum,
 )

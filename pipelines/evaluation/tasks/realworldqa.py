@@ -15,12 +15,9 @@ unparsed.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-
-import numpy as np
 
 from .task import Item, Judgement, Published, Row, Task
-from .weights import mean_where, those_there
+from .weights import accuracy, one_stratum
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _OPTION = re.compile(r"\b([A-Z])\.\s+([^\n]*)")
@@ -51,17 +48,13 @@ def _judge(item: Item, answer: str) -> Judgement:
     return Judgement(float(read != "" and read.lower() == _plain(item["answer"]).lower()), read or None)
 
 
-def _metrics(items: Sequence[Item]) -> dict[str, np.ndarray]:
-    return those_there({"Accuracy": mean_where(items)})
-
-
 REALWORLDQA = Task(
     name="realworldqa",
     title="RealWorldQA",
     published=Published(
         repository="lmms-lab/RealWorldQA",
         split="test",
-        files=("data/test-*.parquet", "test-*.parquet"),
+        files=("data/test-*.parquet",),
         columns=("image", "question", "answer"),
         items=765,
     ),
@@ -69,6 +62,6 @@ REALWORLDQA = Task(
     prompt=_prompt,
     item=_item,
     judge=_judge,
-    metrics=_metrics,
-    stratum=lambda item: "all",
+    metrics=accuracy,
+    stratum=one_stratum,
 )

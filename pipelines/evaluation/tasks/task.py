@@ -29,7 +29,8 @@ class Published:
     split: str
 
     files: tuple[str, ...]
-    """Patterns of its parquet files below the folder, such as `data/test-*.parquet`."""
+    """Patterns of its parquet files in the folder, such as `data/test-*.parquet`; a local copy may keep them elsewhere
+    below it."""
 
     columns: tuple[str, ...]
     """What the task reads of a row."""

@@ -80,6 +80,39 @@ def test_an_answer_to_ok_vqa(answer, parsed, score):
     assert (judgement.parsed, judgement.score) == (parsed, pytest.approx(score, abs=1e-12))
 
 
+def test_ok_vqa_is_judged_as_lmms_eval_judges_it():
+    from lmms_eval.tasks.ok_vqa.utils import ok_vqa_process_results
+
+    for answer in ("The umbrella", "parasol", "two hats", "Don't", "a rain-coat", "hats", "snow.", "Rain coat!"):
+        theirs = ok_vqa_process_results({"question_id": 1, "answers": list(TEN)}, [answer])["exact_match"]
+        assert OK.judge(OK.item({"question": "What?", "answers": TEN}), answer).score == pytest.approx(theirs), answer
+
+
+@pytest.mark.parametrize("question", [DIRECTION, "How many cars?", "Which?\nA. One\nB. Two cars\nC. None of them"])
+def test_realworldqa_is_read_as_by_the_filters_that_lmms_eval_keeps(question):
+    from lmms_eval.tasks.realworldqa.utils import MultiChoiceRegexFilter, NumberWordsToDigitsFilter
+
+    answers = [
+        "A",
+        "b.",
+        "(C)",
+        "Left",
+        "left",
+        "Two",
+        "two",
+        "Two cars",
+        "none of them",
+        "B. Two cars",
+        "3",
+        "Ten",
+        "x!",
+    ]
+    digits = NumberWordsToDigitsFilter().apply([[answer] for answer in answers], None)
+    theirs = MultiChoiceRegexFilter().apply(digits, [{"question": question}] * len(answers))
+    item = REAL.item({"question": question, "answer": "A"})
+    assert [REAL.judge(item, answer).parsed for answer in answers] == theirs
+
+
 def test_four_of_ten_and_the_mean_of_ok_vqa():
     items = [OK.item({"question": "What?", "answers": ["cat"] * n + ["dog"] * (10 - n)}) for n in (4, 0, 1)]
     those = [Prediction.judged(OK, i, "What?", item, "a cat") for i, item in enumerate(items)]

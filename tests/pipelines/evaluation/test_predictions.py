@@ -35,7 +35,9 @@ def test_a_line_holds_all_of_a_prediction(tmp_path):
         "score": 1.0,
     }
     assert Predictions(folder).done("cv_bench") == {3: prediction(3, "naïve\n(B)")}
-    assert Predictions(folder).done("mmstar") == Predictions(tmp_path / "none").done("cv_bench") == {}
+    assert Predictions(folder).done("mmstar") == Predictions(folder).merge("mmstar") == {}
+    assert Predictions(tmp_path / "none").done("cv_bench") == {}
+    assert [f.name for f in folder.iterdir()] == ["cv_bench.jsonl"]
 
 
 def test_half_of_a_surrogate_pair_of_a_served_model_comes_back(tmp_path):
@@ -140,5 +142,5 @@ def test_answers_to_another_question_are_refused(tmp_path):
     those.check(stored, stored.prompt, dict(ITEM))
     with pytest.raises(JobFailed, match=r"the prompt of cv_bench, item 2, was '\.\.\..*chairs are there\?' and"):
         those.check(stored, "Look at the picture. How many tables are there?", ITEM)
-    with pytest.raises(JobFailed, match=r"the item of cv_bench, item 2, was .* of another dataset or protocol"):
+    with pytest.raises(JobFailed, match=r"the item of cv_bench, item 2, was .* another dataset or protocol"):
         those.check(stored, stored.prompt, {**ITEM, "answer": "(A)"})

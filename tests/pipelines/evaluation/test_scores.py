@@ -58,6 +58,14 @@ def test_what_was_stored_as_a_judgement_is_not_believed():
     assert found["unparsed"] == 0
 
 
+def test_items_of_another_version_are_named():
+    (those,) = predictions((COUNT_COCO, "B"))
+    for key in ("options", "kind"):
+        item = {k: v for k, v in those.item.items() if k != key}
+        with pytest.raises(JobFailed, match=rf"CV-Bench: an item of the predictions lacks '{key}'"):
+            scores(TASK, [dataclasses.replace(those, item=item)])
+
+
 def test_two_models_by_hand():
     #                                     better  worse
     first = predictions((COUNT_COCO, "BBBBBA"), (COUNT_ADE, "BA"))
