@@ -56,7 +56,7 @@ class OlaVLMModel(ChatModel):
             )
         self.model, self.tokenizer = load_checkpoint(pretrained, dtype_of(dtype))
         self.model.to(self.device).eval()
-        if self.model.fused_teachers:
+        if places or self.model.fused_teachers:
             self.model.load_teachers({name.removeprefix(TEACHER): place for name, place in places.items()})
 
     def replies(self, chats: Sequence[Messages], options: Mapping[str, Any]) -> list[str]:
