@@ -450,6 +450,7 @@ class OlaVLM(PreTrainedModel):
                     "do_sample": False,
                     "eos_token_id": self._stop_ids(tokenizer),
                     "pad_token_id": tokenizer.pad_token_id,
+                    "suppress_tokens": self._never_said(),
                     "tokenizer": tokenizer,  # for `stop_strings`
                 }
                 | kwargs,
@@ -481,6 +482,10 @@ class OlaVLM(PreTrainedModel):
         ids = set(own if isinstance(own, list) else [own])
         ids |= {tokenizer.eos_token_id, terminator_id(tokenizer, self.config.template)}
         return sorted(ids - {None})
+
+    def _never_said(self) -> list[int]:
+        """What is no part of an answer: what the LLM's own settings say, and `<image>`, which stands for a picture."""
+        return sorted({*(self.llm.generation_config.suppress_tokens or ()), self.config.image_token_id})
 
     def _place(
         self,

@@ -1,4 +1,4 @@
-"""A model, the same one as a stock LLaVA and as ours, and a dataset in the form that CV-Bench is published in."""
+"""A model in our form and in transformers', and a dataset in the form that CV-Bench is published in."""
 
 import io
 import json
@@ -8,9 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from olavlm.pipelines import export
+from olavlm.student.extension import extend
+from olavlm.student.formats.llava_hf import from_llava_hf
+from olavlm.student.tokens import TaskSpec
 
 KINDS = (("Count", "2D", "ADE20K"), ("Relation", "2D", "COCO"), ("Depth", "3D", "Omni3D"), ("Distance", "3D", "Omni3D"))
 """Questions, their part, and where their pictures are from, in turn."""
@@ -65,13 +69,23 @@ def cv_bench(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def stock(llava) -> Path:
-    """A LLaVA of transformers."""
+    """A LLaVA of transformers whose tokenizer and chat template each begin a prompt."""
     return llava("llama_clip")
 
 
 @pytest.fixture(scope="session")
 def ours(stock, tmp_path_factory) -> Path:
-    """The same model in our form."""
+    """That LLaVA with task tokens, in our form."""
+    torch.manual_seed(0)
+    model = extend(from_llava_hf(stock).model, [TaskSpec("depth", tokens=16, dim=24)])
     folder = tmp_path_factory.mktemp("ours") / "model"
-    assert export.main([str(stock), str(folder), "--from", "llava-hf", "--to", "olavlm"]) == 0
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(ours) -> Path:
+    """The same model as `olavlm-export` writes it for transformers."""
+    folder = ours.parent / "exported"
+    assert export.main([str(ours), str(folder), "--to", "llava-hf"]) == 0
     return folder

@@ -43,14 +43,14 @@ def run(cv_bench):
 
 
 @pytest.fixture(scope="module")
-def evaluated(run, ours, stock, tmp_path_factory):
-    """Outputs of whole evaluations of the same weights: as ours, as a stock LLaVA, as any model of transformers."""
+def evaluated(run, ours, exported, tmp_path_factory):
+    """Outputs of whole evaluations of the same weights: as ours, exported as a LLaVA, as any model of transformers."""
     root = tmp_path_factory.mktemp("evaluated")
     words = {
         "ours": [ours],
         "together": [ours, "--batch-size", "5"],
-        "llava": [stock],
-        "transformers": [stock, "--backend", "olavlm_transformers", "--batch-size", "5"],
+        "llava": [exported],
+        "transformers": [exported, "--backend", "olavlm_transformers", "--batch-size", "5"],
     }
     for name, arguments in words.items():
         assert run(*arguments, "--output", root / name) == 0
@@ -111,7 +111,7 @@ def test_what_an_evaluation_leaves(evaluated, ours, capsys):
 
 
 def test_nothing_is_asked_twice_and_another_model_is_refused(
-    evaluated, run, ours, stock, capsys, monkeypatch, tmp_path
+    evaluated, run, ours, exported, capsys, monkeypatch, tmp_path
 ):
     folder = tmp_path / "again"
     shutil.copytree(evaluated["ours"], folder)
@@ -123,7 +123,7 @@ def test_nothing_is_asked_twice_and_another_model_is_refused(
     assert "loading" not in err
     assert "CV-Bench   3D" in out
     for words, message in (
-        ([stock], "model.backend was olavlm, is llava_hf"),
+        ([exported], "model.backend was olavlm, is llava_hf"),
         ([ours, "--dtype", "bfloat16"], "model.dtype was auto, is bfloat16"),
     ):
         assert run(*words, "--output", folder) == 1
@@ -152,15 +152,20 @@ def test_scores_again_and_compares_without_a_model(evaluated, run, ours, capsys,
     assert "holds no prediction of cv_bench; leave out --score-only" in capsys.readouterr().err
 
 
-def test_prompts_begin_once(evaluated, run, stock, monkeypatch, tmp_path):
-    """The control: left to itself lmms-eval asks with two beginning-of-sequence tokens."""
+def test_prompts_begin_once(run, stock, monkeypatch, tmp_path):
+    """As transformers' own tokenising has them; left to itself lmms-eval asks with two beginning-of-sequence tokens."""
+
+    def answers(name, *words):
+        assert run(stock, "--output", tmp_path / name, "--limit", 6, *words) == 0
+        return [p.answer.strip() for p in predictions_of(tmp_path / name).values()]
+
+    once = answers("once")
+    assert once == answers("transformers", "--backend", "olavlm_transformers")
     monkeypatch.setattr(one_bos, "begin_once", lambda model: False)
-    assert run(stock, "--output", tmp_path / "twice", "--limit", 6) == 0
-    twice, once = predictions_of(tmp_path / "twice"), predictions_of(evaluated["llava"])
-    assert [p.answer for p in twice.values()] != [once[i].answer for i in twice]
+    assert answers("twice") != once
 
 
-def test_an_error_that_lmms_eval_hides_fails_the_run(evaluated, run, stock, monkeypatch, tmp_path, capsys):
+def test_an_error_that_lmms_eval_hides_fails_the_run(evaluated, run, exported, monkeypatch, tmp_path, capsys):
     """llava_hf logs what generation raises, and answers nothing."""
     from transformers import LlavaForConditionalGeneration
 
@@ -173,12 +178,12 @@ def test_an_error_that_lmms_eval_hides_fails_the_run(evaluated, run, stock, monk
         return generate(self, *args, **kwargs)
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "generate", fails_at_fourth)
-    assert run(stock, "--output", tmp_path / "failed") == 1
+    assert run(exported, "--output", tmp_path / "failed") == 1
     err = capsys.readouterr().err.splitlines()[-1]
     assert "cv_bench row 3: the model gave no answer (Error out of memory, say in generating)" in err
     assert list(predictions_of(tmp_path / "failed")) == [0, 1, 2]
     assert not (tmp_path / "failed" / "scores.json").exists()
-    assert run(stock, "--output", tmp_path / "failed") == 0, "the same command goes on"
+    assert run(exported, "--output", tmp_path / "failed") == 0, "the same command goes on"
     assert lines(tmp_path / "failed") == lines(evaluated["llava"])
     assert len(calls) == 4 + 9
 
