@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cli import JobFailed, UsageError, command, quiet_models
 from .evaluation.tasks import TASKS, Task, task_named
-from .generate import places_of
+from .generate import add_teacher_argument, places_of
 
 if TYPE_CHECKING:
     from .evaluation.backends import Backend
@@ -73,13 +73,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
     p.add_argument("--seed", metavar="N", type=int, default=0, help="of what a model may draw; answers are greedy")
-    p.add_argument(
-        "--teacher",
-        metavar="NAME=MODEL",
-        action="append",
-        default=[],
-        help="of a fusion baseline: another hub id or folder of a teacher that it was trained with; repeatable",
-    )
+    add_teacher_argument(p)
     p.add_argument("--endpoint", metavar="URL", help="of a server that speaks OpenAI's API, such as vLLM's")
     p.add_argument(
         "--api-key-env",

@@ -35,6 +35,9 @@ ONE_BY_ONE = ("llava_hf",)
 SECRET = "api_key"
 """The argument that is written nowhere."""
 
+NO_KEY = "none"
+"""What a server that asks for none is given: the client wants one."""
+
 TEACHER = "teacher_"
 """Prefix of arguments of OURS that give the place of a fused teacher, such as `teacher_depth=FOLDER`."""
 
@@ -57,6 +60,12 @@ class Backend:
     """Arguments in lmms-eval's own terms."""
 
     device: str = "auto"
+
+    @property
+    def secret(self) -> str | None:
+        """The key of a served model."""
+        key = self.own.get(SECRET)
+        return None if key == NO_KEY else key
 
     @property
     def chunk(self) -> int:
@@ -89,7 +98,7 @@ def choose(
     own = dict(own or {})
     if endpoint is not None:
         together = options.get("batch_size", _CONCURRENT)
-        given = {"base_url": endpoint, "num_concurrent": together, SECRET: api_key or "none"}
+        given = {"base_url": endpoint, "num_concurrent": together, SECRET: api_key or NO_KEY}
         return Backend(name or SERVED, checkpoint, options, given | own, device)
     if name is None:
         model_type = model_type_of(checkpoint)

@@ -126,7 +126,11 @@ def open_rows(task: Task, folder: Path | None) -> BenchmarkRows:
 
 
 def find_files(task: Task, folder: Path) -> list[Path]:
-    """The task's parquet files where they are published, or anywhere below; JobFailed if there are none."""
+    """The task's parquet files where they are published, or anywhere below.
+
+    Raises:
+        JobFailed: there are none, or two of one name, so that rows would count twice.
+    """
     patterns = task.published.files
     found = {file for pattern in patterns for file in folder.glob(pattern)}
     found = found or {file for pattern in patterns for file in folder.rglob(Path(pattern).name)}
@@ -137,6 +141,9 @@ def find_files(task: Task, folder: Path) -> list[Path]:
             f"{folder} holds no {patterns[0]} of {task.published.repository}, here or below; it holds "
             f"{there or 'nothing'}"
         )
+    by_name = {file.name: file for file in sorted(found)}
+    if twice := sorted(file for file in found if by_name[file.name] != file):
+        raise JobFailed(f"{folder} holds {twice[0]} and {by_name[twice[0].name]}, of one name; give the folder of one")
     return sorted(found)
 
 

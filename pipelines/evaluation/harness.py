@@ -76,7 +76,7 @@ def ask(
     progress = Progress(left, "answers", title, silent=not process.is_main)
     if process.is_main:
         progress.say(f"loading {backend.checkpoint} as lmms-eval's {backend.name}; its log is {log}")
-    with output_to(log):
+    with output_to(log, backend.secret):
         import torch
         from lmms_eval.evaluator import evaluate
 

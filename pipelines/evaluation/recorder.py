@@ -78,7 +78,7 @@ class Recorder(lmms):
         for request, output in zip(requests, outputs, strict=True):
             answer = unwrap_generation_output(output)[0] or ""
             if answer.startswith(FAILURE) or (errors and not answer.strip()):
-                failed.append((request, answer or errors[-1]))
+                failed.append((request, answer.strip() or errors[-1]))
             else:
                 given.append(self._judged(request, answer))
         self.predictions.append(given)

@@ -220,7 +220,9 @@ def server():
             message = {"role": "assistant", "content": "(B)"}
             answer = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"],
                       "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}  # fmt: skip
-            content = json.dumps({"error": {"message": "bad request"}} if failing else answer).encode()
+            content = json.dumps(
+                {"error": {"message": f"bad request by {self.headers['Authorization']}"}} if failing else answer
+            ).encode()
             self.send_response(400 if failing else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
@@ -245,7 +247,7 @@ def test_a_served_model(run, server, tmp_path, capsys, monkeypatch):
     assert run(*words) == 1
     out, err = capsys.readouterr()
     assert "cv_bench row 3: the model gave no answer ([LMMS_EVAL_REQUEST_FAILED after 2 retries]" in err
-    assert "bad request" in err
+    assert "bad request by Bearer [secret]" in err
     server.fails.clear()
     assert run(*words) == 0
     found = predictions_of(tmp_path)
