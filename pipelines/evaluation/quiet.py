@@ -13,7 +13,7 @@ from olavlm.pipelines.cli import JobFailed
 
 
 class WithoutBars(io.TextIOBase):
-    """Writes to a file what is written to it, but for a secret and progress bars, which begin with a carriage return."""
+    """Writes to a file what is written to it, but for a secret and progress bars, which begin with \\r."""
 
     def __init__(self, file: TextIO, secret: str | None = None) -> None:
         self.file, self.secret = file, secret
