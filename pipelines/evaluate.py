@@ -8,7 +8,8 @@
 
 On a laptop: `olavlm-eval runs/tiny/ift --tasks cv_bench --limit 20`. On several devices:
 
-    accelerate launch --num_processes 8 -m olavlm.pipelines.evaluate runs/ift --tasks cv_bench,mmstar
+    accelerate launch --config_file $(olavlm-train accelerate ddp) --num_processes 8 \\
+        -m olavlm.pipelines.evaluate runs/ift --tasks cv_bench,mmstar
 
 lmms-eval runs the models; what is asked and how answers are read is ours, as the paper had it (`evaluation/tasks`). The
 same command goes on where a run stopped.

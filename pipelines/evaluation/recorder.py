@@ -56,8 +56,9 @@ class Recorder(lmms):
             JobFailed: the model failed on a question; the answers before are kept.
         """
         known = {name: self.predictions.done(name) for name in self.tasks}
-        left = [request for request in requests if request.doc_id not in known[request.task_name]]
-        for chunk in chunks(left, self.chunk):
+        # By row: lmms-eval pads the requests of some processes with copies.
+        left = {(r.task_name, r.doc_id): r for r in requests if r.doc_id not in known[r.task_name]}
+        for chunk in chunks(list(left.values()), self.chunk):
             for prediction in self._ask(chunk):
                 known[prediction.task][prediction.index] = prediction
         return [known[request.task_name][request.doc_id].answer for request in requests]

@@ -64,7 +64,9 @@ def record(cv_bench, tmp_path):
         asked = AskedTask(CV_BENCH, rows, chat=not model.is_simple)
         recorder = Recorder(model, {"cv_bench": asked}, Predictions(tmp_path), Progress(12, "", "", silent=True), chunk)
         asked.build_all_requests(limit=limit)
-        return recorder.generate_until(asked.instances)
+        *answers, copy = recorder.generate_until([*asked.instances, asked.instances[-1]])  # as lmms-eval pads
+        assert copy == answers[-1]
+        return answers
 
     return make
 
