@@ -275,8 +275,9 @@ def save(output: Path, content: Mapping[str, Any], sheets: Sequence[Sheet]) -> N
 def merged(predictions: Predictions, tasks: Sequence[Task], remedy: str) -> dict[str, list[Prediction]]:
     """What there is of each task, and of others. JobFailed, with the remedy, if there is nothing of a task."""
     for task in tasks:
-        if not predictions.merge(task.name):
+        if not predictions.done(task.name):
             raise JobFailed(f"{predictions.folder} holds no prediction of {task.name}; {remedy}")
+        predictions.merge(task.name)
     return {name: list(those.values()) for name in TASKS if (those := predictions.done(name))}
 
 

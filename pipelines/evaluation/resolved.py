@@ -94,10 +94,13 @@ def joined(
         folder: for the error.
 
     Raises:
-        JobFailed: the predictions in the folder are of another model, or other rows; what differs is named.
+        JobFailed: the predictions in the folder are of another model, or other rows; what differs is named. Or nobody
+            knows of which model.
     """
-    if before is None or not answered:
+    if not answered:
         return now
+    if before is None:
+        raise JobFailed(f"{folder} holds predictions, and no {FILE} that says of which model; give another --output")
     before = {**before, TASKS: {name: of for name, of in before[TASKS].items() if name in answered}}
     model = {part: dict(of[MODEL]) for part, of in (("before", before), ("now", now))}
     if model["before"].get("identity") == model["now"]["identity"] is not None:  # the same weights somewhere else

@@ -150,6 +150,7 @@ def test_scores_again_and_compares_without_a_model(evaluated, run, ours, capsys,
     assert "McNemar" in (folder / "table.md").read_text()
     assert run(ours, "--output", tmp_path / "none", "--score-only") == 1
     assert "holds no prediction of cv_bench; leave out --score-only" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_prompts_begin_once(run, stock, monkeypatch, tmp_path):
@@ -442,8 +443,8 @@ def test_the_log_keeps_what_the_terminal_does_not_show(evaluated, run, ours, cap
 
 
 def test_answers_to_other_questions_are_refused(evaluated, run, ours, tmp_path, capsys):
-    shutil.copytree(evaluated["ours"] / "predictions", tmp_path / "predictions")
-    file = tmp_path / "predictions" / "cv_bench.jsonl"
+    shutil.copytree(evaluated["ours"], tmp_path / "other")
+    file = tmp_path / "other" / "predictions" / "cv_bench.jsonl"
     file.write_text(file.read_text().replace("picture 4?", "drawing 4?"))
-    assert run(ours, "--output", tmp_path) == 1
+    assert run(ours, "--output", tmp_path / "other") == 1
     assert "another dataset or protocol" in " ".join(capsys.readouterr().err.split())
