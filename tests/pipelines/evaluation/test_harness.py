@@ -275,7 +275,7 @@ def test_the_same_weights_elsewhere_go_on(tmp_path):
     with pytest.raises(JobFailed, match=r"model.identity was sha256 1, is sha256 2; give another --output"):
         resolved.joined(before, other, {"mmstar"}, tmp_path)
     assert resolved.joined(before, other, set(), tmp_path) == other, "nothing was answered"
-    with pytest.raises(JobFailed, match="no eval.json that says of which model"):
+    with pytest.raises(JobFailed, match=r"no eval\.json that says of which model"):
         resolved.joined(None, now, {"mmstar"}, tmp_path)
     (tmp_path / resolved.FILE).write_text("{")
     with pytest.raises(JobFailed, match="is damaged"):
