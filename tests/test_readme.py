@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from olavlm.pipelines import export, extract, generate, probe, report, store, train
+from olavlm.pipelines import evaluate, export, extract, generate, probe, report, store, train
 from olavlm.student.recipes import load_chain, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +18,7 @@ PARSERS = {
     "olavlm-cache": store.arguments,
     "olavlm-train": train.arguments,
     "olavlm-generate": generate.arguments,
+    "olavlm-eval": evaluate.arguments,
     "olavlm-export": export.arguments,
     "olavlm-probe": probe.arguments,
     "olavlm-report": report.arguments,

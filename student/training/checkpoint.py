@@ -161,11 +161,17 @@ def whole_model(path: str | Path | None) -> str | None:
     return read_adapter(Path(path)).whole if is_adapter(path) else str(Path(path).absolute())
 
 
-def load_checkpoint(path: str | Path) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
-    """A trained model and its tokenizer, from the run folder of any stage. ModelError if it cannot be had."""
+def load_checkpoint(path: str | Path, dtype: torch.dtype | None = None) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
+    """A trained model and its tokenizer, from the run folder of any stage. ModelError if it cannot be had.
+
+    Args:
+        path: the run folder.
+        dtype: of LLM and encoder; by default what they were trained in.
+    """
+    options = {} if dtype is None else {"dtype": dtype}
     if is_adapter(path):
-        return read_adapter(Path(path)).build(with_predictors=False)
-    model = OlaVLM.from_pretrained(path)
+        return read_adapter(Path(path)).build(with_predictors=False, **options)
+    model = OlaVLM.from_pretrained(path, **options)
     return model, model.tokenizer or load_tokenizer(str(path))  # which says why there is none
 
 
