@@ -108,6 +108,8 @@ def kind_of(source: str) -> str:
     with load_errors(source):
         fields, _ = PreTrainedConfig.get_config_dict(source)
     model_type = fields.get("model_type")
+    if "mm_vision_tower" in fields:  # as LLaVA's own code writes it, whatever it calls the model
+        return "visper-lm"
     if model_type not in KINDS:
         raise JobFailed(
             f"{source} holds a {model_type!r} model; --from takes {', '.join(dict.fromkeys(KINDS.values()))}"
