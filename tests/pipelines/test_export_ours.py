@@ -79,6 +79,7 @@ def test_the_card_of_a_stock_model(exported):
     assert blocks[0]["losses"]["contrastive_weight"] == 0.3
     assert ("losses" in blocks[1], blocks[1]["lora"]["rank"]) == (False, 2)
     assert "has to begin with it" in text
+    assert "behind an `<image>` that does not end it" in text, "Markdown shows no tag"
     assert "| cv_bench | 2D | 0.6123 | 0.58 | 0.64 | 2,638 |" in text
     assert "| mmstar | average | 0.385 |  |  | 1,500 |" in text
 
