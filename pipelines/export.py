@@ -71,14 +71,17 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise JobFailed(f"{args.out} exists; name another folder, or remove it")
+    place = args.out.resolve()  # a link to an empty folder is one
+    if place == Path.cwd() or place.is_mount():
+        raise JobFailed(f"{args.out} cannot be replaced, as the working folder or a mount; name a new folder in it")
     quiet_models()
     args.source_kind = args.source_kind or kind_of(args.source)
     check_usage(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{args.out.name}-", dir=args.out.parent) as staging:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as staging:
         folder = Path(staging, "model")
         CONVERSIONS[args.source_kind, args.kind](args, folder)
-        folder.rename(args.out)  # appears whole or not at all
+        folder.rename(place)  # appears whole or not at all
     print(f"{args.out}: done", flush=True)
     return 0
 
@@ -108,6 +111,10 @@ def kind_of(source: str) -> str:
     with load_errors(source):
         fields, _ = PreTrainedConfig.get_config_dict(source)
     model_type = fields.get("model_type")
+    if "mm_vision_tower" in fields:  # as LLaVA's own code writes it, whatever it calls the model
+        return "visper-lm"
+    if model_type is None:
+        raise JobFailed(f"{source} has no config.json that names a kind of model; give a checkpoint folder or a hub id")
     if model_type not in KINDS:
         raise JobFailed(
             f"{source} holds a {model_type!r} model; --from takes {', '.join(dict.fromkeys(KINDS.values()))}"

@@ -35,6 +35,9 @@ _TRAINED_WITH = ("epochs", "max_steps", "seed", "lr", "warmup", "weight_decay", 
 _OF_THE_MACHINE = ("attention", "packing", "kernels", "store", "local_cache", "local_cache_gb", "model", "key")
 """Fields of any section that say where or how, not what."""
 
+_TOKEN = re.compile(r"<[^<>\s]+>")
+"""Outside of code, Markdown takes `<image>` and `<s>` for HTML and shows nothing."""
+
 _STOCK = """\
 ```python
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -128,7 +131,7 @@ def write_card(
         f"# {name}",
         _introduction(kind, [_name(base) for base in bases], history.runs),
         f"## How to run it\n\n{snippet.format(name=name).rstrip()}",
-        "\n".join(f"- {note}" for note in notes),
+        "\n".join("- " + _TOKEN.sub(lambda token: f"`{token[0]}`", note) for note in notes),
         f"## What it is\n\n{_table(('', ''), rows)}" if rows else "",
         _training(history.runs),
         _scores(history.runs[-1].folder if history.runs else None),

@@ -30,15 +30,16 @@ class Measured:
 
 
 def measure(task: Task, predictions: Iterable[Prediction]) -> Measured:
-    """In their order. JobFailed for predictions whose items lack what the task reads of them."""
+    """In their order. JobFailed for predictions whose items lack what the task reads of them, or hold other things."""
     those = list(predictions)
     items = [p.item for p in those]
     try:
         judgements = [task.judge(p.item, p.answer) for p in those]
         strata, weights = [task.stratum(item) for item in items], task.metrics(items)
-    except KeyError as e:
+    except (KeyError, TypeError, AttributeError) as e:
+        what = f"lacks {e}" if isinstance(e, KeyError) else f"cannot be judged ({e})"
         raise JobFailed(
-            f"{task.title}: an item of the predictions lacks {e}: they were written by another version of this "
+            f"{task.title}: an item of the predictions {what}: they were written by another version of this "
             "benchmark; remove them, and ask again"
         ) from None
     return Measured(judgements, np.array([j.score for j in judgements], dtype=np.float64), strata, weights)

@@ -85,6 +85,8 @@ def to_llava_hf(model: OlaVLM, tokenizer: PreTrainedTokenizerBase, dtype: torch.
     stock = _assemble(model)
     causal_lm(stock)  # refuses what the decoder and the head alone do not compute
     stock = stock.to(dtype).eval()
+    for part in (stock.config, stock.config.text_config, stock.config.vision_config):
+        part.dtype = dtype  # servers read that of a part, too
     worst = next((name for name, w in stock.named_parameters() if not w.isfinite().all()), None)
     if worst is not None:
         raise ModelError(f"{worst} has values that are not finite in {_name(dtype)}; use --dtype bfloat16 or float32")

@@ -30,10 +30,11 @@ from olavlm.student.vision.encoders import VisionEncoder, load_encoder_config, l
 
 from .llava_hf import Converted
 from .shards import Shards
-from .visper_lm_config import TASKS, ReleaseConfig, read_config
+from .visper_lm_config import TASKS, ReleaseConfig, is_ola, read_config
 from .visper_lm_names import (
     TOWER,
     check_shapes,
+    clip_prefix,
     is_behind_features,
     is_computed,
     is_of_predictors,
@@ -75,7 +76,8 @@ def from_visper_lm(source: str | Path, template: str | None = None, encoder: str
     except RecipeError as error:
         raise ModelError(f"{source}: {error}") from error
     own = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    names = {ours: release_name(ours, tasks) for ours in own}
+    clip = clip_prefix(found)
+    names = {ours: release_name(ours, tasks, clip) for ours in own}
     _spare(names, release, found, encoder, notes)
     check_shapes(source, {theirs: own[ours] for ours, theirs in names.items()}, found)
 
@@ -125,13 +127,11 @@ def _predictors(
 ) -> tuple[tuple[TaskSpec, ...], bool]:
     """The tasks, and whether the model has predictors; those that ours cannot be are taken out of what was found."""
     present = [name for name in found for task in TASKS if is_of_predictors(name, task)]
-    if present and not release.runs_predictors:
-        _drop(found, present)
-        notes.append(f"predictors: {len(present)} tensors are left out, as a {release.model_type} model has none")
-    elif not present and release.runs_predictors and release.tasks:
-        notes.append("predictors: the checkpoint holds none")
-    if not present or not release.runs_predictors:
+    if not present:
+        if is_ola(release.model_type) and release.tasks:
+            notes.append("predictors: the checkpoint holds none")
         return release.tasks, False
+    release.check_predictors()
     tasks = release.tasks
     own_mlps = any(".linear_" in name for name in present)
     if release.intermediate_depth or (own_mlps and release.intermediate_depth is None):

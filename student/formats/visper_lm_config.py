@@ -18,13 +18,9 @@ from olavlm.student.loading import load_errors
 from olavlm.student.tokens import TaskSpec
 from olavlm.student.vision.encoder_name import USUAL_LAYER, EncoderName
 
-LANGUAGE_MODELS: dict[str, type[PreTrainedModel]] = {
-    "ola_llama": LlamaForCausalLM,
-    "ola_phi3": Phi3ForCausalLM,
-    "llava_llama": LlamaForCausalLM,
-    "llava_phi3": Phi3ForCausalLM,
-}
-"""By `model_type`: ola_* are models with predictors, from pt; llava_* those of vpt and ift, and baselines."""
+LANGUAGE_MODELS: dict[str, type[PreTrainedModel]] = {"llama": LlamaForCausalLM, "phi3": Phi3ForCausalLM}
+"""By what `model_type` ends with, or else the architecture. Theirs are ola_llama and ola_phi3 from pt, llava_llama and
+llava_phi3 from vpt and ift, and of baselines; whether there are predictors, the tensors say."""
 
 _CLIP, _CONVNEXT = "openai/clip-vit-large-patch14-336", "CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup"
 TOWERS = {Path(_CLIP).name: _CLIP, _CONVNEXT: f"open_clip:laion/{_CONVNEXT}-res768"}
@@ -62,12 +58,20 @@ class ReleaseConfig:
     max_sequence_length: int
     intermediate_depth: bool | None
     """Whether depth's predictors end in three MLPs of their own; None if it does not say."""
+    settings: dict[str, _Fields]
+    """Of each task's predictors."""
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def runs_predictors(self) -> bool:
-        """Whether a model of this kind has predictors."""
-        return is_ola(self.model_type)
+    def check_predictors(self) -> None:
+        """ModelError for predictors that compute what ours do not, for a checkpoint that has some."""
+        for task in self.tasks:
+            for key, ours in {"depth": 1, "num_heads": 4, "dim_head": 32, "ff_mult": 1}.items():
+                self.settings[task.name].only(key, ours, ours)
+            if not task.layers:
+                name = f"{TASKS[task.name]}_layer_indices"
+                raise self.settings[task.name].error(
+                    name, None, "it must be the layers of the predictors, as in '8-20'"
+                )
 
     def encoder(self) -> str:
         """The name of its vision tower among our encoders."""
@@ -83,7 +87,7 @@ class ReleaseConfig:
 
 
 def is_ola(model_type: str) -> bool:
-    """Whether models of this kind have predictors."""
+    """Whether models of this kind are pretrained ones, which have predictors."""
     return model_type.startswith("ola_")
 
 
@@ -96,41 +100,47 @@ def read_config(source: str | Path) -> ReleaseConfig:
     with load_errors(source):
         fields, _ = PreTrainedConfig.get_config_dict(str(source))
     model_type = fields.get("model_type")
-    if model_type not in LANGUAGE_MODELS:
-        raise ModelError(f"{source} holds a {model_type!r} model; those of VisPer-LM are {', '.join(LANGUAGE_MODELS)}")
+    said = [str(one).lower().removesuffix("forcausallm") for one in (model_type, *(fields.get("architectures") or ()))]
+    ends = [end for name in said for end in LANGUAGE_MODELS if name.endswith(end)]
+    if not ends:
+        raise ModelError(
+            f"{source} holds a {model_type!r} model; model types of VisPer-LM end with {' or '.join(LANGUAGE_MODELS)}"
+        )
+    llm_class = LANGUAGE_MODELS[ends[0]]
     reader = _Fields(fields, source)
-    llm_class = LANGUAGE_MODELS[model_type]
     with load_errors(source):
         text_config = llm_class.config_class(**_language_fields(fields))
     num_task_tokens = reader.number("num_task_tokens", 0)
-    names = str(fields.get("aux_mode", "")).split("-") if "num_task_tokens" in fields else []
+    mode = fields.get("aux_mode", "-".join(name for name in TASKS if f"image_{name}" in fields))
+    names = str(mode).split("-") if mode and "num_task_tokens" in fields else []
     if unknown := [name for name in names if name not in TASKS]:
         raise reader.error("aux_mode", fields.get("aux_mode"), f"{unknown[0]!r} is none of {', '.join(TASKS)}")
     if len(set(names)) < len(names):
         raise reader.error("aux_mode", fields.get("aux_mode"), "each task may occur once")
-    reader.only("mm_projector_type", "linear", "mlp2x_gelu")
+    reader.only("mm_projector_type", "mlp2x_gelu", "mlp2x_gelu")  # where it is not said, the tensors do
     reader.only("mm_vision_select_feature", "patch", "patch")
     reader.only("mm_patch_merge_type", "flat", "flat")
     reader.only("mm_use_im_start_end", False, False)
     geometry: Geometry = reader.only("image_aspect_ratio", "square", "square", "pad")
     token_format = reader.only("task_token_format", "emb", "emb", "expand_emb")
     release = ReleaseConfig(
-        model_type=model_type,
+        model_type=str(model_type),
         llm_class=llm_class,
         text_config=text_config,
         vision_tower=reader.text("mm_vision_tower"),
         select_layer=reader.number("mm_vision_select_layer", USUAL_LAYER),
         geometry=geometry,
-        tasks=tuple(_task(name, reader, is_ola(model_type)) for name in names),
+        tasks=tuple(_task(name, reader) for name in names),
         num_task_tokens=num_task_tokens,
         key_blocks="sys+img+t+txt" if fields.get("pass_text_to_aux", True) else "sys+img+t",
         use_contrastive=bool(fields.get("use_contrastive", True)),
         contrastive_weight=reader.number("contrastive_loss_weight", 0.3, float),
         max_sequence_length=reader.number("tokenizer_model_max_length", text_config.max_position_embeddings),
         intermediate_depth=(fields.get("image_depth") or {}).get("use_intermediate_depth"),
+        settings={name: reader.inner(f"image_{name}") for name in names},
     )
     pooled = [task.name for task in release.tasks if task.tokens > 1]
-    if token_format == "emb" and not release.runs_predictors and num_task_tokens and pooled:
+    if token_format == "emb" and not is_ola(model_type) and num_task_tokens and pooled:
         release.notes.append(
             f"tokens: with task_token_format 'emb' the public code inserts every query of {' and '.join(pooled)} in a "
             f"{model_type} model; here it is their {num_task_tokens} means, as in pretraining"
@@ -140,7 +150,7 @@ def read_config(source: str | Path) -> ReleaseConfig:
 
 @dataclass(frozen=True)
 class _Fields:
-    """Values of a config, or of a dictionary in it, that are what they have to be."""
+    """Values of a config, or of a dictionary in it, that are what they have to be; null is not there."""
 
     fields: Mapping[str, Any]
     source: str | Path
@@ -149,15 +159,19 @@ class _Fields:
     def error(self, name: str, value: Any, rule: str) -> ModelError:
         return ModelError(f"{self.source}: config.json has {self.within}{name} {value!r}; {rule}")
 
+    def _value(self, name: str, absent: Any) -> Any:
+        value = self.fields.get(name)
+        return absent if value is None else value
+
     def only(self, name: str, absent: Any, *taken: Any) -> Any:
         """The value, which is one of those that ours computes."""
-        value = self.fields.get(name, absent)
+        value = self._value(name, absent)
         if value not in taken:
             raise self.error(name, value, f"ours is {' or '.join(map(repr, taken))}")
         return value
 
     def number(self, name: str, absent: float | None = None, kind: Callable[[Any], Any] = int) -> Any:
-        value = self.fields.get(name, absent)
+        value = self._value(name, absent)
         if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
             raise self.error(name, value, "it must be a number")
         return kind(value)
@@ -175,15 +189,13 @@ class _Fields:
         return _Fields(value, self.source, f"{name}.")
 
 
-def _task(name: str, config: _Fields, has_predictors: bool) -> TaskSpec:
+def _task(name: str, config: _Fields) -> TaskSpec:
     settings, prefix = config.inner(f"image_{name}"), TASKS[name]
-    for key, ours in {"depth": 1, "num_heads": 4, "dim_head": 32, "ff_mult": 1}.items() if has_predictors else ():
-        settings.only(key, None, ours)
     tokens = settings.number("num_tokens")
     if (tokens == 1) != (name == "gen"):  # or its special tokens would be others than ours
         raise settings.error("num_tokens", tokens, "gen has 1, depth and seg have more")
     indices = settings.fields.get(f"{prefix}_layer_indices")
-    layers = str(indices).split("-")
+    layers = [] if indices is None else str(indices).split("-")
     if not all(layer.isdecimal() for layer in layers):
         raise settings.error(f"{prefix}_layer_indices", indices, "it must be layers counted from 1, as in '8-20'")
     try:

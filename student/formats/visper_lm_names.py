@@ -1,7 +1,7 @@
 """Names of tensors in the authors' published checkpoints, and whether a checkpoint holds the ones of a model of ours.
 
 llm.NAME                    NAME                                                         the language model's own
-vision.tower.NAME           model.vision_tower.vision_tower.vision_model.NAME            CLIP
+vision.tower.NAME           model.vision_tower.vision_tower.vision_model.NAME            CLIP; newer libraries: .NAME
 vision.tower.network.trunk.NAME   model.vision_tower.vision_tower.NAME                   a trunk of open_clip
 projector.0.weight          model.mm_projector.0.weight
 task_tokens.query.depth     model.special_depth_tokens
@@ -11,7 +11,7 @@ logit_scales.depth          depth_logit_scale
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from olavlm.student.errors import ModelError
 from olavlm.student.tokens import TaskSpec
@@ -38,8 +38,8 @@ _COMPUTED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 """What older libraries saved though it follows from the config."""
 
 
-def release_name(name: str, tasks: Sequence[TaskSpec]) -> str:
-    """What they call a tensor of ours."""
+def release_name(name: str, tasks: Sequence[TaskSpec], clip: str = _CLIP) -> str:
+    """What they call a tensor of ours; `clip` is what the names of CLIP's begin with (`clip_prefix`)."""
     part, _, rest = name.partition(".")
     if part == "llm":
         return rest
@@ -47,7 +47,7 @@ def release_name(name: str, tasks: Sequence[TaskSpec]) -> str:
         tower = rest.removeprefix("tower.")
         if tower.startswith(_TRUNK):
             return f"{TOWER}{tower.removeprefix(_TRUNK)}"
-        return f"{TOWER}{_CLIP}{tower.removeprefix(_CLIP)}"
+        return f"{TOWER}{clip}{tower.removeprefix(_CLIP)}"
     if part == "projector":
         return f"model.mm_projector.{rest}"
     if part == "task_tokens":
@@ -60,6 +60,12 @@ def release_name(name: str, tasks: Sequence[TaskSpec]) -> str:
     index = next(task_spec.layers.index(int(layer)) for task_spec in tasks if task_spec.name == task)
     module, dot, leaf = parameter.partition(".")
     return f"{heads_of(task)}{index}.projector.{_PREDICTOR[module]}{dot}{leaf}"
+
+
+def clip_prefix(found: Iterable[str]) -> str:
+    """What CLIP's names begin with in a checkpoint: transformers 5 saves them without `vision_model.`."""
+    tower = [name.removeprefix(TOWER) for name in found if name.startswith(TOWER)]
+    return "" if tower and not any(name.startswith(_CLIP) for name in tower) else _CLIP
 
 
 def is_behind_features(name: str) -> bool:

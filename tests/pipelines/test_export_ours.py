@@ -79,6 +79,7 @@ def test_the_card_of_a_stock_model(exported):
     assert blocks[0]["losses"]["contrastive_weight"] == 0.3
     assert ("losses" in blocks[1], blocks[1]["lora"]["rank"]) == (False, 2)
     assert "has to begin with it" in text
+    assert "behind an `<image>` that does not end it" in text, "Markdown shows no tag"
     assert "| cv_bench | 2D | 0.6123 | 0.58 | 0.64 | 2,638 |" in text
     assert "| mmstar | average | 0.385 |  |  | 1,500 |" in text
 
@@ -106,7 +107,8 @@ def test_hub_ids_and_published_data_are_named(exported, runs, tmp_path):
     assert "| ift | llava_v1_5_mix665k.json | unknown | 50 % | 8 | 2 | 4 |" in text
     assert "benchmarks/scores.json of the run is no file of olavlm-eval: AttributeError." in text
     assert "| weights | bfloat16 |" in text
-    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert {part.dtype for part in (config, config.text_config, config.vision_config)} == {torch.bfloat16}
 
 
 def snippet(folder, language="python"):
@@ -154,6 +156,25 @@ def test_what_cannot_be(runs, tmp_path, capsys, words, status, reason):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("olavlm-export: error")]
     assert reason in line
     assert not (tmp_path / "out").exists()
+
+
+def test_where_it_is_put(runs, tmp_path, monkeypatch, capsys):
+    empty, link = tmp_path / "empty", tmp_path / "link"
+    empty.mkdir()
+    link.symlink_to(empty)
+    monkeypatch.chdir(empty)
+    assert export.main([str(runs[0]), ".", "--to", "adapter"]) == 1
+    assert ". cannot be replaced, as the working folder" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert export.main([str(runs[0]), str(link), "--to", "adapter"]) == 0
+    assert link.is_symlink()
+    assert (empty / "adapter.json").is_file()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "link"]
+
+
+def test_a_folder_without_a_model(tmp_path, capsys):
+    assert export.main([str(tmp_path), str(tmp_path / "out"), "--to", "llava-hf"]) == 1
+    assert "has no config.json that names a kind of model" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_and_a_damaged_adapter(runs, tmp_path, capsys):

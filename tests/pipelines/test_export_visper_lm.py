@@ -102,7 +102,7 @@ def test_flags(visper, llava, tiny, tmp_path, capsys):
     assert export.main(stock) == 2
     assert "--encoder is for --from visper-lm" in capsys.readouterr().err
     assert export.main([str(tiny["llm"]), str(tmp_path / "b"), "--from", "visper-lm", "--to", "olavlm"]) == 1
-    assert "holds a 'llama' model; those of VisPer-LM are ola_llama" in capsys.readouterr().err
+    assert "config.json has mm_vision_tower None; it must be text" in capsys.readouterr().err
 
 
 def test_straight_to_stock_llava(visper, starts, sample_images, tmp_path):

@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from olavlm.pipelines import export
 from olavlm.student.errors import ModelError, RecipeError
 from olavlm.student.formats.visper_lm import from_visper_lm
-from olavlm.student.formats.visper_lm_config import LANGUAGE_MODELS, read_config
+from olavlm.student.formats.visper_lm_config import read_config
 from olavlm.student.formats.visper_lm_names import release_name
 from olavlm.student.model import OlaVLM
 from olavlm.student.model_config import OlaVLMConfig
@@ -42,6 +42,7 @@ def altered(published, visper, tmp_path):
 
     def make(kind, tensors=None, **fields):
         folder = tmp_path / "altered"
+        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(published[kind].folder, folder)
         if tensors is not None:
             content = visper.module.tensors_of(published[kind])
@@ -203,12 +204,32 @@ def test_in_the_dtype_of_the_checkpoint(visper, sample):
 # ---- what differs between checkpoints
 
 
-def test_heads_of_a_finetuned_model_are_left_out(published, altered, visper):
-    heads = {name: t for name, t in visper.module.tensors_of(published["ola_llama"]).items() if "gen" in name}
-    folder = altered("llava_llama", lambda tensors: tensors.update({"gen_logit_scale": torch.ones(()), **heads}))
-    found = from_visper_lm(folder)
-    assert not len(found.model.predictors)
-    assert any("tensors are left out, as a llava_llama model has none" in note for note in found.notes)
+@pytest.mark.parametrize("model_type", ["llava_llama", "llama", "visper"])
+def test_whether_there_are_predictors_the_tensors_say(altered, converted, model_type):
+    fields = {"model_type": model_type, "architectures": ["OlaLlavaLlamaForCausalLM"]}
+    model = from_visper_lm(altered("ola_llama", **fields)).model
+    wanted = converted["ola_llama"].model.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+    assert len(model.predictors) == 6
+
+
+def test_what_a_config_need_not_say(altered, converted, visper):
+    """REFERENCE names the fields; null and what is not there are the public code's defaults."""
+    absent = dict.fromkeys(("depth", "dim_head", "num_heads", "ff_mult"))
+    changes = {f"image_{task}": visper.module.settings_of(task) | absent for task in visper.module.ORDER}
+    gone = dict.fromkeys(("aux_mode", "mm_projector_type"), visper.module.ABSENT)
+    config = from_visper_lm(altered("ola_llama", **changes, **gone, image_aspect_ratio=None)).model.config.to_dict()
+    wanted = converted["ola_llama"].model.config.to_dict()  # which another test may have saved
+    for name in ("tasks", "num_task_tokens", "geometry", "with_predictors"):
+        assert config[name] == wanted[name], name
+
+
+def test_a_finetuned_model_needs_no_layers(altered, visper):
+    name = visper.module.PREFIX["seg"] + "_layer_indices"
+    settings = visper.module.settings_of("seg") | {name: None}
+    assert from_visper_lm(altered("llava_llama", image_seg=settings)).model.tasks[2].layers == ()
+    with pytest.raises(ModelError, match=r"image_seg\.seg_layer_indices None; it must be the layers"):
+        from_visper_lm(altered("ola_llama", image_seg=settings))
 
 
 def test_a_pretrained_model_without_heads(altered):
@@ -275,6 +296,17 @@ def test_the_order_of_tasks_is_aux_mode(altered, published, sample):
 
 
 # ---- vision towers
+
+
+def test_names_of_clip_as_transformers_5_saves_them(altered, converted):
+    def rename(tensors):
+        for name in [name for name in tensors if ".vision_model." in name]:
+            tensors[name.replace(".vision_model.", ".")] = tensors.pop(name)
+
+    state = from_visper_lm(altered("llava_llama", rename)).model.vision.state_dict()
+    wanted = converted["llava_llama"].model.vision.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in state.items())
 
 
 def without_tower(tensors):
@@ -445,8 +477,8 @@ def test_what_older_libraries_saved_is_passed_over(altered):
     ("fields", "reason"),
     [
         (
-            {"model_type": "llama"},
-            "holds a 'llama' model; those of VisPer-LM are ola_llama, ola_phi3, llava_llama, llav",
+            {"model_type": "qwen2", "architectures": None},
+            "holds a 'qwen2' model; model types of VisPer-LM end with llama or phi3",
         ),
         ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type 'mlp3x_gelu'; ours is 'mlp2x_gelu'"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch'; ours is 'patch'"),
@@ -535,6 +567,7 @@ def test_a_tokenizer_that_does_not_tell(altered, tiny):
         from_visper_lm(folder)
 
 
-def test_the_command_knows_their_kinds():
-    assert {kind for kind, name in export.KINDS.items() if name == "visper-lm"} == set(LANGUAGE_MODELS)
+@pytest.mark.parametrize("model_type", [*KINDS, "llama"])
+def test_the_command_knows_their_kinds(altered, model_type):
+    assert export.kind_of(str(altered("llava_llama", model_type=model_type))) == "visper-lm"
     assert LlamaConfig.model_type not in export.KINDS

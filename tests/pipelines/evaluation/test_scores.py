@@ -64,6 +64,8 @@ def test_items_of_another_version_are_named():
         item = {k: v for k, v in those.item.items() if k != key}
         with pytest.raises(JobFailed, match=rf"CV-Bench: an item of the predictions lacks '{key}'"):
             scores(TASK, [dataclasses.replace(those, item=item)])
+    with pytest.raises(JobFailed, match=r"CV-Bench: an item of the predictions cannot be judged \(slice indices"):
+        scores(TASK, [dataclasses.replace(those, item=those.item | {"options": "4"})])
 
 
 def test_two_models_by_hand():
