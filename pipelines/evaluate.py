@@ -318,7 +318,8 @@ def recorded_model(output: Path) -> dict[str, Any] | None:
 def shown_name(checkpoint: str) -> str:
     """In tables: the last two parts of a path or hub id."""
     path = Path(checkpoint)
-    path = path.resolve() if path.exists() else path  # `.` and `..` have no name of their own
+    if path.name in ("", ".."):
+        return path.resolve().name
     return "/".join([part for part in path.parts if part != path.anchor][-2:])
 
 
