@@ -13,7 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 from tqdm import tqdm
@@ -76,6 +77,30 @@ def _fail(name: str, error: object, status: int) -> int:
 
 def _stop(number: int, frame: object) -> None:
     raise Stopped(signal.Signals(number).name)
+
+
+@contextmanager
+def ending_at_once(name: str) -> Iterator[None]:
+    """Within, SIGINT and SIGTERM end the process where it stands, with the line and status they always have.
+
+    For work that keeps what is done by itself, beside threads of libraries: an exception would wait for those, and for
+    a server that they ask.
+    """
+
+    def end(number: int, frame: object) -> None:
+        print(end="\n" if sys.__stderr__.isatty() else "", file=sys.__stderr__)  # below a progress bar
+        print(f"{name}: error: stopped by {signal.Signals(number).name}", file=sys.__stderr__, flush=True)
+        os._exit(1)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Progress:

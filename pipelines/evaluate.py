@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from .cli import JobFailed, UsageError, command, quiet_models
 from .evaluation.tasks import TASKS, Task, task_named
@@ -151,6 +152,8 @@ def check_usage(args: argparse.Namespace) -> None:
         raise UsageError(f"--api-key-env {args.api_key_env}: the environment has no such variable")
     if args.endpoint and not args.endpoint.startswith(("http://", "https://")):
         raise UsageError(f"--endpoint {args.endpoint}: give a URL, such as http://localhost:8000/v1")
+    if args.endpoint and "@" in urlsplit(args.endpoint).netloc:
+        raise UsageError("--endpoint with a user or password in it, which eval.json would show; see --api-key-env")
     if args.endpoint and (args.dtype or args.teacher):
         raise UsageError("--dtype and --teacher are for a model that is loaded here; a server has chosen its own")
     if args.backend_args:
@@ -314,7 +317,10 @@ def recorded_model(output: Path) -> dict[str, Any] | None:
 
 def shown_name(checkpoint: str) -> str:
     """In tables: the last two parts of a path or hub id."""
-    return "/".join(Path(checkpoint).parts[-2:])
+    path = Path(checkpoint)
+    if path.name in ("", ".."):
+        return path.resolve().name
+    return "/".join([part for part in path.parts if part != path.anchor][-2:])
 
 
 def libraries_to(log: Path, found: Mapping[str, object]) -> AbstractContextManager[None]:

@@ -32,8 +32,11 @@ BACKENDS = {OURS: OURS, "llava": "llava_hf", "llava_next": "llava_hf", "llava_on
 ONE_BY_ONE = ("llava_hf",)
 """Those that answer one question at a time."""
 
-SECRET = "api_key"
-"""The argument that is written nowhere."""
+KEY = "api_key"
+"""The argument that a served model's key is given in."""
+
+SECRETS = ("key", "token", "secret", "password")
+"""Ends of the names of arguments that are written nowhere."""
 
 NO_KEY = "none"
 """What a server that asks for none is given: the client wants one."""
@@ -62,10 +65,9 @@ class Backend:
     device: str = "auto"
 
     @property
-    def secret(self) -> str | None:
-        """The key of a served model."""
-        key = self.own.get(SECRET)
-        return None if key == NO_KEY else key
+    def secrets(self) -> tuple[str, ...]:
+        """What nobody may read in a file or on the terminal, such as the key of a served model."""
+        return tuple(str(value) for name, value in self.own.items() if is_secret(name) and value != NO_KEY)
 
     @property
     def chunk(self) -> int:
@@ -98,7 +100,7 @@ def choose(
     own = dict(own or {})
     if endpoint is not None:
         together = options.get("batch_size", _CONCURRENT)
-        given = {"base_url": endpoint, "num_concurrent": together, SECRET: api_key or NO_KEY}
+        given = {"base_url": endpoint, "num_concurrent": together, KEY: api_key or NO_KEY}
         return Backend(name or SERVED, checkpoint, options, given | own, device)
     if name is None:
         model_type = model_type_of(checkpoint)
@@ -108,6 +110,11 @@ def choose(
     if name in ONE_BY_ONE and options.get("batch_size", 1) != 1:
         raise UsageError(f"--batch-size {options['batch_size']}: lmms-eval's {name} answers one question at a time")
     return Backend(name, checkpoint, options, own, device)
+
+
+def is_secret(argument: str) -> bool:
+    """Whether the value of an argument of that name is one."""
+    return argument.lower().endswith(SECRETS)
 
 
 def model_type_of(checkpoint: str) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -29,41 +30,43 @@ class BenchmarkRows(Sequence[Row]):
     """Rows of one task; `rows[i]` has the picture, upright RGB, `text(i)` everything else.
 
     Raises:
-        JobFailed: files that cannot be read, or that lack columns of the task.
+        JobFailed: files that cannot be read, that lack columns of the task, or hold rows that are none of it.
     """
 
     def __init__(self, task: Task, files: Sequence[Path]) -> None:
         self.task, self.files = task, tuple(files)
-        wanted = dict.fromkeys((*task.published.columns, IMAGE))
-        self._parts = [_open(task, file, wanted) for file in files]
-        texts = [_read(part, [c for c in wanted if c != IMAGE]) for part in self._parts]
-        self._texts = pa.concat_tables(texts, promote_options="permissive")
-        self._groups = [(part, g) for part in self._parts for g in range(part.num_row_groups)]
+        parts = [_open(task, file) for file in files]
+        self._texts = [row for part in parts for row in _texts(task, part)]
+        if not self._texts:
+            raise JobFailed(f"{', '.join(map(str, files))}: no rows; get {task.published.repository} anew")
+        self._groups = [(part, g) for part in parts for g in range(part.num_row_groups)]
         self._ends = list(accumulate(part.metadata.row_group(g).num_rows for part, g in self._groups))
         self._pictures = lru_cache(maxsize=2)(self._read_pictures)  # models are asked nearly in order
 
     def __len__(self) -> int:
-        return self._texts.num_rows
+        return len(self._texts)
 
     def text(self, index: int) -> dict[str, Any]:
         """A row without its picture."""
-        return self._texts.slice(index, 1).to_pylist()[0]
+        return dict(self._texts[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         group = bisect_right(self._ends, index)
         first = self._ends[group - 1] if group else 0
-        picture = self._pictures(group)[index - first].as_py() or {}
+        picture = self._pictures(group)[index - first].as_py()
+        content = picture.get("bytes") if isinstance(picture, dict) else picture
         try:
-            image = decode_rgb(picture.get("bytes") or b"", f"{self.task.name} row {index}")
+            image = decode_rgb(content or b"", f"{self.task.name} row {index}")
         except BadImage as e:
             raise JobFailed(f"{e}; get {self._groups[group][0].file} anew") from None
         return {**self.text(index), IMAGE: image}
 
     def _read_pictures(self, group: int) -> pa.ChunkedArray:
         part, number = self._groups[group]
-        return part.read_row_group(number, [IMAGE]).column(IMAGE)
+        with _damage_of(part.file):
+            return part.read_row_group(number, [IMAGE]).column(IMAGE)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells these rows from others: their number, and each file's SHA-256 by its name."""
@@ -82,7 +85,8 @@ class _Part(pq.ParquetFile):
         self.file = file
 
 
-def _open(task: Task, file: Path, wanted: Mapping[str, None]) -> _Part:
+def _open(task: Task, file: Path) -> _Part:
+    wanted = (IMAGE, *task.published.columns)
     try:
         part = _Part(file)
     except (OSError, pa.ArrowException) as e:
@@ -94,18 +98,46 @@ def _open(task: Task, file: Path, wanted: Mapping[str, None]) -> _Part:
             f"has {', '.join(schema.names)}"
         )
     kind = schema.field(IMAGE).type
-    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+    of_files = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    if not (pa.types.is_binary(of_files) or pa.types.is_large_binary(of_files) or pa.types.is_binary_view(of_files)):
         raise JobFailed(
-            f"{file}: its column {IMAGE!r} is {kind}; pictures are published as their files' bytes and path"
+            f"{file}: its column {IMAGE!r} is {kind}; pictures are published as their files' bytes, with or without "
+            "a path"
         )
     return part
 
 
-def _read(part: _Part, columns: list[str]) -> pa.Table:
+def _texts(task: Task, part: _Part) -> list[dict[str, Any]]:
+    """The rows of a file without pictures; each is one that the task can ask about."""
+    published = task.published
+    with _damage_of(part.file):
+        rows = part.read(list(published.columns)).to_pylist()
+    for number, row in enumerate(rows):
+        where = f"{part.file}, row {number}"
+        for name, value in row.items():
+            if not (_is_list_of_text(value) if name in published.lists else isinstance(value, str)):
+                raise JobFailed(
+                    f"{where}: {name!r} is {value!r}, and in {published.repository} "
+                    f"{'a list of texts' if name in published.lists else 'text'}; get the file anew"
+                )
+        try:
+            task.item(row)
+        except JobFailed as e:
+            raise JobFailed(f"{where}: {e}") from None
+    return rows
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+
+@contextmanager
+def _damage_of(file: Path) -> Iterator[None]:
+    """JobFailed for what cannot be read out of a parquet file."""
     try:
-        return part.read(columns)
+        yield
     except (OSError, pa.ArrowException) as e:
-        raise JobFailed(f"{part.file} is damaged: {str(e).splitlines()[0]}; get it anew") from None
+        raise JobFailed(f"{file} is damaged: {str(e).splitlines()[0]}; get it anew") from None
 
 
 def open_rows(task: Task, folder: Path | None) -> BenchmarkRows:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from olavlm.pipelines.cli import Progress
+from olavlm.pipelines.cli import Progress, ending_at_once
 
 from .backends import Backend, load
 from .datasets import BenchmarkRows
@@ -76,7 +76,7 @@ def ask(
     progress = Progress(left, "answers", title, silent=not process.is_main)
     if process.is_main:
         progress.say(f"loading {backend.checkpoint} as lmms-eval's {backend.name}; its log is {log}")
-    with output_to(log, backend.secret):
+    with output_to(log, backend.secrets):
         import torch
         from lmms_eval.evaluator import evaluate
 
@@ -90,14 +90,15 @@ def ask(
         model = load(backend, process.count)
         tasks = {name: AskedTask(of.task, of, chat=not model.is_simple) for name, of in rows.items()}
         progress.begin()
-        evaluate(
-            lm=Recorder(model, tasks, predictions, progress, backend.chunk),
-            task_dict=tasks,
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-            process_docs_parallel=1,
-        )
+        with ending_at_once("olavlm-eval"):  # a served model is asked in threads
+            evaluate(
+                lm=Recorder(model, tasks, predictions, progress, backend.chunk),
+                task_dict=tasks,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=False,
+                process_docs_parallel=1,
+            )
         if process.count > 1:
             process.leave()
     progress.close()

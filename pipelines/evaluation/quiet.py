@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
 from olavlm.pipelines.cli import JobFailed
 
+RECOGNISED = 8
+"""Characters."""
+
 
 class WithoutBars(io.TextIOBase):
-    """Writes to a file what is written to it, but for a secret and progress bars, which begin with \\r."""
+    """Writes to a file what is written to it, but for secrets and progress bars, which begin with \\r."""
 
-    def __init__(self, file: TextIO, secret: str | None = None) -> None:
-        self.file, self.secret = file, secret
+    def __init__(self, file: TextIO, secrets: Sequence[str] = ()) -> None:
+        self.file, self.secrets = file, secrets
 
     def write(self, text: str) -> int:
         if text.strip() and not text.startswith("\r"):
-            shown = hidden(text, self.secret)
+            shown = hidden(text, self.secrets)
             self.file.write(shown if shown.endswith("\n") else f"{shown}\n")
             self.file.flush()
         return len(text)
@@ -32,19 +35,26 @@ class WithoutBars(io.TextIOBase):
         return True
 
 
-def hidden(text: str, secret: str | None) -> str:
-    """The text without a secret, such as a key that a server repeats when it refuses it."""
-    return text.replace(secret, "[secret]") if secret else text
+def hidden(text: str, secrets: Sequence[str]) -> str:
+    """The text without secrets, such as a key that a server repeats when it refuses it.
+
+    Nor does it keep the beginning of one, of RECOGNISED characters or more: messages are cut to a length, and a key
+    with a line break in it is shown escaped.
+    """
+    for secret in filter(None, secrets):
+        for length in range(len(secret), min(RECOGNISED, len(secret)) - 1, -1):
+            text = text.replace(secret[:length], "[secret]")
+    return text
 
 
 @contextmanager
-def output_to(log: Path, secret: str | None = None) -> Iterator[None]:
+def output_to(log: Path, secrets: Sequence[str] = ()) -> Iterator[None]:
     """Standard output and error, and what lmms-eval and transformers log, go to the end of a file until this ends.
 
-    Of a JobFailed within and of the file the secret is kept out.
+    Of a JobFailed within and of the file the secrets are kept out.
     """
     with log.open("a", encoding="utf-8") as file:
-        stream = WithoutBars(file, secret)
+        stream = WithoutBars(file, secrets)
         with redirect_stdout(stream), redirect_stderr(stream):
             import lmms_eval.evaluator  # noqa: F401 - sets up loguru when it is imported, so it must be first
             from loguru import logger
@@ -58,7 +68,7 @@ def output_to(log: Path, secret: str | None = None) -> Iterator[None]:
             try:
                 yield
             except JobFailed as e:
-                raise JobFailed(hidden(str(e), secret)) from e
+                raise JobFailed(hidden(str(e), secrets)) from e
             finally:
                 logger.remove()
                 transformers_logging.remove_handler(handler)

@@ -14,7 +14,7 @@ from typing import Any
 
 from olavlm.pipelines.cli import JobFailed, versions
 
-from .backends import SECRET, TEACHER, Backend
+from .backends import TEACHER, Backend, is_secret
 from .datasets import BenchmarkRows
 
 FILE = "eval.json"
@@ -27,7 +27,7 @@ PACE = ("batch_size", "device", "device_map", "num_concurrent", "max_retries", "
 
 def resolve(backend: Backend, rows: Mapping[str, BenchmarkRows], seed: int, **others: Any) -> dict[str, Any]:
     """The content of eval.json; `others` are options that predictions do not depend on."""
-    own = {k: v for k, v in backend.own.items() if k != SECRET}
+    own = {k: v for k, v in backend.own.items() if not is_secret(k)}
     return {
         MODEL: {
             "checkpoint": backend.checkpoint,

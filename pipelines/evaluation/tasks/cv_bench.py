@@ -41,12 +41,12 @@ def _item(row: Row) -> Item:
             raise JobFailed(
                 f"CV-Bench: {column} {row[column]!r}; known are {', '.join(known)}; give the dataset as published"
             )
-    return {
-        "kind": row["task"],
-        "source": row["source"],
-        "options": len(row["choices"]),
-        "answer": row["answer"],
-    }
+    if not re.fullmatch(r"\([A-Z]\)", row["answer"]):
+        raise JobFailed(
+            f"CV-Bench: answer {row['answer']!r}, which is no letter in parentheses; give the dataset as published"
+        )
+    choices = ascii_uppercase if row["choices"] is None else row["choices"]  # unknown: any letter may be one
+    return {"kind": row["task"], "source": row["source"], "options": len(choices), "answer": row["answer"]}
 
 
 def _judge(item: Item, answer: str) -> Judgement:
@@ -79,8 +79,9 @@ CV_BENCH = Task(
         repository="nyu-visionx/CV-Bench",
         split="test",
         files=("test*.parquet",),
-        columns=("image", "prompt", "choices", "answer", "task", "source"),
+        columns=("prompt", "choices", "answer", "task", "source"),
         items=2638,
+        lists=("choices",),
     ),
     max_new_tokens=128,
     prompt=_prompt,

@@ -61,7 +61,7 @@ MMSTAR = Task(
         repository="Lin-Chen/MMStar",
         split="val",
         files=("mmstar*.parquet",),
-        columns=("image", "question", "answer", "category"),
+        columns=("question", "answer", "category"),
         items=1500,
     ),
     max_new_tokens=128,

@@ -55,7 +55,7 @@ REALWORLDQA = Task(
         repository="lmms-lab/RealWorldQA",
         split="test",
         files=("data/test-*.parquet",),
-        columns=("image", "question", "answer"),
+        columns=("question", "answer"),
         items=765,
     ),
     max_new_tokens=16,

@@ -33,10 +33,13 @@ class Published:
     below it."""
 
     columns: tuple[str, ...]
-    """What the task reads of a row."""
+    """What the task reads of a row beside its picture: text."""
 
     items: int
     """Rows of the whole split; a figure of fewer is not the benchmark's."""
+
+    lists: tuple[str, ...] = ()
+    """Those columns that hold a list of texts, or nothing."""
 
 
 @dataclass(frozen=True)

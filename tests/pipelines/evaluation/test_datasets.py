@@ -32,7 +32,7 @@ def test_rows_are_those_of_the_files_in_order(cv_bench):
 
 
 def test_only_what_the_task_reads_is_read(cv_bench):
-    assert set(open_rows(CV_BENCH, cv_bench).text(0)) == set(CV_BENCH.published.columns) - {"image"}
+    assert set(open_rows(CV_BENCH, cv_bench).text(0)) == set(CV_BENCH.published.columns)
 
 
 @pytest.mark.parametrize("below", ["cv_bench", "CV-Bench", "deeper/data"])
@@ -51,6 +51,32 @@ def test_a_folder_of_datasets_will_do(cv_bench, tmp_path, below):
 
 def rewrite(cv_bench, file, change):
     pq.write_table(change(pq.read_table(cv_bench / "test_3d.parquet")), file)
+
+
+def replaced(name, values):
+    return lambda table: table.set_column(table.column_names.index(name), name, pa.array(values))
+
+
+def test_files_of_other_writers_are_the_same_rows(cv_bench, tmp_path):
+    """Pictures without a path, other types of text and lists, other columns in another order, no choices."""
+    rows = open_rows(CV_BENCH, cv_bench)
+    table = pq.read_table(cv_bench / "test_3d.parquet")
+    text = {name: table[name].cast(pa.large_string()) for name in ("prompt", "source")}
+    choices = table["choices"].cast(pa.large_list(pa.large_string())).to_pylist()
+    changed = {
+        "more": pa.array(range(4)),
+        **text,
+        "choices": pa.array([None, *choices[1:]], pa.large_list(pa.large_string())),
+        **{name: table[name].dictionary_encode() for name in ("answer", "task")},
+        "image": pa.array([row["bytes"] for row in table["image"].to_pylist()]),
+    }
+    pq.write_table(pa.table(changed), tmp_path / "test_3d.parquet")
+    (tmp_path / "test_2d.parquet").write_bytes((cv_bench / "test_2d.parquet").read_bytes())
+    other = open_rows(CV_BENCH, tmp_path)
+    assert other.text(8)["choices"] is None
+    assert CV_BENCH.item(other.text(8))["options"] == 26
+    assert [other.text(i) for i in range(12) if i != 8] == [rows.text(i) for i in range(12) if i != 8]
+    assert all(other[i]["image"].tobytes() == rows[i]["image"].tobytes() for i in range(12))
 
 
 def test_what_is_wrong_with_a_file_is_one_line(cv_bench, tmp_path):
@@ -77,6 +103,18 @@ def test_what_is_wrong_with_a_file_is_one_line(cv_bench, tmp_path):
     rewrite(cv_bench, file, lambda table: table.set_column(3, "image", broken))
     assert "cv_bench row 0" in reason()
     assert f"get {file} anew" in reason()
+    for name, values, reason_given in (
+        ("prompt", ["a?", None, "b?", "c?"], "row 1: 'prompt' is None, and in nyu-visionx/CV-Bench text"),
+        ("choices", [["1"], ["2", None], None, []], "row 1: 'choices' is ['2', None], and in nyu-visionx/CV-Bench a l"),
+        ("choices", ["1"] * 4, "row 0: 'choices' is '1', and"),
+        ("answer", [1, 2, 3, 4], "row 0: 'answer' is 1, and in nyu-visionx/CV-Bench text"),
+        ("answer", ["(A)", "(B)", "C", "(A)"], "row 2: CV-Bench: answer 'C', which is no letter in parentheses"),
+        ("task", ["Count", "Kount", "Count", "Count"], "row 1: CV-Bench: task 'Kount'; known are Count"),
+    ):
+        rewrite(cv_bench, file, replaced(name, values))
+        assert f"{file}, {reason_given}" in reason()
+    rewrite(cv_bench, file, lambda table: table.slice(0, 0))
+    assert f"{file}: no rows; get nyu-visionx/CV-Bench anew" in reason()
     nothing = pa.array([None] * 4, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     rewrite(cv_bench, file, lambda table: table.set_column(3, "image", nothing))
     assert "cv_bench row 0" in reason()

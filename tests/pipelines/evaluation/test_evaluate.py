@@ -263,6 +263,13 @@ def test_a_served_model(run, server, tmp_path, capsys, monkeypatch):
     assert "secret-key-123" not in out + err
 
 
+def test_models_are_shown_by_the_end_of_their_path(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    shown = {given: evaluate.shown_name(given) for given in (".", "..", "/x", "x", "/x/y/z/", "x/y", "../y")}
+    assert shown == {".": "b", "..": "a", "/x": "x", "x": "x", "/x/y/z/": "y/z", "x/y": "x/y", "../y": "../y"}
+
+
 def test_wrong_usage_is_status_2(run, ours, capsys, monkeypatch):
     monkeypatch.delenv("NO_KEY", raising=False)
     for words, message in (
@@ -277,6 +284,7 @@ def test_wrong_usage_is_status_2(run, ours, capsys, monkeypatch):
             "--api-key-env NO_KEY: the environment has no such variable",
         ),
         (["--tasks", "cv_bench", "--endpoint", "localhost:8000"], "give a URL, such as http://"),
+        (["--tasks", "cv_bench", "--endpoint", "http://me:pw@x/v1"], "--endpoint with a user or password in it"),
         (["--tasks", "cv_bench", "--backend-args", "x"], "--backend-args x: write NAME=VALUE"),
         (["--tasks", "cv_bench", "--teacher", "depth"], "--teacher depth: give NAME=MODEL"),
     ):

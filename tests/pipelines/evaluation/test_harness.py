@@ -18,6 +18,7 @@ from olavlm.pipelines.evaluation.harness import Process, unanswered
 from olavlm.pipelines.evaluation.lmms_chat import batches, check, cut, generation
 from olavlm.pipelines.evaluation.lmms_model import OlaVLMModel, dialogue_of
 from olavlm.pipelines.evaluation.predictions import Predictions
+from olavlm.pipelines.evaluation.quiet import hidden
 from olavlm.pipelines.evaluation.recorder import Recorder, chunks
 from olavlm.pipelines.evaluation.tasks import TASKS
 from olavlm.student.errors import ModelError, SampleError
@@ -256,6 +257,19 @@ def test_a_key_is_recorded_nowhere(cv_bench):
     content = resolved.resolve(served, {"cv_bench": open_rows(CV_BENCH, cv_bench)}, 0)
     assert "secret" not in str(content)
     assert content["model"]["arguments"] == {"base_url": "http://x/v1"}
+    own = {"api_key": 123456, "hf_token": "abc", "max_tokens": 5}
+    other = choose("m", options={}, name="any", own=own)
+    assert other.secrets == ("123456", "abc")
+    assert resolved.resolve(other, {}, 0)["model"]["arguments"] == {"max_tokens": 5}
+
+
+def test_nor_is_the_beginning_of_a_key_shown():
+    """lmms-eval cuts what a server said."""
+    key = "sk-0123456789\nabc"
+    for shown in (key, key[:11], key[:8], repr(key)[1:-1]):
+        assert "0123" not in hidden(f"refused: Bearer {shown}", ["", key])
+    assert hidden("Bearer sk-0123", [key]) == "Bearer sk-0123"
+    assert hidden("by abc", ["abc"]) == "by [secret]"
 
 
 def test_differences_are_named():

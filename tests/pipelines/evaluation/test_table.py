@@ -129,6 +129,22 @@ def test_a_sheet_as_text_and_as_markdown():
     assert max(map(len, Sheet("Title", ["n"], [["1"]], notes=["word " * 60]).text().splitlines())) <= 100
 
 
+def test_a_wide_sheet_has_its_labels_above():
+    rows = [["a run", "of", "1", "22"], ["b" * 60, "c" * 60, "3", "4"]]
+    assert Sheet("Title", ["name", "kind", "n", "m"], rows, labels=2).text().splitlines() == [
+        "Title",
+        *("name, kind", "          n   m"),
+        "-" * 122,
+        "a run, of",
+        "          1  22",
+        f"{'b' * 60}, {'c' * 60}",
+        "          3   4",
+    ]
+    for sheet in beside_paper({"mine": ALL}):
+        assert max(map(len, sheet.text().splitlines())) <= 120
+    assert "\n  items   " in beside_paper({"mine": ALL})[0].text()
+
+
 @pytest.mark.parametrize("table", paper.TABLES, ids=lambda table: table.title[:7])
 def test_columns_are_figures_that_tasks_report(table):
     for column in (*table.columns, *([table.average] if table.average else [])):
