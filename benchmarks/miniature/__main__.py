@@ -61,8 +61,8 @@ def _models(args: argparse.Namespace) -> None:
 
 
 def _shortcuts(args: argparse.Namespace) -> None:
-    from .shortcuts import CHANCE, by_rule, interval, text_alone
     from .questions import TASKS
+    from .shortcuts import CHANCE, by_rule, interval, text_alone
     from .world import stream
 
     pictures = list(stream(args.seed, 0, 2 * args.pictures, args.processes))

@@ -19,13 +19,13 @@ from .world import Picture
 CHANCE = {"Count": 0.25, "Relation": 0.5, "Depth": 0.5, "Distance": 0.5}
 
 
-def text_alone(learnt: Sequence[Question], asked: Sequence[Question], steps: int = 300) -> float:
+def text_alone(learnt: Sequence[Question], asked: Sequence[Question], steps: int = 150) -> float:
     """Accuracy on the `asked` of a classifier of letters by words, learnt from the `learnt`; both of one task."""
     words = sorted({word for question in learnt for word in _words(question)})
     place = {word: i for i, word in enumerate(words)}
     x, y = _counts(learnt, place), np.array([q.letter for q in learnt])
-    weights = np.zeros((len(place) + 1, max(len(q.options) for q in learnt)))
-    truth = np.eye(weights.shape[1])[y]
+    weights = np.zeros((len(place) + 1, max(len(q.options) for q in learnt)), np.float32)
+    truth = np.eye(weights.shape[1], dtype=np.float32)[y]
     for _ in range(steps):
         scores = x @ weights
         chance = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -44,7 +44,7 @@ def _words(question: Question) -> Iterable[str]:
 
 
 def _counts(questions: Sequence[Question], place: dict[str, int]) -> np.ndarray:
-    x = np.zeros((len(questions), len(place) + 1))
+    x = np.zeros((len(questions), len(place) + 1), np.float32)
     x[:, -1] = 1
     for row, question in enumerate(questions):
         for word in _words(question):

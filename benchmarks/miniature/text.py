@@ -13,8 +13,8 @@ CAPTION_PROMPT = "Describe the image."
 SUFFIX = "\nOnly answer the option as the output. For example, if your answer is the option A, answer (A)."
 """What CV-Bench's protocol puts behind a question (arXiv 2406.16860, as olavlm-eval has it)."""
 SELECT = " Select from the following choices."
-PLACES, DISTANCES = 16, 16
-"""Steps in which a told scene gives columns and rows, and distances."""
+STEPS = 16
+"""In which a told scene gives columns, rows and distances."""
 
 
 def caption(facts: Facts) -> str:
@@ -42,9 +42,9 @@ def told(facts: Facts, order: Sequence[int]) -> str:
 
     Columns and rows are sixteenths of the picture from the left and the top, distances equal steps of the logarithm.
     """
-    cells = np.clip(np.stack([facts.column, facts.row]) * PLACES / SIDE, 0, PLACES - 1).astype(int)
-    steps = np.log(facts.centre[:, 2] / NEAREST) / np.log(FARTHEST / NEAREST) * DISTANCES
-    steps = np.clip(steps, 0, DISTANCES - 1).astype(int)
+    cells = np.clip(np.stack([facts.column, facts.row]) * STEPS / SIDE, 0, STEPS - 1).astype(int)
+    steps = np.log(facts.centre[:, 2] / NEAREST) / np.log(FARTHEST / NEAREST) * STEPS
+    steps = np.clip(steps, 0, STEPS - 1).astype(int)
     return "\n".join(
         f"a {facts.names[i]} at column {cells[0, i]}, row {cells[1, i]}, distance {steps[i]}" for i in order
     )

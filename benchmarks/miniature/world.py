@@ -103,7 +103,9 @@ def _seen(seed: int, tried: list[_Tried]) -> dict[int, Picture]:
     return {index: picture for index, picture in found.items() if picture is not None}
 
 
-def stream(seed: int, start: int, count: int, processes: int | None = None, chunk: int = 4 * BATCH) -> Iterator[Picture]:
+def stream(
+    seed: int, start: int, count: int, processes: int | None = None, chunk: int = 4 * BATCH
+) -> Iterator[Picture]:
     """Pictures `start` to `start + count` in order, made by several processes."""
     parts = [(seed, range(i, min(i + chunk, start + count))) for i in range(start, start + count, chunk)]
     processes = min(processes or len(os.sched_getaffinity(0)), len(parts))

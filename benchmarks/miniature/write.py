@@ -1,10 +1,10 @@
 """A world on disk in the formats of real data.
 
-    DIR/images/train/000000.jpg ...     DIR/pt.json, DIR/ift.json       LLaVA's format, one sample a picture each
-    DIR/images/held_out/ ...            DIR/held_out.json               captions of pictures that nothing is trained on
-    DIR/cv_bench/test_2d.parquet, test_3d.parquet                       questions about them, in CV-Bench's format
-    DIR/truth.npz                                                       their depth and objects
-    DIR/world.json                                                      what the world was made by; written last
+DIR/images/train/000000.jpg ...     DIR/pt.json, DIR/ift.json       LLaVA's format, one sample a picture each
+DIR/images/held_out/ ...            DIR/held_out.json               captions of pictures that nothing is trained on
+DIR/cv_bench/test_2d.parquet, test_3d.parquet                       questions about them, in CV-Bench's format
+DIR/truth.npz                                                       their depth and objects
+DIR/world.json                                                      what the world was made by; written last
 """
 
 from __future__ import annotations

@@ -1,0 +1,148 @@
+"""The small models, in the architectures that the product loads, with weights as they are drawn.
+
+All see 8 x 8 patches of a picture, so that grids of teachers and base encoder lie over each other, 64 tokens each:
+Depth-Anything-V2 takes 336 pixels and gets patches of 42, OneFormer's Swin takes 768 and ends with a stride of 96.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .lessons import CLASSES
+from .scenes import SIDE
+
+if TYPE_CHECKING:
+    from transformers import (
+        CLIPVisionModel,
+        CLIPVisionModelWithProjection,
+        DepthAnythingForDepthEstimation,
+        LlamaForCausalLM,
+        OneFormerModel,
+        PreTrainedTokenizerBase,
+    )
+
+GRID = 8
+DEPTH_SIDE, SEG_SIDE = 336, 768
+"""Pixels that the teachers of these names give their networks, whatever the picture's size."""
+
+
+def depth_anything() -> DepthAnythingForDepthEstimation:
+    """A small Depth-Anything-V2: 6 blocks of width 64, of which the decoder reads four."""
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+
+    backbone = Dinov2Config(
+        image_size=DEPTH_SIDE,
+        patch_size=DEPTH_SIDE // GRID,
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        mlp_ratio=2,
+        out_indices=[2, 3, 5, 6],
+        reshape_hidden_states=False,
+        layerscale_value=0.1,
+    )
+    config = DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=DEPTH_SIDE // GRID,
+        reassemble_hidden_size=64,
+        neck_hidden_sizes=[16, 16, 16, 16],
+        fusion_hidden_size=16,
+        head_hidden_size=8,
+    )
+    return DepthAnythingForDepthEstimation(config)
+
+
+def oneformer() -> OneFormerModel:
+    """A small OneFormer with a Swin backbone of widths 16 to 128."""
+    from transformers import OneFormerConfig, OneFormerModel, SwinConfig
+
+    backbone = SwinConfig(
+        image_size=SEG_SIDE,
+        patch_size=SEG_SIDE // GRID // 8,
+        embed_dim=16,
+        depths=[1, 1, 2, 1],
+        num_heads=[1, 2, 4, 8],
+        window_size=8,
+        mlp_ratio=2,
+        drop_path_rate=0.0,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = OneFormerConfig(
+        backbone_config=backbone,
+        conv_dim=32,  # the pixel decoder normalises 32 groups of channels
+        hidden_dim=32,
+        mask_dim=32,
+        encoder_feedforward_dim=64,
+        dim_feedforward=64,
+        encoder_layers=1,
+        decoder_layers=3,
+        query_dec_layers=1,
+        num_attention_heads=4,
+        num_queries=len(CLASSES),
+        task_seq_len=8,
+        text_encoder_width=8,
+        text_encoder_context_length=8,
+        text_encoder_num_layers=1,
+        text_encoder_vocab_size=16,
+        text_encoder_n_ctx=2,
+        dropout=0.0,
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: i for i, name in enumerate(CLASSES)},
+    )
+    return OneFormerModel(config)
+
+
+def clip_projected() -> CLIPVisionModelWithProjection:
+    """The image encoder of the gen teacher: 4 blocks of width 64, an embedding of 48."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(
+        image_size=SIDE,
+        patch_size=SIDE // 6,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        projection_dim=48,
+    )
+    return CLIPVisionModelWithProjection(config)
+
+
+def base_encoder() -> CLIPVisionModel:
+    """The student's base encoder: 5 blocks of width 96."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        image_size=SIDE,
+        patch_size=SIDE // GRID,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+    )
+    return CLIPVisionModel(config)
+
+
+def language_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A Llama of 6 blocks of width 128."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        **ids,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(**ids)
+    return model
