@@ -20,6 +20,11 @@ from olavlm.cache import Dataset
 ROOT = Path(__file__).parents[1]
 NUM = 96
 TASKS = ("Count", "Relation", "Depth", "Distance")
+PUBLISHED = (
+    "idx type task image question choices answer prompt filename source source_dataset source_filename target_class "
+    "target_size bbox"
+)
+"""Columns of nyu-visionx/CV-Bench."""
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +145,7 @@ def test_letters_and_shortcuts_are_balanced_to_the_picture(module, pictures):
 def test_words_alone_are_at_chance(module):
     """1,200 questions of each kind are learnt from and 2,400 asked; a planted clue is found."""
     shortcuts, world = module("shortcuts"), module("world")
-    asked = [questions for _, questions in world.described_scenes(5, range(1200 + 2400))]
+    asked = [questions for _, questions in world.described_scenes(11, range(1200 + 2400))]
     for i, task in enumerate(TASKS):
         learnt, held_out = [q[i] for q in asked[:1200]], [q[i] for q in asked[1200:]]
         chance = shortcuts.CHANCE[task]
@@ -179,23 +184,7 @@ def test_the_held_out_table_is_cv_benchs(module, written):
     assert truth["depth"].shape == truth["objects"].shape == (48, 96, 96)
     for kind, tasks, sources in (("2d", TASKS[:2], {"ADE20K": 48, "COCO": 48}), ("3d", TASKS[2:], {"Omni3D": 96})):
         table = pq.read_table(written / "cv_bench" / f"test_{kind}.parquet")
-        assert table.schema.names == [
-            "idx",
-            "type",
-            "task",
-            "image",
-            "question",
-            "choices",
-            "answer",
-            "prompt",
-            "filename",
-            "source",
-            "source_dataset",
-            "source_filename",
-            "target_class",
-            "target_size",
-            "bbox",
-        ]
+        assert table.schema.names == PUBLISHED.split()
         rows = table.to_pylist()
         assert collections.Counter(row["task"] for row in rows) == dict.fromkeys(tasks, 48)
         assert collections.Counter(row["source"] for row in rows) == sources

@@ -49,7 +49,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % max(1, steps // 5) == 0:
+        if (step + 1) % max(1, steps // 10) == 0:
             recent = np.mean(losses[-max(1, steps // 20) :])
             pace = (perf_counter() - began) / (step + 1)
             print(f"  {name}: step {step + 1}/{steps}, loss {recent:.4f}, {1e3 * pace:.0f} ms a step", flush=True)

@@ -1,4 +1,4 @@
-"""What a picture is to show and to ask, before anything is placed: dealt in blocks, so that every answer is as frequent.
+"""What a picture is to show and to ask, before anything is placed: dealt in blocks, so that answers are balanced.
 
 A block of `BLOCK` pictures holds each combination of a question's answer, its letter and what a shortcut would say
 equally often, in an order drawn from (seed, block): the plan of picture i is a function of (seed, i) alone.

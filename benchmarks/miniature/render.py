@@ -18,12 +18,12 @@ GROUND, SKY = MOST, MOST + 1
 BACKGROUND = ("ground", "sky")
 BATCH = 48
 
-_PAINT = np.float32(
+_PAINT = np.float32(  # red, green, blue, yellow, purple, white
     [
         [0.82, 0.13, 0.13],
-        [0.12, 0.62, 0.2],
-        [0.16, 0.3, 0.85],
-        [0.9, 0.78, 0.12],
+        [0.12, 0.62, 0.20],
+        [0.16, 0.30, 0.85],
+        [0.90, 0.78, 0.12],
         [0.58, 0.18, 0.68],
         [0.93, 0.93, 0.93],
     ]

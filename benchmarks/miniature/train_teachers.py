@@ -129,7 +129,7 @@ def _depth_scores(said: np.ndarray, held_out: Lessons, of: str) -> Scores:
 def train_seg(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort, seed: int, device: str) -> Scores:
     """OneFormer on maps of classes.
 
-    Its backbone learns by a linear head on the last stage, which is what is distilled; the head is dropped. Its decoders
+    Its backbone learns by a linear head, which is dropped, on the last stage, which is what is distilled. Its decoders
     are there in a share of the batches, and learn by the class scores of every pixel that the library's semantic
     post-processing makes, of all stages at their own sizes or shrunk to the last one's, as predictions are decoded.
     """
