@@ -1,5 +1,7 @@
 """The paper in miniature: a world small enough to hold, and small models that know it.
 
+    python -m benchmarks.miniature                           everything in its quick form, to miniature_run/index.html
+    python -m benchmarks.miniature run --form full --dir F   every table, with five seeds; goes on where it was stopped
     python -m benchmarks.miniature world --dir mini/world                   14,400 pictures in the formats of real data
     python -m benchmarks.miniature models --dir mini/models                 small teachers, encoder and language model
     python -m benchmarks.miniature shortcuts                                what a world gives away without being seen
@@ -14,6 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 from time import perf_counter
+
+from .run import add_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,19 +36,26 @@ def main(argv: list[str] | None = None) -> int:
     models.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     shortcuts = commands.add_parser("shortcuts", help="accuracies that must be near chance")
     shortcuts.add_argument("--pictures", type=int, default=1920, help="learnt from, and asked (default: %(default)s)")
+    add_arguments(commands.add_parser("run", help="the experiments, their results and their page (the default)"))
     for command in (world, models, shortcuts):
         command.add_argument("--seed", type=int, default=0)
     for command in (world, shortcuts):
         command.add_argument("--processes", type=int, help="default: one a core")
-    args = p.parse_args(argv)
+    args = p.parse_args((sys.argv[1:] if argv is None else argv) or ["run"])
     began = perf_counter()
     try:
-        {"world": _world, "models": _models, "shortcuts": _shortcuts}[args.command](args)
+        {"world": _world, "models": _models, "shortcuts": _shortcuts, "run": _run}[args.command](args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{perf_counter() - began:.0f} s", file=sys.stderr)
     return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    from .run import run
+
+    run(args)
 
 
 def _world(args: argparse.Namespace) -> None:
