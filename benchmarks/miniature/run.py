@@ -13,6 +13,7 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +22,14 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, time
 
-from .arms import ARMS
+from .arms import ARMS, DISTILLED, SINGLE
 from .forms import FORMS, Form
 from .steps import Step, plan
 from .workers import Worker
 
+FOLDER = Path(__file__).parent
 FORM_FILE, JOURNAL, LOGS = "form.json", "journal.jsonl", "logs"
+RESULTS, PAGE = "results.json", "index.html"
 GB_A_WORKER = 3
 _TAIL = 12
 
@@ -67,9 +70,38 @@ def run(args: argparse.Namespace) -> None:
             print(f"{'done' if step.done() else '    '}  {step.line}")
         return
     root.mkdir(parents=True, exist_ok=True)
+    steps = plan(root, form, arms, seeds)
     with _held(root):
         check_form(root, form)
-        execute(root, plan(root, form, arms, seeds), args.workers or default_workers())
+        execute(root, steps, args.workers or default_workers())
+        publish(root, form, arms, seeds, [step.line for step in steps], args.name)
+
+
+def publish(
+    root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int], commands: Sequence[str], name: str | None
+) -> None:
+    """Figures and page of what is in the folder; kept with the benchmark, too, under a name."""
+    # Here, for a first step is to begin at once.
+    from olavlm.pipelines.cli import quiet_models
+
+    from ..figures import to_json
+    from ..readme import rendered
+    from .page import page_of
+    from .pictures import draw_pictures
+    from .results import collect
+
+    quiet_models()
+    found = collect(root, form, arms, seeds)
+    found["figures"] = {title: to_json(figures) for title, figures in found["figures"].items()}
+    shown = draw_pictures(root, [arm for arm in (SINGLE, DISTILLED) if arm in arms], seeds[0])
+    (root / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
+    (root / PAGE).write_text(page_of(found, shown, commands), encoding="utf-8")
+    print(f"{root / RESULTS}, {root / PAGE}")
+    if name:
+        (FOLDER / "results").mkdir(exist_ok=True)
+        for file, suffix in ((RESULTS, "json"), (PAGE, "html")):
+            shutil.copy(root / file, FOLDER / "results" / f"{name}.{suffix}")
+        (FOLDER / "README.md").write_text(rendered(FOLDER))
 
 
 def check_form(root: Path, form: Form) -> None:

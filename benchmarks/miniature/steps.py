@@ -97,7 +97,7 @@ def _covered(root: Path, rows: int, keys: Sequence[str]) -> bool:
 
     try:
         store = FeatureStore(root / "features")
-        return store.plan.num_images >= rows and all(store[key].coverage().missing == 0 for key in keys)
+        return len(store.plan) >= rows and all(store[key].coverage().missing == 0 for key in keys)
     except (CacheError, KeyError, OSError):
         return False  # not made yet
 
