@@ -33,7 +33,7 @@ ANSWERS_ABOUT = (
 )
 ITEMS_ABOUT = "Questions that only one of two models has right, a pair a seed, and McNemar's exact p value."
 PICTURES_ABOUT = (
-    "Pictures that nothing was trained on, of the first seed. Every map is drawn by the depth teacher's own decoder: of "
+    "Pictures that nothing was trained on, first seed. Every map is drawn by the depth teacher's own decoder: of "
     "the teacher's features above, below of what probes read in a layer. Red is close, and each map spans the colours "
     "by itself. The decoder learned from four layers and is given one, four times."
 )
