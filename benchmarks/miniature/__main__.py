@@ -13,11 +13,18 @@ Run it from the repository's root. Each is a function of its seed; what a folder
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from time import perf_counter
 
+from ..figures import Count, to_json
+from ..machine import describe
+from ..readme import rendered
 from .run import add_arguments
+
+FOLDER = Path(__file__).parent
+PACKAGES = ("torch", "transformers", "numpy", "pillow")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,19 +43,21 @@ def main(argv: list[str] | None = None) -> int:
     models.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     shortcuts = commands.add_parser("shortcuts", help="accuracies that must be near chance")
     shortcuts.add_argument("--pictures", type=int, default=1920, help="learnt from, and asked (default: %(default)s)")
+    for command in (models, shortcuts):
+        command.add_argument("--name", help="keep the figures as results/NAME.json and render README.md")
     add_arguments(commands.add_parser("run", help="the experiments, their results and their page (the default)"))
     for command in (world, models, shortcuts):
         command.add_argument("--seed", type=int, default=0)
     for command in (world, shortcuts):
         command.add_argument("--processes", type=int, help="default: one a core")
     args = p.parse_args((sys.argv[1:] if argv is None else argv) or ["run"])
-    began = perf_counter()
+    args.began = perf_counter()
     try:
         {"world": _world, "models": _models, "shortcuts": _shortcuts, "run": _run}[args.command](args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{perf_counter() - began:.0f} s", file=sys.stderr)
+    print(f"{perf_counter() - args.began:.0f} s", file=sys.stderr)
     return 0
 
 
@@ -66,24 +75,31 @@ def _world(args: argparse.Namespace) -> None:
 
 
 def _models(args: argparse.Namespace) -> None:
-    from .models import make_models
+    from .models import make_models, scored
 
     make_models(args.dir, args.size, args.seed, args.device, args.only)
+    _keep(args, args.dir, args.size, "models", scored(args.dir))
 
 
 def _shortcuts(args: argparse.Namespace) -> None:
-    from .questions import TASKS
-    from .shortcuts import CHANCE, by_rule, interval, text_alone
-    from .world import stream
+    from .shortcuts import measured
 
-    pictures = list(stream(args.seed, 0, 2 * args.pictures, args.processes))
-    learnt, asked = pictures[: args.pictures], pictures[args.pictures :]
-    for i, task in enumerate(TASKS):
-        accuracy = text_alone([p.questions[i] for p in learnt], [p.questions[i] for p in asked])
-        bound = interval(CHANCE[task], len(asked))
-        print(f"{task:<9} words alone               {accuracy:.3f}   chance {CHANCE[task]} ± {bound:.3f}")
-    for rule, accuracy in by_rule(asked).items():
-        print(f"          {rule:<25} {accuracy:.3f}   chance 0.5 ± {interval(0.5, len(asked)):.3f}")
+    figures = measured(args.seed, args.pictures, args.processes)
+    print("\n\n".join(f.markdown() for f in figures))
+    _keep(args, FOLDER, str(args.pictures), "shortcuts", figures)
+
+
+def _keep(args: argparse.Namespace, measured_in: Path, size: str, what: str, figures: list[Count]) -> None:
+    """Results under their name, if they were given one, and README.md with them."""
+    if args.name is None:
+        return
+    seconds = round(perf_counter() - args.began, 1)
+    machine = describe(measured_in, PACKAGES)
+    run = {"size": size, "machine": machine, "seconds": seconds, "figures": {what: to_json(figures)}}
+    file = FOLDER / "results" / f"{args.name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(run, indent=1) + "\n")
+    (FOLDER / "README.md").write_text(rendered(FOLDER))
 
 
 if __name__ == "__main__":

@@ -140,6 +140,7 @@ def language_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
+        initializer_range=0.06,
         tie_word_embeddings=False,
         **ids,
     )

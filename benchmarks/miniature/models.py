@@ -17,6 +17,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from ..figures import Count
 from .lessons import Lessons, lessons
 from .plan import BLOCK
 from .write import HELD_OUT, TEACHING
@@ -112,6 +113,18 @@ def make_models(
         told = ", ".join(f"{what} {value:.3f}" for what, value in there["scores"].items())
         print(f"{name:<8} {there['megabytes']:.2f} MB, {there['seconds']:.0f} s: {told}", flush=True)
     return scores
+
+
+def scored(root: Path) -> list[Count]:
+    """Figures of the models that are in a folder."""
+    found, size = [], 0.0
+    for name in NAMES:
+        if (record := root / name / RECORD).is_file():
+            there = json.loads(record.read_text())
+            size += there["megabytes"]
+            facts = {"MB": there["megabytes"], "s": there["seconds"]}
+            found.append(Count(f"`{name}`, held out", {"": {**there["scores"], **facts}}))
+    return [*found, Count("Together", {"": {"MB": size}})]
 
 
 def _train(name: str, folder: Path, plan: Size, data: _Data, seed: int, device: str) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..figures import Count, Figures, ItemPairs, Seeds
+from ..figures import Figures, ItemPairs, Seeds
 from ..machine import describe
 from .arms import ARMS, DISTILLED, SINGLE, arms_of
 from .forms import Form
-from .models import NAMES, RECORD
+from .models import scored
 from .run import Journal
 from .steps import BENCHMARK, STAGES, run_folder
 
@@ -33,7 +33,7 @@ def collect(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -
     machine = describe(root, PACKAGES)
     machine["load"] = round(max((run["load"] for run in runs), default=0.0), 2)
     figures: dict[str, list[Figures]] = {
-        "models": models(root),
+        "models": scored(root / "models"),
         "figure 3": figure_3(root, form, arms, seeds),
         **{name: table(root, name, arms, seeds) for name in TABLES},
         "item by item": item_pairs(root, arms, seeds),
@@ -48,16 +48,6 @@ def collect(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -
         "seconds": round(sum(run["seconds"] for run in runs), 1),
         "figures": {name: found for name, found in figures.items() if found},
     }
-
-
-def models(root: Path) -> list[Count]:
-    """What the small models score on held-out pictures or text."""
-    values = {}
-    for name in NAMES:
-        file = root / "models" / name / RECORD
-        if file.is_file():
-            values |= {f"{name}: {what}": {"score": score} for what, score in _read(file)["scores"].items()}
-    return [Count("The small models on held-out pictures and text", values)] if values else []
 
 
 def figure_3(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -> list[Seeds]:

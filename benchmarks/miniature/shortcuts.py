@@ -13,9 +13,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..figures import Count
 from .questions import TASKS, Question
 from .text import prompt
-from .world import Picture
+from .world import Picture, stream
 
 CHANCE = {"Count": 0.25, "Relation": 0.5, "Depth": 0.5, "Distance": 0.5}
 
@@ -73,3 +74,22 @@ def by_rule(pictures: Sequence[Picture]) -> dict[str, float]:
 def interval(chance: float, asked: int) -> float:
     """Half of the 95% interval of the accuracy of guessing."""
     return 1.96 * float(np.sqrt(chance * (1 - chance) / asked))
+
+
+def measured(seed: int, count: int, processes: int | None = None) -> list[Count]:
+    """Figures of a world: `count` pictures to learn from, as many to ask about."""
+    seen = list(stream(seed, 0, 2 * count, processes))
+    learnt, asked = seen[:count], seen[count:]
+    alone = {
+        task: _beside(text_alone([p.questions[i] for p in learnt], [p.questions[i] for p in asked]), task, count)
+        for i, task in enumerate(TASKS)
+    }
+    rules = {rule: _beside(accuracy, "Depth", count) for rule, accuracy in by_rule(asked).items()}
+    return [
+        Count(f"Words alone, learnt from {count} pictures' questions, asked {count} others'", alone),
+        Count(f"Rules that see no depth, {count} pictures", rules),
+    ]
+
+
+def _beside(accuracy: float, task: str, asked: int) -> dict[str, float]:
+    return {"accuracy": accuracy, "chance": CHANCE[task], "95% of guessing, ±": interval(CHANCE[task], asked)}

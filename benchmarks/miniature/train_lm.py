@@ -1,7 +1,8 @@
 """The language model learns the world's language from text alone: scenes told in words, captions, and questions.
 
 A dialogue is a told scene, its caption and questions about it, asked and answered as about a picture, so that counting,
-comparing and answering are known before anything is seen. Every scene is told once.
+comparing and answering are known before anything is seen. Every scene is told once. All of a dialogue is learnt, and
+its answers once more: to foresee the names in a question one has to look into the scene, and that is learnt soon.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ def train_llm(folder: Path, scenes: int, asked: int, effort: Effort, seed: int, 
     def loss(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         ids, labels = (t.to(device) for t in padded([dialogues[i] for i in rows], tokenizer.pad_token_id))
         states = model.model(ids).last_hidden_state[:, :-1]
-        wanted = labels[:, 1:] != IGNORED
-        return F.cross_entropy(model.lm_head(states[wanted]), labels[:, 1:][wanted])
+        said, answers = ids[:, 1:] != tokenizer.pad_token_id, labels[:, 1:] != IGNORED
+        losses = F.cross_entropy(model.lm_head(states[said]), ids[:, 1:][said], reduction="none")
+        return losses.mean() + losses[answers[said]].mean()
 
     fit("llm", model.parameters(), loss, samples=len(dialogues), seed=seed, **effort.fit)
     with quiet():
