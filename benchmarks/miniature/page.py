@@ -183,9 +183,9 @@ def _how(figures: Mapping[str, list[Figures]], run: Mapping[str, Any], commands:
     return block("How", content)
 
 
-def _scores(models: Count) -> str:
-    rows = [[what, number(columns["score"])] for what, columns in models.values.items()]
-    return table(models.title, ["", "score"], rows, numbers=[1])
+def _scores(model: Count) -> str:
+    rows = [[what, number(value)] for columns in model.values.values() for what, value in columns.items()]
+    return table(model.title.replace("`", ""), ["", ""], rows, numbers=[1], shown=True)
 
 
 def _value(value: object) -> str:
