@@ -171,12 +171,7 @@ def _how(figures: Mapping[str, list[Figures]], run: Mapping[str, Any], commands:
         *((name.replace("_", " "), _value(value)) for name, value in run["form"].items()),
     ]
     notes = [note for found in figures.values() for figure in found for note in figure.notes]
-    scores = "".join(
-        table(
-            figure.title, ["", "score"], [[what, number(v["score"])] for what, v in figure.values.items()], numbers=[1]
-        )
-        for figure in figures.get("models", ())
-    )
+    scores = "".join(_scores(figure) for figure in figures.get("models", ()) if isinstance(figure, Count))
     content = facts(pairs) + "".join(f"<p>{escape(text)}</p>" for text in notes)
     content += fold("What the small models score", scores) if scores else ""
     content += fold("The commands", source("\n".join(commands), "commands")) if commands else ""
