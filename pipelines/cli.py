@@ -79,14 +79,20 @@ def _stop(number: int, frame: object) -> None:
 
 
 class Progress:
-    """A bar with rate and ETA on a terminal, a plain line every `seconds` otherwise; on standard error."""
+    """A bar with rate and ETA on a terminal, a plain line every `seconds` otherwise; on standard error.
 
-    def __init__(self, total: int, unit: str, title: str, *, seconds: float = 15.0) -> None:
-        self.total, self.unit, self.title, self.seconds = total, unit, title, seconds
+    A `silent` one, of a process beside the main one, only counts.
+    """
+
+    def __init__(self, total: int, unit: str, title: str, *, seconds: float = 15.0, silent: bool = False) -> None:
+        self.total, self.unit, self.title = total, unit, title
+        self.seconds = float("inf") if silent else seconds
         self.done, self.began = 0, time.monotonic()
         self._printed = self.began
-        shown = sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit=unit, desc=title, smoothing=0.05, miniters=0) if shown else None
+        self._stream = sys.stderr  # also while a library's output is redirected
+        shown = self._stream.isatty() and not silent
+        options = {"smoothing": 0.05, "miniters": 0, "file": self._stream}
+        self._bar = tqdm(total=total, unit=unit, desc=title, **options) if shown else None
 
     def begin(self) -> None:
         """Now the work begins: what went before, such as the loading of models, is no part of the rate."""
@@ -105,14 +111,14 @@ class Progress:
             rate = self.done / (self._printed - self.began)
             eta = f"ETA {tqdm.format_interval((self.total - self.done) / rate)}" if rate else "ETA unknown"
             pace = f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.2f} {self.unit}/s, {eta}"
-            print(", ".join(filter(None, (pace, note))), file=sys.stderr, flush=True)
+            print(", ".join(filter(None, (pace, note))), file=self._stream, flush=True)
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""
         if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
+            self._bar.write(line, file=self._stream)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,7 +1,11 @@
-"""olavlm-export: models of other projects to ours.
+"""olavlm-export: our models to those of other projects, and theirs to ours.
 
+olavlm-export runs/ift my-model --to llava-hf                                a stock LLaVA that needs none of our code
+olavlm-export runs/pt my-adapter --to adapter                                what PT trained, without the base models
 olavlm-export llava-hf/llava-1.5-7b-hf start --from llava-hf --to olavlm     stock LLaVA, as a starting point
 olavlm-train ift --config RECIPE.yaml --init.from start
+
+The first two write a model card.
 """
 
 from __future__ import annotations
@@ -18,24 +22,32 @@ RECORD = "export.json"
 
 
 def arguments() -> argparse.ArgumentParser:
-    sources = list(dict.fromkeys(source for source, _ in CONVERSIONS))
+    sources, kinds = (list(dict.fromkeys(names)) for names in zip(*CONVERSIONS, strict=True))
     p = argparse.ArgumentParser(
         prog="olavlm-export",
-        description="Turn a checkpoint of one kind into another. From llava-hf to olavlm: a stock LLaVA "
-        "(LlavaForConditionalGeneration) becomes a model without task tokens, with the same logits, that olavlm-train "
-        "starts from and olavlm-generate asks.",
-        epilog="example: olavlm-export llava-hf/llava-1.5-7b-hf start --from llava-hf --to olavlm",
+        description="Turn a checkpoint of one kind into another. To llava-hf: a trained model becomes a stock LLaVA "
+        "(LlavaForConditionalGeneration, LlavaProcessor, chat template) with the same logits, in which task tokens are "
+        "vocabulary rows. To adapter: what PT trained, without its base models. From llava-hf to olavlm: a stock LLaVA "
+        "becomes a model without task tokens, with the same logits, that olavlm-train starts from and olavlm-generate "
+        "asks.",
+        epilog="example: olavlm-export runs/ift my-model --to llava-hf; or: olavlm-export runs/pt my-adapter "
+        "--to adapter; or: olavlm-export llava-hf/llava-1.5-7b-hf start --to olavlm",
         allow_abbrev=False,
     )
     p.add_argument("source", metavar="SOURCE", help="checkpoint folder or hub id")
     p.add_argument("out", metavar="OUT", type=Path, help="new folder")
     p.add_argument("--from", dest="source_kind", choices=sources, help="what SOURCE is; its config says it by default")
-    p.add_argument("--to", dest="kind", choices=[kind for _, kind in CONVERSIONS], required=True, help="what OUT is")
+    p.add_argument("--to", dest="kind", choices=kinds, required=True, help="what OUT is")
     p.add_argument(
         "--template",
         metavar="NAME",
         help="prompt template of the model: llama_3, phi_3, vicuna_v1, or chat, the tokenizer's own; by default the "
-        "one that its chat template writes",
+        "one that its chat template writes (to olavlm)",
+    )
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of all weights; by default that of the language model's (to llava-hf)",
     )
     return p
 
@@ -46,7 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise JobFailed(f"{args.out} exists; name another folder, or remove it")
     quiet_models()
+    check_usage(args)
     args.source_kind = args.source_kind or kind_of(args.source)
+    if (args.source_kind, args.kind) not in CONVERSIONS:
+        kinds = [kind for source, kind in CONVERSIONS if source == args.source_kind]
+        raise UsageError(f"{args.source} is {args.source_kind}; --to takes {', '.join(kinds)} for it, not {args.kind}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{args.out.name}-", dir=args.out.parent) as staging:
         folder = Path(staging, "model")
@@ -56,12 +72,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def check_usage(args: argparse.Namespace) -> None:
+    """UsageError for an option of another conversion."""
+    for option, kind in (("template", "olavlm"), ("dtype", "llava-hf")):
+        if getattr(args, option) is not None and args.kind != kind:
+            raise UsageError(f"--{option} is for --to {kind}")
+
+
 def kind_of(source: str) -> str:
     """What a checkpoint is, by its config. ModelError without one, UsageError for none that we know."""
     from transformers import AutoConfig
 
     from olavlm.student.loading import load_errors
+    from olavlm.student.training.checkpoint import ADAPTER_CONFIG  # the import registers our config
 
+    if any(Path(source, name).is_file() for name in (ADAPTER_CONFIG, "stage.json")):  # a run, finished or not
+        return "olavlm"
     with load_errors(source):
         model_type = AutoConfig.from_pretrained(source).model_type
     if model_type not in KINDS:
@@ -88,10 +114,67 @@ def llava_hf_to_olavlm(args: argparse.Namespace, folder: Path) -> None:
     write_json(folder / RECORD, record | {"notes": converted.notes, "versions": versions()})
 
 
-KINDS = {"llava": "llava-hf"}
+def olavlm_to_llava_hf(args: argparse.Namespace, folder: Path) -> None:
+    """StudentError for a run that cannot be loaded, or that stock LLaVA cannot hold, and why."""
+    import torch
+
+    from olavlm.student.formats.llava_hf_export import to_llava_hf
+    from olavlm.student.training.checkpoint import load_checkpoint
+
+    model, tokenizer = load_checkpoint(args.source)
+    exported = to_llava_hf(model, tokenizer, args.dtype and getattr(torch, args.dtype))
+    exported.save(folder)
+    config, tokens = model.config, exported.text.task_tokens
+    tasks = ", ".join(task.name for task in model.tasks)
+    rows = [
+        ("language model", f"{config.text_config.model_type}, {exported.model.config.text_config.vocab_size:,} rows"),
+        ("encoder", f"{config.vision_config.model_type}, layer {config.select_layer}"),
+        ("images", f"{config.image_transform.size} pixels, geometry {config.geometry}"),
+        ("tokens for an image", f"{model.num_image_tokens}, and {len(tokens)} task tokens{tasks and f' ({tasks})'}"),
+        ("prompt template", config.template),
+        ("weights", str(exported.model.dtype).removeprefix("torch.")),
+    ]
+    write_records(args, folder, rows, exported.notes)
+
+
+def olavlm_to_adapter(args: argparse.Namespace, folder: Path) -> None:
+    """JobFailed for a run that left no adapter, ModelError for one that is damaged."""
+    from olavlm.student.training.checkpoint import copy_adapter, is_adapter
+
+    if not is_adapter(args.source):
+        raise JobFailed(
+            f"{args.source} holds a whole model, of which the language model was trained too; an adapter is what pt "
+            "trained: give the run folder of pt, or take --to llava-hf"
+        )
+    folder.mkdir()
+    adapter = copy_adapter(Path(args.source), folder)
+    places = {"llm": adapter.llm, "encoder": adapter.encoder} if adapter.whole is None else {"whole": adapter.whole}
+    local = [name for name, place in places.items() if Path(place).exists()]
+    notes = [
+        f"{name} in adapter.json is a folder of the machine that trained it; write a hub id there for other machines"
+        for name in local
+    ]
+    tasks = ", ".join(f"{task.name} at {list(task.layers)}" for task in adapter.tasks)
+    rows = [("recipe", f"sha256 {adapter.recipe_hash}"), ("tasks", tasks or "none")]
+    write_records(args, folder, rows, notes)
+
+
+def write_records(args: argparse.Namespace, folder: Path, rows: list[tuple[str, str]], notes: list[str]) -> None:
+    """The model card, and what is printed of it."""
+    from .model_card import read_history, write_card
+
+    for note in notes:
+        print(note)
+    print("; ".join(f"{name}: {value}" for name, value in rows))
+    write_card(folder, args.out.name, read_history(args.source), args.kind, rows, notes)
+
+
+KINDS = {"llava": "llava-hf", "olavlm": "olavlm"}
 """By the `model_type` of a config."""
 
 CONVERSIONS: dict[tuple[str, str], Callable[[argparse.Namespace, Path], None]] = {
+    ("olavlm", "llava-hf"): olavlm_to_llava_hf,
+    ("olavlm", "adapter"): olavlm_to_adapter,
     ("llava-hf", "olavlm"): llava_hf_to_olavlm,
 }
 """By what SOURCE is and what OUT is to be. Another pair is another entry."""

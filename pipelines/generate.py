@@ -45,13 +45,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--image", metavar="FILE|DIR", type=Path, help="without one, questions are asked as text alone")
     p.add_argument("--prompt", metavar="TEXT", help="without one, a dialogue at the terminal")
     p.add_argument("--output", metavar="FILE", type=Path, help="of a folder's answers; standard output by default")
-    p.add_argument(
-        "--teacher",
-        metavar="NAME=MODEL",
-        action="append",
-        default=[],
-        help="of a fusion baseline: another hub id or folder of a teacher that it was trained with; repeatable",
-    )
+    add_teacher_argument(p)
     p.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="the longest answer (%(default)s)")
     p.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0, the default, is greedy; above it, sampled"
@@ -60,6 +54,17 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--seed", metavar="N", type=int, default=0, help="of sampling (%(default)s)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return p
+
+
+def add_teacher_argument(p: argparse.ArgumentParser) -> None:
+    """Of what asks a fusion baseline; `places_of` reads it."""
+    p.add_argument(
+        "--teacher",
+        metavar="NAME=MODEL",
+        action="append",
+        default=[],
+        help="of a fusion baseline: another hub id or folder of a teacher that it was trained with; repeatable",
+    )
 
 
 @command("olavlm-generate")

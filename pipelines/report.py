@@ -29,6 +29,7 @@ from .reporting.benchmark_scores import show_benchmark_scores
 from .reporting.chart import chart, closing_mean
 from .reporting.curves import show_embedding_losses, show_losses, show_pace
 from .reporting.decoded import decoder_choice
+from .reporting.evaluation_scores import show_evaluation
 from .reporting.features import show_predictions
 from .reporting.overview import show_facts, show_faults, show_parts, show_settings, show_summary
 from .reporting.page import Markup, block, charts, duration, number, page, table
@@ -117,6 +118,7 @@ BLOCKS: tuple[Block, ...] = (
     show_losses,
     show_embedding_losses,
     show_training_pictures,
+    show_evaluation,
     show_benchmark_scores,
     show_predictions,
     show_answers,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -422,18 +423,26 @@ class OlaVLM(PreTrainedModel):
             SampleError: turns that make no prompt, `<image>` in them without an image, or features that are not finite.
             ModelError: teachers that cannot be loaded.
         """
-        ids = encode_prompt(tokenizer, turns, self.config.template)
-        pixels, features = None, None
-        if image is not None:
-            if self.fused_teachers and not self._teachers:
-                self.load_teachers()
-            features = encode_fused(self._teachers, image, self.device)
-            pixels = torch.from_numpy(self.config.image_transform(image))[None].to(self.device)
+        return self.replies(tokenizer, [(turns, image)], max_new_tokens, **kwargs)[0]
+
+    def replies(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        dialogues: Sequence[tuple[Sequence[Mapping[str, str]], Image.Image | None]],
+        max_new_tokens: int = 128,
+        **kwargs: Any,
+    ) -> list[str]:
+        """The next answer of each of several dialogues, as `reply` has them, in one pass over all of them."""
+        prompts = [torch.tensor(encode_prompt(tokenizer, turns, self.config.template)) for turns, _ in dialogues]
+        ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+        mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
+        pixels, features = self._seen([image for _, image in dialogues])
         was_training = self.training
         self.eval()
         try:
             new_ids = self.generate(
-                torch.tensor([ids], device=self.device),
+                ids.to(self.device),
+                mask.to(self.device),
                 pixel_values=pixels,
                 teacher_features=features,
                 **{
@@ -441,12 +450,31 @@ class OlaVLM(PreTrainedModel):
                     "do_sample": False,
                     "eos_token_id": self._stop_ids(tokenizer),
                     "pad_token_id": tokenizer.pad_token_id,
+                    "suppress_tokens": self._never_said(),
+                    "tokenizer": tokenizer,  # for `stop_strings`
                 }
                 | kwargs,
             )
         finally:
             self.train(was_training)
-        return tokenizer.decode(new_ids[0], skip_special_tokens=True).strip()
+        return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new_ids]
+
+    def _seen(self, images: Sequence[Image.Image | None]) -> tuple[torch.Tensor | None, dict[str, torch.Tensor] | None]:
+        """Pixels (B, 3, S, S) and features of fused teachers (B, n, D) of pictures; zeros in a row without one."""
+        present = [row for row, image in enumerate(images) if image is not None]
+        if not present:
+            return None, None
+        if self.fused_teachers and not self._teachers:
+            self.load_teachers()
+
+        def spread(values: Sequence[torch.Tensor]) -> torch.Tensor:
+            rows = values[0].new_zeros(len(images), *values[0].shape, device=self.device)
+            rows[present] = torch.stack(list(values)).to(self.device)
+            return rows
+
+        features = [encode_fused(self._teachers, images[row], self.device) for row in present]
+        pixels = [torch.from_numpy(self.config.image_transform(images[row])) for row in present]
+        return spread(pixels), {name: spread([f[name][0] for f in features]) for name in features[0]}
 
     def _stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """What ends an answer: the LLM's own end tokens and the template's terminator."""
@@ -454,6 +482,10 @@ class OlaVLM(PreTrainedModel):
         ids = set(own if isinstance(own, list) else [own])
         ids |= {tokenizer.eos_token_id, terminator_id(tokenizer, self.config.template)}
         return sorted(ids - {None})
+
+    def _never_said(self) -> list[int]:
+        """What is no part of an answer: what the LLM's own settings say, and `<image>`, which stands for a picture."""
+        return sorted({*(self.llm.generation_config.suppress_tokens or ()), self.config.image_token_id})
 
     def _place(
         self,

@@ -12,7 +12,7 @@ def constraints(project: dict) -> list[str]:
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     lines = []
     for requirement in wanted:
-        name, bound, version = requirement.partition(">=")
+        name, bound, version = requirement.partition(";")[0].partition(">=")
         if not bound or "," in version:
             raise SystemExit(f"{requirement}: a dependency is written NAME>=LOWEST, without an upper bound")
         lines.append(f"{name.partition('[')[0]}=={version}")

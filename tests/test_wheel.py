@@ -57,9 +57,16 @@ def test_holds_the_files_of_the_four_folders_and_nothing_else(unpacked):
     assert {f for f in found if not f.split("/")[0].endswith(".dist-info")} == expected
 
 
-def test_base_is_among_its_teachers(unpacked):
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "[olavlm.teachers]\nbase = olavlm.pipelines.base_entry:ENTRY",
+        "[lmms_eval.models]\nolavlm = olavlm.pipelines.evaluation.lmms_plugin:manifests",
+    ],
+)
+def test_others_find_what_they_look_for_by_entry_points(unpacked, entry):
     (names,) = unpacked.glob("olavlm-*.dist-info/entry_points.txt")
-    assert "[olavlm.teachers]\nbase = olavlm.pipelines.base_entry:ENTRY" in names.read_text()
+    assert entry in names.read_text()
 
 
 def test_every_module_imports_from_it(unpacked, tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -70,6 +71,11 @@ def from_llava_hf(source: str | Path, template: str | None = None) -> Converted:
         notes += reasons
     else:
         check_template(template, tokenizer)
+    if written := _behind_image(tokenizer, config.image_token_id, template):
+        notes.append(
+            f"template {template} writes {written[0]} to {written[-1]} behind an image: they stay vocabulary rows, and "
+            "the model has no task tokens of its own"
+        )
     stock = load_complete(LlavaForConditionalGeneration, source, dtype="auto")
     llm = causal_lm(stock)
     vision = VisionEncoder(stock.model.vision_tower, config.vision_feature_layer, transform.size)
@@ -217,6 +223,13 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
         if terminator_id(tokenizer, name) in tokenizer.added_tokens_decoder:
             return name, [f"template: {name}, by the tokenizer's tokens, for {reason}; --template names another"]
     raise RecipeError(f"{reason}; name the prompt template that the model was trained with: --template NAME")
+
+
+def _behind_image(tokenizer: PreTrainedTokenizerBase, image_token_id: int, template: str) -> list[str]:
+    """The added tokens that a template writes right behind an image, as that of an exported model does."""
+    ids = encode_prompt(tokenizer, _PICTURE[:1], template)
+    behind = takewhile(tokenizer.added_tokens_decoder.__contains__, ids[ids.index(image_token_id) + 1 :])
+    return tokenizer.convert_ids_to_tokens(list(behind))
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, template: str) -> Sequence[object] | None:

@@ -31,7 +31,7 @@ _PROBE: list[Message] = [
     {"role": "user", "content": "Is the spoon left of the cup?"},
     {"role": "assistant", "content": "Yes, it is to the left."},
 ]
-_SOME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+SOME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 """Ahead of a template that writes the day, or a prompt would be another one tomorrow."""
 
 
@@ -143,10 +143,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], is_
     try:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
-            template = _SOME_DAY + template
+            template = SOME_DAY + template
         # A template that writes the image itself is given it as a part of the message, as the library's processors do.
-        in_parts = IMAGE_TOKEN in template and _PARTS.search(template) is not None
-        conversation = [_in_parts(message) for message in messages] if in_parts else list(messages)
+        conversation = [_in_parts(message) for message in messages] if takes_parts(template) else list(messages)
         text = tokenizer.apply_chat_template(
             conversation, chat_template=template, tokenize=False, add_generation_prompt=is_open
         )
@@ -156,6 +155,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], is_
     if given != written:
         raise SampleError(f"the chat template writes {IMAGE_TOKEN} {written} times, and the conversation {given} times")
     return text
+
+
+def takes_parts(template: str) -> bool:
+    """Whether a Jinja template writes the image itself, where a message's content has such a part."""
+    return IMAGE_TOKEN in template and _PARTS.search(template) is not None
 
 
 def _in_parts(message: Message) -> dict[str, Any]:

@@ -19,6 +19,18 @@ from olavlm.student.model import OlaVLM
 from .conversation import IMAGE_TOKEN
 
 
+def sampling(temperature: float, top_p: float = 1.0) -> dict[str, Any]:
+    """Arguments of `generate`, whatever the LLM's own generation settings say of sampling; 0 is greedy."""
+    if not temperature:
+        return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
+def as_text(question: str) -> str:
+    """A question in which `<image>` is text."""
+    return question.replace(IMAGE_TOKEN, "< image>")
+
+
 class Dialogue:
     """Questions and answers so far; each answer is conditioned on all of them.
 
@@ -43,21 +55,14 @@ class Dialogue:
     ) -> None:
         self.model, self.tokenizer, self.image, self.seed = model, tokenizer, image, seed
         self.turns: list[dict[str, str]] = []
-        # What the LLM's own generation settings say of sampling is for neither.
-        sampling = {"temperature": temperature, "top_p": top_p} if temperature else {"temperature": 1.0, "top_p": 1.0}
-        self._options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": temperature > 0,
-            "top_k": 0 if temperature else 50,
-            **sampling,
-        }
+        self._options = {"max_new_tokens": max_new_tokens, **sampling(temperature, top_p)}
 
     def ask(self, question: str, streamer: BaseStreamer | None = None) -> str:
         """The answer to the next question; `streamer` gets its tokens as they come.
 
         `<image>` in a question is text: the picture stands ahead of the first one.
         """
-        text = question.replace(IMAGE_TOKEN, "< image>")
+        text = as_text(question)
         if self.image is not None and not self.turns:
             text = f"{IMAGE_TOKEN}\n{text}"
         turns = [*self.turns, {"from": "human", "value": text}]

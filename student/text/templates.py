@@ -23,6 +23,8 @@ class Template:
     assistant: str
     user_end: str
     assistant_end: str
+    instruction: str = ""
+    """What of the system text tells the model how to behave."""
     chat: bool = True
     """False for a template that has no roles: image and caption alone."""
 
@@ -34,6 +36,7 @@ TEMPLATES = {
         assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
         user_end="<|eot_id|>",
         assistant_end="<|eot_id|>",
+        instruction=_ASSISTANT_SENTENCES,
     ),
     "phi_3": Template(
         system="<|system|>\nYou are a helpful AI assistant.<|end|>",
@@ -41,6 +44,7 @@ TEMPLATES = {
         assistant="\n<|assistant|>\n",
         user_end="<|end|>",
         assistant_end="<|end|>",
+        instruction="You are a helpful AI assistant.",
     ),
     "vicuna_v1": Template(
         system=f"{_ASSISTANT_SENTENCES} ",
@@ -48,6 +52,7 @@ TEMPLATES = {
         assistant="ASSISTANT: ",
         user_end=" ",
         assistant_end="</s>",
+        instruction=_ASSISTANT_SENTENCES,
     ),
     "plain": Template(system="", user="", assistant="", user_end="", assistant_end="\n", chat=False),
 }

@@ -122,6 +122,22 @@ def read_adapter(folder: Path) -> Adapter:
         raise ModelError(f"{folder / ADAPTER_CONFIG} is damaged: {e}") from None
 
 
+def copy_adapter(run: Path, folder: Path) -> Adapter:
+    """Copies PT's result, and nothing else of its run, into an existing folder, which can be started from as the run.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    adapter = read_adapter(run)
+    weights = _load(run / ADAPTER_WEIGHTS)
+    if stray := [name for name in weights if name.partition(".")[0] not in ADAPTER]:
+        raise ModelError(f"{run / ADAPTER_WEIGHTS} holds {stray[0]!r}, which is no part of an adapter")
+    load_tokenizer(str(run)).save_pretrained(folder)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        shutil.copy2(run / name, folder / name)
+    return adapter
+
+
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder holds PT's result; ModelError if the folder does not exist."""
     folder = Path(path)
@@ -145,11 +161,17 @@ def whole_model(path: str | Path | None) -> str | None:
     return read_adapter(Path(path)).whole if is_adapter(path) else str(Path(path).absolute())
 
 
-def load_checkpoint(path: str | Path) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
-    """A trained model and its tokenizer, from the run folder of any stage. ModelError if it cannot be had."""
+def load_checkpoint(path: str | Path, dtype: torch.dtype | None = None) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
+    """A trained model and its tokenizer, from the run folder of any stage. ModelError if it cannot be had.
+
+    Args:
+        path: the run folder.
+        dtype: of LLM and encoder; by default what they were trained in.
+    """
+    options = {} if dtype is None else {"dtype": dtype}
     if is_adapter(path):
-        return read_adapter(Path(path)).build(with_predictors=False)
-    model = OlaVLM.from_pretrained(path)
+        return read_adapter(Path(path)).build(with_predictors=False, **options)
+    model = OlaVLM.from_pretrained(path, **options)
     return model, model.tokenizer or load_tokenizer(str(path))  # which says why there is none
 
 

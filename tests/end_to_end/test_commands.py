@@ -223,7 +223,9 @@ def test_a_signal_during_a_command_gives_one_line_and_leaves_the_handlers(monkey
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("name", ["extract", "store", "train", "generate", "export", "probe", "tiny", "report"])
+@pytest.mark.parametrize(
+    "name", ["extract", "store", "train", "generate", "evaluate", "export", "probe", "tiny", "report"]
+)
 def test_help_shows_an_example_and_a_bad_flag_is_status_2(name):
     command = [sys.executable, "-m", f"olavlm.pipelines.{name}"]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
@@ -236,5 +238,5 @@ def test_help_shows_an_example_and_a_bad_flag_is_status_2(name):
     assert "Traceback" not in wrong.stderr
     imported = {line.rpartition("|")[2].strip() for line in wrong.stderr.splitlines() if line.startswith("import time")}
     assert "argparse" in imported
-    slow = {"torch", "transformers", "ray"} if name != "extract" else {"transformers", "ray"}
+    slow = {"torch", "transformers", "ray", "lmms_eval"} if name != "extract" else {"transformers", "ray"}
     assert not imported & slow  # a slip is answered at once

@@ -109,7 +109,8 @@ def test_extend_needs_a_model_without_tasks(start):
 @pytest.mark.parametrize(
     ("words", "status", "reason"),
     [
-        (["--to", "llava-hf"], 2, "invalid choice: 'llava-hf'"),
+        (["--to", "llava-hf"], 2, "is llava-hf; --to takes olavlm for it, not llava-hf"),
+        (["--to", "gguf"], 2, "invalid choice: 'gguf'"),
         (["--from", "visper-lm", "--to", "olavlm"], 2, "invalid choice: 'visper-lm'"),
         ([], 2, "required: --to"),
         (["--to", "olavlm", "--template", "llama_4"], 2, "template 'llama_4' is unknown"),
@@ -130,8 +131,8 @@ def test_what_cannot_be_taken(start, tiny, stock, tmp_path, capsys):
     full.mkdir()
     (full / "file").write_text("mine")
     for source, out, status, reason in [
-        (start, tmp_path / "a", 2, "holds a 'olavlm' model; --from takes llava-hf"),
-        (tiny["llm"], tmp_path / "b", 2, "holds a 'llama' model; --from takes llava-hf"),
+        (start, tmp_path / "a", 2, "is olavlm; --to takes llava-hf, adapter for it, not olavlm"),
+        (tiny["llm"], tmp_path / "b", 2, "holds a 'llama' model; --from takes llava-hf, olavlm"),
         (tmp_path / "nothing", tmp_path / "c", 1, "cannot load a model from"),
         (stock, full, 1, "full exists; name another folder"),
     ]:

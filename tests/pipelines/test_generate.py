@@ -118,6 +118,41 @@ def test_a_dialogue_remembers_what_was_said(loaded):
     assert ids.count(model.config.image_token_id) == 1
 
 
+def test_several_dialogues_in_one_pass_are_answered_as_one_by_one(loaded):
+    model, tokenizer = loaded
+    dialogues = [
+        ([{"from": "human", "value": "<image>\nWhat is this?"}], Image.new("RGB", (40, 30), "red")),
+        ([{"from": "human", "value": "Name an animal, any animal that you have ever heard of."}], None),
+        ([{"from": "human", "value": "<image>\nWhy?"}], Image.new("RGB", (30, 40), "green")),
+    ]
+    alone = [model.reply(tokenizer, *dialogue, max_new_tokens=8) for dialogue in dialogues]
+    assert model.replies(tokenizer, dialogues, max_new_tokens=8) == alone
+    assert len(set(alone)) == 3
+    assert model.replies(tokenizer, dialogues[1:2], max_new_tokens=8) == alone[1:2]
+    first = alone[0][: len(alone[0]) // 2]
+    assert first
+    (stopped,) = model.replies(tokenizer, dialogues[:1], max_new_tokens=8, stop_strings=[first])
+    assert stopped.startswith(first)
+    assert len(stopped) < len(alone[0])
+
+
+def test_an_answer_has_no_image_token(loaded, monkeypatch):
+    model, tokenizer = loaded
+    image, head = model.config.image_token_id, model.llm.get_output_embeddings()
+
+    def louder(module, inputs, logits):
+        logits[..., image] = 1e4
+        return logits
+
+    hook = head.register_forward_hook(louder)
+    seen = []
+    generate_ = model.llm.generate
+    monkeypatch.setattr(model.llm, "generate", lambda **kwargs: seen.append(generate_(**kwargs)) or seen[-1])
+    model.reply(tokenizer, [{"from": "human", "value": "What?"}], max_new_tokens=3)
+    hook.remove()
+    assert image not in seen[0]
+
+
 def test_a_dialogue_at_the_terminal(checkpoint, sample_images, capsys, monkeypatch, tmp_path):
     asked = []
 
@@ -200,6 +235,15 @@ class TestTeachersOfAFusionBaseline:
         model.load_teachers(fused[1])
         picture = generate.open_image(sample_images / "cat.jpg")
         assert answer.strip() == model.answer(model.tokenizer, picture, "What is this?", max_new_tokens=4)
+
+    def test_several_pictures_in_one_pass(self, fused, sample_images):
+        model = OlaVLM.from_pretrained(fused[0]).eval()
+        model.load_teachers(fused[1])
+        asked = [{"from": "human", "value": "<image>\nWhat is this?"}]
+        pictures = [generate.open_image(sample_images / name) for name in ("cat.jpg", "rocket.jpg")]
+        dialogues = [(asked, pictures[0]), ([{"from": "human", "value": "Hello"}], None), (asked, pictures[1])]
+        alone = [model.reply(model.tokenizer, *dialogue, max_new_tokens=4) for dialogue in dialogues]
+        assert model.replies(model.tokenizer, dialogues, max_new_tokens=4) == alone
 
     def test_without_an_image_none_is_loaded(self, fused, sample_images, capsys):
         assert run(capsys, fused[0], "--prompt", "Hello", "--max-new-tokens", "2")

@@ -29,10 +29,14 @@ class Published:
     split: str
 
     files: tuple[str, ...]
-    """Patterns of its parquet files below the folder, such as `data/test-*.parquet`."""
+    """Patterns of its parquet files in the folder, such as `data/test-*.parquet`; a local copy may keep them elsewhere
+    below it."""
 
     columns: tuple[str, ...]
     """What the task reads of a row."""
+
+    items: int
+    """Rows of the whole split; a figure of fewer is not the benchmark's."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,14 @@ class Task:
     """The text that follows the image."""
 
     item: Callable[[Row], Item]
+    """Equal to itself after a round trip through JSON. JobFailed for a row that is none of the benchmark's."""
+
     judge: Callable[[Item, str], Judgement]
 
     metrics: Callable[[Sequence[Item]], dict[str, np.ndarray]]
-    """A weight per item (float64 [items], sum 1) for each figure that is reported, in order; the last is the score of
-    the benchmark. A figure is the sum of weight × score: means of groups, and means of such means, are."""
+    """A weight per item (float64 [items], sum 1) for each figure that is reported, in order; of the whole benchmark the
+    last is its score. A figure is the sum of weight times score: means of groups, and means of such means, are. One
+    that needs a group of which there is no item is left out."""
 
     stratum: Callable[[Item], str]
     """Items of one stratum are resampled among themselves; within one a metric's weights are equal."""
