@@ -79,7 +79,7 @@ FORMS = {
             probe_epochs=0.5,
             probe_tasks=("depth",),
             probe_batch=32,
-            answers=False,
+            answers=True,
         ),
     )
 }  # fmt: skip
