@@ -32,7 +32,10 @@ class Effort:
 
     steps: int
     batch: int
-    lr: float
+    lr: float = 2e-3
+    """Of AdamW."""
+    matrix_lr: float = 3e-3
+    """Of Muon, on its scale."""
     decoder_share: float = 0.0
     """Of the batches in which a teacher's own decoder learns, too."""
     decoded: int = 48
@@ -40,7 +43,7 @@ class Effort:
 
     @property
     def fit(self) -> dict[str, Any]:
-        return {"steps": self.steps, "batch": self.batch, "lr": self.lr}
+        return {name: getattr(self, name) for name in ("steps", "batch", "lr", "matrix_lr")}
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Size:
 
 
 SIZES = {
-    "toy": Size(BLOCK, BLOCK, BLOCK, {name: Effort(2, 8, 1e-3, 0.5, 2) for name in NAMES}),
+    "toy": Size(BLOCK, BLOCK, BLOCK, {name: Effort(2, 8, decoder_share=0.5, decoded=2) for name in NAMES}),
     "quick": Size(
         100 * BLOCK,
         8 * BLOCK,

@@ -14,7 +14,7 @@ import numpy as np
 from .solids import SHAPES
 
 BLOCK = 48
-COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "black")
 KINDS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 """Names of objects, by kind = colour * len(SHAPES) + shape."""
 FEWEST, MOST = 3, 6

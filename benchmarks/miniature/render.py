@@ -1,6 +1,6 @@
 """Scenes to pictures with their truth, ray by ray, in NumPy and many scenes at once.
 
-One ray a pixel; solids (`solids`) on a patterned ground under a sky, one lamp far away, with shadows.
+One ray a pixel; solids (`solids`) on a patterned ground under a sky, one lamp far away, with shadows, in haze.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ GROUND, SKY = MOST, MOST + 1
 BACKGROUND = ("ground", "sky")
 BATCH = 48
 
-_PAINT = np.float32(  # red, green, blue, yellow, purple, white
+_PAINT = np.float32(  # red, green, blue, yellow, purple, black
     [
         [0.82, 0.13, 0.13],
         [0.12, 0.62, 0.20],
         [0.16, 0.30, 0.85],
         [0.90, 0.78, 0.12],
         [0.58, 0.18, 0.68],
-        [0.93, 0.93, 0.93],
+        [0.10, 0.10, 0.11],
     ]
 )
 
@@ -78,10 +78,10 @@ def _render(scenes: Scenes) -> Pictures:
     points = np.stack([x, y, np.ones_like(x)], axis=-1) * np.where(np.isfinite(depth), depth, 0)[..., None]
     lit = np.einsum("bpi,bi->bp", normal, scenes.light)
     lit = np.maximum(lit, 0) * ~_shadows(scenes, frames, points, normal, (lit > 0) & (objects != SKY))
-    colour = _paint(scenes, objects, points, y)
     shade = scenes.ambient[:, None] + (1.05 - scenes.ambient[:, None]) * lit
-    colour *= np.where(objects == SKY, np.float32(1), shade)[..., None]
-    rgb = (np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8)
+    colour = np.clip(_paint(scenes, objects, points) * shade[..., None], 0, 1)
+    clear = np.exp(-scenes.haze[:, None] * depth)[..., None]
+    rgb = ((colour * clear + _sky(scenes, y) * (1 - clear)) * 255 + 0.5).astype(np.uint8)
     shape = (num, SIDE, SIDE)
     return Pictures(rgb.reshape(*shape, 3), depth.reshape(shape), objects.reshape(shape), whole)
 
@@ -133,20 +133,23 @@ def _shadows(scenes: Scenes, frames: np.ndarray, points: np.ndarray, normal: np.
     return dark
 
 
-def _paint(scenes: Scenes, objects: np.ndarray, points: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Colours before light, float32 [B, pixels, 3]."""
-    look = scenes.look
+def _paint(scenes: Scenes, objects: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Colours before light, float32 [B, pixels, 3]; of no meaning in the sky."""
     palette = np.concatenate([_PAINT[scenes.kind // len(SHAPES)], np.zeros((len(scenes), 2, 3), np.float32)], axis=1)
-    palette = palette * (0.9 + 0.2 * look[:, :1, None])
+    palette = palette * (0.9 + 0.2 * scenes.look[:, :1, None])
     colour = np.take_along_axis(palette, objects.astype(np.int64)[..., None], axis=1)
     ground = objects == GROUND
     colour[ground] = _ground(scenes, points)[ground]
-    high = 0.65 + 0.3 * look[:, 1:4]
-    low = np.clip(high + 0.25 * (look[:, 4:7] - 0.5), 0, 1)
+    return colour
+
+
+def _sky(scenes: Scenes, y: np.ndarray) -> np.ndarray:
+    """Nearly grey, in another tint below than above; what is far away fades into it."""
+    look = scenes.look
+    high = 0.65 + 0.25 * look[:, 1:2] + 0.1 * look[:, 2:5]
+    low = np.clip(high + 0.1 * (look[:, 4:7] - 0.5), 0, 1)
     fade = np.clip(y * 2 + 1, 0, 1)[..., None]
-    sky = objects == SKY
-    colour[sky] = (high[:, None] * (1 - fade) + low[:, None] * fade)[sky]
-    return colour.astype(np.float32)
+    return high[:, None] * (1 - fade) + low[:, None] * fade
 
 
 def _ground(scenes: Scenes, points: np.ndarray) -> np.ndarray:

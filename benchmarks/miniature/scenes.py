@@ -20,6 +20,7 @@ SIDE = 96
 NEAREST, FARTHEST = 2.5, 10.0
 SMALLEST, LARGEST = 8.0, 17.0
 """Apparent radius of an object's ball, in pixels."""
+HAZE = 0.08, 0.16
 _TRIES, _EACH = 48, 5
 _SCENE = 32
 UNIFORMS = _SCENE + MOST * (2 + _TRIES * _EACH)
@@ -52,6 +53,8 @@ class Scenes:
     """[B, 3], unit, towards it."""
     ambient: np.ndarray
     """[B]."""
+    haze: np.ndarray
+    """[B]: what a metre of air takes of what is behind it (the attenuation coefficient)."""
     look: np.ndarray
     """[B, 20]: uniform numbers that colours and the ground's pattern are made of."""
 
@@ -102,6 +105,7 @@ def place(plans: Sequence[Plan], uniforms: np.ndarray) -> Scenes:
         pitch=pitch.astype(np.float32),
         light=np.zeros((len(plans), 3), np.float32),
         ambient=_between(u[:, 5], 0.3, 0.5),
+        haze=_between(u[:, 6], *HAZE),
         look=u[:, 8:28],
     )
     right, forward = np.float32([1, 0, 0]), np.cross(scenes.up, np.float32([1, 0, 0]))

@@ -18,7 +18,7 @@ STEPS = 16
 
 
 def caption(facts: Facts) -> str:
-    """The objects from left to right: `a red cube, a blue cone and a white sphere`."""
+    """The objects from left to right: `a red cube, a blue cone and a black sphere`."""
     named = [f"a {facts.names[i]}" for i in facts.left_to_right]
     return f"{', '.join(named[:-1])} and {named[-1]}"
 
@@ -38,13 +38,22 @@ def letter(index: int) -> str:
 
 
 def told(facts: Facts, order: Sequence[int]) -> str:
-    """A scene in words, its objects in this order: column and row in the picture and distance from the camera.
+    """A scene in words, its objects in this order."""
+    return "\n".join(f"a {facts.names[i]}{_at(facts, i)}" for i in order)
 
-    Columns and rows are sixteenths of the picture from the left and the top, distances equal steps of the logarithm.
-    """
-    cells = np.clip(np.stack([facts.column, facts.row]) * STEPS / SIDE, 0, STEPS - 1).astype(int)
-    steps = np.log(facts.centre[:, 2] / NEAREST) / np.log(FARTHEST / NEAREST) * STEPS
-    steps = np.clip(steps, 0, STEPS - 1).astype(int)
-    return "\n".join(
-        f"a {facts.names[i]} at column {cells[0, i]}, row {cells[1, i]}, distance {steps[i]}" for i in order
-    )
+
+def where(name: str) -> str:
+    return f"Where is the {name}?"
+
+
+def place(facts: Facts, i: int) -> str:
+    return f"It is{_at(facts, i)}"
+
+
+def _at(facts: Facts, i: int) -> str:
+    """Column and row of the picture from the left and the top, and distance from the camera, each in `STEPS` equal
+    steps, distances of the logarithm."""
+    farness = np.log(facts.centre[i, 2] / NEAREST) / np.log(FARTHEST / NEAREST)
+    shares = (facts.column[i] / SIDE, facts.row[i] / SIDE, farness)
+    column, row, distance = (min(max(int(share * STEPS), 0), STEPS - 1) for share in shares)
+    return f" at column {column}, row {row}, distance {distance}"

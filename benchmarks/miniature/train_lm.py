@@ -2,14 +2,15 @@
 
 A dialogue is a told scene, its caption and questions about it, asked and answered as about a picture, so that counting,
 comparing and answering are known before anything is seen. Every scene is told once. All of a dialogue is learnt, and
-its answers once more: to foresee the names in a question one has to look into the scene, and that is learnt soon.
+its answers once more. What is easier is learnt first and helps with the rest: to foresee the names in a question one
+has to look into the scene, and to say where an object is, to look it up there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +23,8 @@ from olavlm.teachers.checkpoint import quiet
 
 from . import architectures
 from .fitting import fit
-from .plan import plan_of
-from .questions import TASKS, Facts, Question, ask
-from .text import CAPTION_PROMPT, SUFFIX, answer, caption, prompt, told
+from .questions import TASKS, Facts, Question
+from .text import CAPTION_PROMPT, SUFFIX, answer, caption, place, prompt, told, where
 from .tokenizer import ASSISTANT, BEGIN, END, USER, world_tokenizer
 from .world import described_scenes
 from .write import HELD_OUT, TOLD
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from .models import Effort
 
-ROUNDS = 2
-"""Questions of each kind but counting in a dialogue."""
 IGNORED = -100
 
 
@@ -45,7 +43,6 @@ class Told:
 
     scene: str
     turns: tuple[tuple[str, str], ...]
-    tasks: tuple[str, ...]
 
 
 def train_llm(folder: Path, scenes: int, asked: int, effort: Effort, seed: int, device: str) -> dict[str, float]:
@@ -62,7 +59,7 @@ def train_llm(folder: Path, scenes: int, asked: int, effort: Effort, seed: int, 
         losses = F.cross_entropy(model.lm_head(states[said]), ids[:, 1:][said], reduction="none")
         return losses.mean() + losses[answers[said]].mean()
 
-    fit("llm", model.parameters(), loss, samples=len(dialogues), seed=seed, **effort.fit)
+    fit("llm", (model,), loss, samples=len(dialogues), seed=seed, **effort.fit)
     with quiet():
         model.eval().cpu().half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -85,22 +82,13 @@ def _tell(seed: int, indices: Sequence[int]) -> list[Told]:
 
 
 def _dialogue(seed: int, index: int, facts: Facts, asked: tuple[Question, ...]) -> Told:
-    """The caption and all questions in random order, but that counting comes first: see `write.turns`."""
+    """In random order the four questions and where each object is; ahead of them or behind them the caption."""
     rng = np.random.default_rng([seed, index, len(TASKS)])
-    questions = list(asked[1:])
-    for _ in range(ROUNDS - 1):
-        flags = rng.integers(2, size=8)
-        names = ("vertical", "before", "near_is_larger", "near_is_lower", "near_in_picture")
-        changed = dict(zip(names, map(bool, flags), strict=False))
-        letters = dict(zip(("relation_letter", "depth_letter", "distance_letter"), map(int, flags[5:]), strict=True))
-        questions += (ask(replace(plan_of(seed, index), **changed, **letters), facts, rng) or ())[1:]
-    shuffled = [asked[0], *(questions[i] for i in rng.permutation(len(questions)))]
-    turns = [(prompt(question) + SUFFIX, answer(question)) for question in shuffled]
-    tasks = [question.task for question in shuffled]
-    place = int(rng.integers(2)) * len(turns)  # first or last
-    turns.insert(place, (CAPTION_PROMPT, caption(facts)))
-    tasks.insert(place, "Caption")
-    return Told(told(facts, rng.permutation(len(facts.names))), tuple(turns), tuple(tasks))
+    turns = [(prompt(question) + SUFFIX, answer(question)) for question in asked]
+    turns += [(where(name), place(facts, i)) for i, name in enumerate(facts.names)]
+    turns = [turns[i] for i in rng.permutation(len(turns))]
+    turns.insert(int(rng.integers(2)) * len(turns), (CAPTION_PROMPT, caption(facts)))
+    return Told(told(facts, rng.permutation(len(facts.names))), tuple(turns))
 
 
 def encoded(tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[Told]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -149,7 +137,7 @@ def score(
             turn = (CAPTION_PROMPT, caption(facts))
             if task in TASKS:
                 turn = (prompt(questions[position]) + SUFFIX, answer(questions[position]))
-            asked.append(Told(told(facts, order), (turn,), (task,)))
+            asked.append(Told(told(facts, order), (turn,)))
         right = []
         dialogues = encoded(tokenizer, asked)
         for first in range(0, len(dialogues), 64):

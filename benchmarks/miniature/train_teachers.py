@@ -7,8 +7,6 @@ held-out pictures.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +50,6 @@ def train_depth(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort
     mean for each of its layers, as features that stand for all of them are decoded.
     """
     model = architectures.depth_anything().to(device).train()
-    nn.init.ones_(model.head.conv3.bias)  # or its last ReLU may be dead from the start
     cells = SIDE // GRID // 2  # of the linear head in a token, of 2 x 2 pixels each
     head = nn.Linear(model.config.reassemble_hidden_size, cells**2).to(device)
 
@@ -65,11 +62,10 @@ def train_depth(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort
         total = _apart(_cells(head, mean[:, 1:], 1)[:, 0], truth[:, ::2, ::2], weight[:, ::2, ::2])
         if rng.random() < effort.decoder_share:
             given = [mean] * len(layers) if rng.random() < 0.5 else layers
-            total = total + _apart(_depth_map(model, given), truth, weight)
+            total = total + _apart(_depth_map(model, given, cut=False), truth, weight)
         return total
 
-    parameters = [*model.parameters(), *head.parameters()]
-    fit("depth", parameters, loss, samples=len(taught), seed=seed, **effort.fit)
+    fit("depth", (model, head), loss, samples=len(taught), seed=seed, **effort.fit)
     _save(model, folder)
     from transformers import DepthAnythingForDepthEstimation
 
@@ -101,19 +97,19 @@ def _depth_layers(model: nn.Module, rgb: np.ndarray, device: str) -> list[torch.
     return list(maps)
 
 
-def _depth_map(model: nn.Module, layers: list[torch.Tensor]) -> torch.Tensor:
-    """At the picture's own size, where the model itself would draw `DEPTH_SIDE` pixels: the same layers, less work."""
-    with _drawing(model.head, SIDE // GRID):
-        return model.head(model.neck(layers, GRID, GRID), GRID, GRID)
+def _depth_map(model: nn.Module, layers: list[torch.Tensor], *, cut: bool = True) -> torch.Tensor:
+    """At the picture's own size, where the model itself would draw `DEPTH_SIDE` pixels: the same layers, less work.
 
-
-@contextmanager
-def _drawing(head: nn.Module, patch: int) -> Iterator[None]:
-    own, head.patch_size = head.patch_size, patch
+    Args:
+        cut: whether what is below 0 becomes 0, as in the model, where it would never learn to rise again.
+    """
+    head = model.head
+    own = head.patch_size, head.activation2
+    head.patch_size, head.activation2 = SIDE // GRID, own[1] if cut else nn.Identity()
     try:
-        yield
+        return head(model.neck(layers, GRID, GRID), GRID, GRID)
     finally:
-        head.patch_size = own
+        head.patch_size, head.activation2 = own
 
 
 def _depth_scores(said: np.ndarray, held_out: Lessons, of: str) -> Scores:
@@ -154,8 +150,7 @@ def train_seg(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort, 
             total = total + F.nll_loss(scores.clamp_min(1e-4).log(), coarse, weight)
         return total
 
-    trained = [p for name, p in model.named_parameters() if not name.startswith("text_mapper")]
-    fit("seg", [*trained, *head.parameters()], loss, samples=len(taught), seed=seed, **effort.fit)
+    fit("seg", (model, head), loss, samples=len(taught), seed=seed, **effort.fit)
     model.eval()
     with torch.no_grad():
         said = [
@@ -221,8 +216,7 @@ def train_gen(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort, 
         logits, truth = scale.exp().clamp(max=100) * seen @ said.T, torch.arange(len(rows), device=device)
         return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
 
-    parameters = [*model.parameters(), *named.parameters(), scale]
-    fit("gen", parameters, loss, samples=len(taught), seed=seed, **effort.fit)
+    fit("gen", (model, named, nn.ParameterList([scale])), loss, samples=len(taught), seed=seed, **effort.fit)
     _save(model.eval(), folder)
     with torch.no_grad():
         seen, said = (
@@ -250,8 +244,7 @@ def train_encoder(folder: Path, taught: Lessons, held_out: Lessons, effort: Effo
         present = torch.from_numpy(taught.present[rows].astype(np.float32)).to(device)
         return F.binary_cross_entropy_with_logits(logits(rgb), present)
 
-    parameters = [*model.parameters(), *head.parameters()]
-    fit("encoder", parameters, loss, samples=len(taught), seed=seed, **effort.fit)
+    fit("encoder", (model, head), loss, samples=len(taught), seed=seed, **effort.fit)
     _save(model.eval(), folder)
     with torch.no_grad():
         said = torch.cat([logits(held_out.rgb[rows]) for rows in _batches(held_out)]).cpu().numpy() > 0
