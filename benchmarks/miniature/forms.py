@@ -28,6 +28,7 @@ class Form:
     probe_epochs: float
     probe_tasks: tuple[str, ...]
     probe_batch: int
+    probe_lr: float
     answers: bool
     """Whether models are asked the held-out questions."""
 
@@ -41,16 +42,17 @@ FORMS = {
     for form in (
         Form(
             name="quick",
-            scenes=100 * BLOCK,
+            scenes=75 * BLOCK,
             held_out=10 * BLOCK,
             models="quick",
             seeds=3,
             arms=(SINGLE, DISTILLED),
-            pt_epochs=1.0,
+            pt_epochs=2.0,
             ift_epochs=1.0,
             probe_epochs=1.0,
             probe_tasks=("depth",),
-            probe_batch=32,
+            probe_batch=16,
+            probe_lr=3e-3,
             answers=True,
         ),
         Form(
@@ -64,7 +66,8 @@ FORMS = {
             ift_epochs=4.0,
             probe_epochs=2.0,
             probe_tasks=("depth", "seg", "gen"),
-            probe_batch=32,
+            probe_batch=16,
+            probe_lr=3e-3,
             answers=True,
         ),
         Form(
@@ -79,6 +82,7 @@ FORMS = {
             probe_epochs=0.5,
             probe_tasks=("depth",),
             probe_batch=32,
+            probe_lr=3e-3,
             answers=True,
         ),
     )

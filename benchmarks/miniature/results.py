@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from ..figures import Figures, ItemPairs, Seeds
 from ..machine import describe
 from .arms import ARMS, DISTILLED, SINGLE, arms_of
@@ -24,6 +26,8 @@ from .steps import BENCHMARK, STAGES, run_folder
 PACKAGES = ("torch", "transformers", "accelerate", "ray", "zarr", "lmms-eval", "pillow", "numpy")
 TABLES = {"table 1": SINGLE, "table 4": "tokens_only", "table 5": "n0"}
 """By table, the arm that its others are compared with."""
+_AT_ONCE = 480
+"""Rows of features in memory."""
 COLUMNS = ("Count", "Relation", "Depth", "Distance", "2D", "3D", "Overall")
 
 
@@ -54,6 +58,9 @@ def figure_3(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) 
     """Probes, layer by layer, of each task after each stage."""
     found = []
     for task in form.probe_tasks:
+        notes = []
+        if (same := blind_cosine(root, task, form)) is not None:
+            notes.append(f"A prediction that is the same for every picture, the training pictures' mean: {same:.4f}.")
         for stage in STAGES:
             values = {}
             for arm in arms:
@@ -61,8 +68,25 @@ def figure_3(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) 
                     values[ARMS[arm].title] = _by_column(scored)
             title = f"Probes of {task} after {stage.upper()}, cosine with the teacher's features of held-out pictures"
             if values:
-                found.append(Seeds(title, values, _over(values, SINGLE), digits=4))
+                found.append(Seeds(title, values, _over(values, SINGLE), digits=4, notes=list(notes)))
     return found
+
+
+def blind_cosine(root: Path, task: str, form: Form) -> float | None:
+    """What probes are to be measured against: the mean cosine, over held-out pictures, of what needs no picture."""
+    from olavlm.cache import FeatureStore
+    from olavlm.student.probing.settings import default_key
+
+    if not (root / "features" / "zarr.json").is_file():
+        return None
+    features = FeatureStore(root / "features")[default_key(task)]
+    mean, rows = 0.0, range(form.scenes)  # in the plan, the pictures to train on come first
+    for start in rows[::_AT_ONCE]:
+        values, _ = features.read(list(rows[start : start + _AT_ONCE]))
+        mean = mean + values.sum(axis=0, dtype=np.float64) / form.scenes
+    told, _ = features.read(list(range(form.scenes, form.scenes + form.held_out)))
+    told = told.reshape(len(told), -1).astype(np.float64)
+    return float(np.mean(told @ mean.ravel() / np.linalg.norm(told, axis=1)) / np.linalg.norm(mean))
 
 
 def probe_scores(run: Path) -> Path:

@@ -24,7 +24,9 @@ from .forms import Form
 OWN, EXTRACT, TRAIN, PROBE, EVAL, REPORT = (
     "python -m benchmarks.miniature", "olavlm-extract", "olavlm-train", "olavlm-probe", "olavlm-eval", "olavlm-report"
 )  # fmt: skip
-TEACHERS, BASES = ("depth", "seg", "gen"), ("encoder", "llm")
+TEACHERS = ("depth", "seg", "gen")
+MODELS = ("llm", "seg", "depth", "encoder", "gen")
+"""Those that take long first, so that workers end together."""
 STAGES = ("pt", "ift")
 BENCHMARK = "cv_bench"
 
@@ -76,7 +78,7 @@ def plan(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -> l
 def _world(root: Path, form: Form) -> Iterator[Step]:
     sizes = ("--scenes", str(form.scenes), "--held-out", str(form.held_out))
     yield Step("world", OWN, ("world", "--dir", "world", *sizes), (), (root / "world" / "world.json").is_file, True)
-    for name in (*TEACHERS, *BASES):
+    for name in MODELS:
         words = ("models", "--dir", "models", "--size", form.models, "--only", name)
         yield Step(f"model {name}", OWN, words, (), (root / "models" / name / "miniature.json").is_file)
 
@@ -135,6 +137,7 @@ def _probed(root: Path, form: Form, base: str, run: Path, seed: int) -> Iterator
     words = ("train", "--model", str(run), "--data", "world/pt.json", *data, "--tasks", ",".join(form.probe_tasks))
     words += ("--output", str(probes), "--seed", str(seed), "--epochs", f"{form.probe_epochs:g}")
     words += ("--batch-size", str(form.probe_batch), "--micro-batch", str(form.probe_batch))
+    words += ("--lr", f"{form.probe_lr:g}", "--save-every", "100")
     yield Step(f"{base} probes", PROBE, words, (base, "features to probe"), (root / probes / "probes.json").is_file)
     words = ("eval", str(probes), "--data", "world/held_out.json", *data, "--batch-size", "32")
     scores = root / probes / "eval" / "scores.json"
