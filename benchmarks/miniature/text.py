@@ -39,7 +39,7 @@ def letter(index: int) -> str:
 
 def told(facts: Facts, order: Sequence[int]) -> str:
     """A scene in words, its objects in this order."""
-    return "\n".join(f"a {facts.names[i]}{_at(facts, i)}" for i in order)
+    return "\n".join(place(facts, i) for i in order)
 
 
 def where(name: str) -> str:
@@ -47,13 +47,9 @@ def where(name: str) -> str:
 
 
 def place(facts: Facts, i: int) -> str:
-    return f"It is{_at(facts, i)}"
-
-
-def _at(facts: Facts, i: int) -> str:
     """Column and row of the picture from the left and the top, and distance from the camera, each in `STEPS` equal
     steps, distances of the logarithm."""
     farness = np.log(facts.centre[i, 2] / NEAREST) / np.log(FARTHEST / NEAREST)
     shares = (facts.column[i] / SIDE, facts.row[i] / SIDE, farness)
     column, row, distance = (min(max(int(share * STEPS), 0), STEPS - 1) for share in shares)
-    return f" at column {column}, row {row}, distance {distance}"
+    return f"a {facts.names[i]} at column {column}, row {row}, distance {distance}"

@@ -24,7 +24,6 @@ PHRASES = (
     *(f"{place} {step}" for place in (" at column", ", row", ", distance") for step in range(STEPS)),
     CAPTION_PROMPT,
     "Where is the",
-    "It is",
     "How many",
     " are in the image",
     "Considering the relative positions of the",
