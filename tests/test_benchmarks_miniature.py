@@ -208,3 +208,24 @@ def test_a_world_is_written_once(module, written):
         write.write_world(written, write.WorldSettings(48, 48, 4))
     with pytest.raises(ValueError, match="multiples of 48"):
         write.WorldSettings(50, 48, 3)
+
+
+def test_the_tables_are_those_of_the_results(module):
+    module("world")  # puts the repository's root on the path
+    folder = ROOT / "benchmarks" / "miniature"
+    assert (folder / "README.md").read_text() == importlib.import_module("benchmarks.readme").rendered(folder)
+
+
+def test_figures_are_kept_with_the_machine(module, tmp_path, monkeypatch, capsys):
+    main = module("__main__")
+    (tmp_path / "README.md").write_text((ROOT / "benchmarks" / "miniature" / "README.md").read_text())
+    monkeypatch.setattr(main, "FOLDER", tmp_path)
+    assert main.main(["shortcuts", "--pictures", "48", "--processes", "1", "--name", "toy"]) == 0
+    run = json.loads((tmp_path / "results" / "toy.json").read_text())
+    assert run["machine"]["cores"] >= 1
+    words, rules = run["figures"]["shortcuts"]
+    assert set(words["values"]) == set(TASKS)
+    assert rules["values"]["larger is closer"]["accuracy"] == 0.5
+    assert "larger is closer" in (tmp_path / "README.md").read_text()
+    assert main.main(["world", "--dir", str(tmp_path / "w"), "--scenes", "50"]) == 1
+    assert "--scenes 50: takes multiples of 48" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -53,38 +53,24 @@ class Size:
     taught: int
     """Pictures that vision models learn from."""
     held_out: int
-    told: int
-    """Described scenes that the language model learns from; others in every epoch."""
     efforts: dict[str, Effort]
 
 
+QUICK = {
+    "depth": Effort(1200, 16, matrix_lr=1e-2, decoder_share=0.35),
+    "seg": Effort(500, 16, matrix_lr=1e-2, decoder_share=0.25),
+    "gen": Effort(800, 64, matrix_lr=1e-2),
+    "encoder": Effort(1500, 32, matrix_lr=2e-2),
+    "llm": Effort(1200, 16, lr=3e-3, matrix_lr=5e-3),
+}
 SIZES = {
-    "toy": Size(BLOCK, BLOCK, BLOCK, {name: Effort(2, 8, decoder_share=0.5, decoded=2) for name in NAMES}),
-    "quick": Size(
-        100 * BLOCK,
-        8 * BLOCK,
-        500 * BLOCK,
-        {
-            "depth": Effort(800, 16, 2e-3, 0.35),
-            "seg": Effort(500, 16, 3e-3, 0.25),
-            "gen": Effort(400, 64, 2e-3),
-            "encoder": Effort(800, 32, 1e-3),
-            "llm": Effort(1000, 32, 2e-3),
-        },
-    ),
+    "toy": Size(BLOCK, BLOCK, {name: Effort(2, 8, decoder_share=0.5, decoded=2) for name in NAMES}),
+    "quick": Size(100 * BLOCK, 8 * BLOCK, QUICK),
     "full": Size(
-        400 * BLOCK,
-        8 * BLOCK,
-        2000 * BLOCK,
-        {
-            "depth": Effort(6000, 32, 1e-3, 0.35),
-            "seg": Effort(4000, 32, 2e-3, 0.25),
-            "gen": Effort(3000, 128, 1e-3),
-            "encoder": Effort(4000, 64, 1e-3),
-            "llm": Effort(6000, 64, 2e-3),
-        },
+        400 * BLOCK, 8 * BLOCK, {n: replace(e, steps=4 * e.steps, batch=2 * e.batch) for n, e in QUICK.items()}
     ),
 }
+"""`full` sees eight times as much."""
 
 
 def make_models(
@@ -141,7 +127,7 @@ def _train(name: str, folder: Path, plan: Size, data: _Data, seed: int, device: 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if name == "llm":
-            scores = train_llm(folder, plan.told, plan.held_out, plan.efforts[name], seed, device)
+            scores = train_llm(folder, plan.held_out, plan.efforts[name], seed, device)
         else:
             scores = TRAINERS[name](folder, *parts, plan.efforts[name], seed, device)
     size = sum(file.stat().st_size for file in folder.iterdir())

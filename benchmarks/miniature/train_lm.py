@@ -45,12 +45,11 @@ class Told:
     turns: tuple[tuple[str, str], ...]
 
 
-def train_llm(folder: Path, scenes: int, asked: int, effort: Effort, seed: int, device: str) -> dict[str, float]:
+def train_llm(folder: Path, asked: int, effort: Effort, seed: int, device: str) -> dict[str, float]:
     """Train, save in float16, load, and score on single questions about scenes of the held-out pictures."""
     tokenizer = world_tokenizer()
     model = architectures.language_model(tokenizer).to(device).train()
-    scenes = min(scenes, effort.steps * effort.batch)
-    dialogues = encoded(tokenizer, tell(seed, TOLD, scenes))
+    dialogues = encoded(tokenizer, tell(seed, TOLD, effort.steps * effort.batch))
 
     def loss(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         ids, labels = (t.to(device) for t in padded([dialogues[i] for i in rows], tokenizer.pad_token_id))
