@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from .lessons import CLASSES
 from .scenes import SIDE
 
@@ -121,7 +123,30 @@ def base_encoder() -> CLIPVisionModel:
         num_hidden_layers=5,
         num_attention_heads=4,
     )
-    return CLIPVisionModel(config)
+    model = CLIPVisionModel(config)
+    (positions,) = (p for name, p in model.named_parameters() if name.endswith("position_embedding.weight"))
+    with torch.no_grad():
+        # Real encoders tell where a patch is, and one that only learns what is in a picture has no need to learn it.
+        positions[1:] = waves(config.hidden_size)
+    return model
+
+
+@torch.no_grad()
+def at_unit_scale(model: CLIPVisionModel, pixel_values: torch.Tensor) -> None:
+    """Divides all that is written into the states by one number, so that the features are about 1: training lets states
+    grow, which the blocks' own normalisations hide, and a projector would see. What the model says stays."""
+    scale = model(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:].square().mean().sqrt()
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("pre_layrnorm", "self_attn.out_proj", "mlp.fc2")):
+            parameter /= scale
+
+
+def waves(width: int) -> torch.Tensor:
+    """Sines and cosines of each patch's row and column, [GRID * GRID, width], by rows."""
+    angles = torch.arange(GRID)[:, None] * torch.pi / GRID * torch.arange(1, width // 4 + 1) / 2
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [GRID, width / 2]
+    rows, columns = axis[:, None].expand(-1, GRID, -1), axis[None].expand(GRID, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
 
 
 def language_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:

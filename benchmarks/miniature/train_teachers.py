@@ -245,6 +245,7 @@ def train_encoder(folder: Path, taught: Lessons, held_out: Lessons, effort: Effo
         return F.binary_cross_entropy_with_logits(logits(rgb), present)
 
     fit("encoder", (model, head), loss, samples=len(taught), seed=seed, **effort.fit)
+    architectures.at_unit_scale(model, pixels(taught.rgb[:_SCORED], SIDE, CLIP_MEAN, CLIP_STD, device))
     _save(model.eval(), folder)
     with torch.no_grad():
         said = torch.cat([logits(held_out.rgb[rows]) for rows in _batches(held_out)]).cpu().numpy() > 0
