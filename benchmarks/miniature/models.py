@@ -61,7 +61,7 @@ QUICK = {
     "seg": Effort(500, 16, matrix_lr=1e-2, decoder_share=0.25),
     "gen": Effort(800, 64, matrix_lr=1e-2),
     "encoder": Effort(1500, 32, matrix_lr=2e-2),
-    "llm": Effort(1200, 16, lr=3e-3, matrix_lr=5e-3),
+    "llm": Effort(2000, 8, lr=3e-3, matrix_lr=5e-3),
 }
 SIZES = {
     "toy": Size(BLOCK, BLOCK, {name: Effort(2, 8, decoder_share=0.5, decoded=2) for name in NAMES}),

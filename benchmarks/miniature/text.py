@@ -33,6 +33,12 @@ def answer(question: Question) -> str:
     return letter(question.letter)
 
 
+def answer_in_words(question: Question) -> str:
+    """To the question alone, without options."""
+    right = question.options[question.letter]
+    return {"Count": "there are {}", "Relation": "it is {}"}.get(question.task, "the {}").format(right)
+
+
 def letter(index: int) -> str:
     return f"({'ABCDEF'[index]})"
 

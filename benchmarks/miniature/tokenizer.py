@@ -66,6 +66,7 @@ def world_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     text = [f" {kind} objects {kind}s and the or left right above below" for kind in KINDS]
+    text += ["there are", "it is", "the"] * len(KINDS)
     text += [f" {number} {number}" for number in range(STEPS)]
     backend.train_from_iterator(text, trainer)
     tokenizer = PreTrainedTokenizerFast(

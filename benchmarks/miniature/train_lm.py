@@ -3,7 +3,8 @@
 A dialogue is a told scene, its caption and questions about it, asked and answered as about a picture, so that counting,
 comparing and answering are known before anything is seen. Every scene is told once. All of a dialogue is learnt, and
 its answers once more. What is easier is learnt first and helps with the rest: to foresee the names in a question one
-has to look into the scene, and to say where an object is, to look it up there.
+has to look into the scene, to say where an object is, to look it up there, to answer in words, to compare, and then
+there are the options' letters.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from olavlm.teachers.checkpoint import quiet
 from . import architectures
 from .fitting import fit
 from .questions import TASKS, Facts, Question
-from .text import CAPTION_PROMPT, SUFFIX, answer, caption, place, prompt, told, where
+from .text import CAPTION_PROMPT, SUFFIX, answer, answer_in_words, caption, place, prompt, told, where
 from .tokenizer import ASSISTANT, BEGIN, END, USER, world_tokenizer
 from .world import described_scenes
 from .write import HELD_OUT, TOLD
@@ -81,9 +82,11 @@ def _tell(seed: int, indices: Sequence[int]) -> list[Told]:
 
 
 def _dialogue(seed: int, index: int, facts: Facts, asked: tuple[Question, ...]) -> Told:
-    """In random order the four questions and where each object is; ahead of them or behind them the caption."""
+    """In random order the four questions, in words and with options, and where each object is; ahead of them or behind
+    them the caption."""
     rng = np.random.default_rng([seed, index, len(TASKS)])
     turns = [(prompt(question) + SUFFIX, answer(question)) for question in asked]
+    turns += [(question.text, answer_in_words(question)) for question in asked]
     turns += [(where(name), place(facts, i)) for i, name in enumerate(facts.names)]
     turns = [turns[i] for i in rng.permutation(len(turns))]
     turns.insert(int(rng.integers(2)) * len(turns), (CAPTION_PROMPT, caption(facts)))
