@@ -4,6 +4,7 @@ after a death, its statistics are right, and its page says what was measured."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import math
@@ -214,6 +215,22 @@ def test_a_folder_is_of_one_form_and_one_run(module, tmp_path):
     assert (form.name, arms, seeds) == ("quick", ["single", "distilled"], [0, 1])
     with pytest.raises(run.RunError, match="--seeds 0"):
         run.chosen(arguments.parse_args(["--seeds", "0"]))
+
+
+def test_models_of_the_same_efforts_are_lent(module, tmp_path):
+    run, forms, models = module("miniature.run"), module("miniature.forms").FORMS, module("miniature.models")
+    efforts = models.SIZES["quick"].efforts
+    for name, steps in (
+        ("depth", efforts["depth"].steps),
+        ("gen", efforts["gen"].steps + 1),
+    ):  # gen is of other efforts
+        (tmp_path / "trained" / name).mkdir(parents=True)
+        trained = {"size": "quick", "seed": 0, **dataclasses.asdict(efforts[name]), "steps": steps}
+        (tmp_path / "trained" / name / "miniature.json").write_text(json.dumps({"trained": trained}))
+    assert run.lend_models(tmp_path / "run", forms["quick"], tmp_path / "trained") == ["depth"]
+    assert [file.name for file in (tmp_path / "run" / "models").iterdir()] == ["depth"]
+    assert run.lend_models(tmp_path / "run", forms["quick"], tmp_path / "trained") == []  # a folder is left alone
+    assert run.lend_models(tmp_path / "other", forms["full"], tmp_path / "trained") == []
 
 
 def test_intervals_by_hand(module):

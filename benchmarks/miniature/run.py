@@ -17,6 +17,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from multiprocessing import connection
 from pathlib import Path
 from statistics import median
@@ -24,12 +25,15 @@ from time import perf_counter, time
 
 from .arms import ARMS, DISTILLED, SINGLE
 from .forms import FORMS, Form
+from .models import NAMES, RECORD, SIZES
 from .steps import Step, plan
 from .workers import Worker
 
 FOLDER = Path(__file__).parent
 FORM_FILE, JOURNAL, LOGS = "form.json", "journal.jsonl", "logs"
 RESULTS, PAGE = "results.json", "index.html"
+TRAINED = FOLDER / "trained"
+"""A run's models/, kept to be lent to others."""
 GB_A_WORKER = 3
 _TAIL = 12
 
@@ -44,6 +48,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seeds", type=int, metavar="N", help="so many, from 0 (default: the form's)")
     p.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core, if memory allows)")
+    p.add_argument("--train-models", action="store_true", help="train the small models even if they come ready")
     p.add_argument("--name", help="keep the figures as results/NAME.json, and render README.md")
     p.add_argument("--list", action="store_true", help="print the commands, done or not, and run nothing")
 
@@ -73,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
     steps = plan(root, form, arms, seeds)
     with _held(root):
         check_form(root, form)
+        if not args.train_models:
+            lend_models(root, form)
         execute(root, steps, args.workers or default_workers())
         publish(root, form, arms, seeds, [step.line for step in steps], args.name)
 
@@ -112,6 +119,20 @@ def check_form(root: Path, form: Form) -> None:
     elif (there := json.loads(file.read_text())) != now:
         changed = ", ".join(f"{k} {there.get(k)}, not {v}" for k, v in now.items() if there.get(k) != v)
         raise RunError(f"{root} holds a run with {changed}; name another folder with --dir")
+
+
+def lend_models(root: Path, form: Form, trained: Path = TRAINED) -> list[str]:
+    """Copy those of the small models that come ready, by the very efforts that would train them; their names."""
+    lent = []
+    for name in NAMES:
+        record, folder = trained / name / RECORD, root / "models" / name
+        asked = {"size": form.models, "seed": 0, **asdict(SIZES[form.models].efforts[name])}
+        if record.is_file() and json.loads(record.read_text())["trained"] == asked and not folder.exists():
+            shutil.copytree(trained / name, folder)
+            lent.append(name)
+    if lent:
+        print(f"{', '.join(lent)}: ready, from {trained}; --train-models would train them", flush=True)
+    return lent
 
 
 def default_workers() -> int:
