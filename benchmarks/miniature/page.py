@@ -8,7 +8,19 @@ from typing import Any
 
 from olavlm.pipelines.layer_plot import Line
 from olavlm.pipelines.reporting.layer_chart import layer_chart
-from olavlm.pipelines.reporting.page import block, charts, duration, facts, fold, page, picture, source, table, tiles
+from olavlm.pipelines.reporting.page import (
+    block,
+    charts,
+    duration,
+    facts,
+    fold,
+    note,
+    page,
+    picture,
+    source,
+    table,
+    tiles,
+)
 
 from ..figures import Count, Figures, ItemPairs, Seeds, from_json, number
 from .arms import ARMS, DISTILLED, SINGLE
@@ -21,6 +33,7 @@ LEAD = (
     "are ray-cast, small teachers in the true architectures learn the world's truth, and every step is a command of "
     "this project. What came out stands here, whatever it is."
 )
+TOY = "The toy form shows that everything runs. Nothing was trained long enough for its figures to mean anything."
 PROBES_ABOUT = (
     "A probe learns to read the teacher's features from the states of one layer of the frozen model; its cosine with "
     "the truth on pictures that nothing was trained on says how well the layer represents them. Lines are means over "
@@ -50,6 +63,7 @@ def page_of(run: Mapping[str, Any], shown: Sequence[Shown], commands: Sequence[s
     figures = {name: from_json(found) for name, found in run["figures"].items()}
     parts = [
         f"<h1>The paper in miniature</h1><p class=lead>{escape(LEAD)}</p>",
+        note(TOY) if run["size"] == "toy" else "",
         _tiles(figures, run),
         block("What was found", _sentences(findings(figures))),
         _probes(figures),
