@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import median
 
+from .intervals import LEVEL, Interval, paired, t_interval
+
 
 @dataclass
 class Comparison:
@@ -193,7 +195,70 @@ class Count:
         return "\n\n".join([f"**{self.title}**", table(["", *columns], lines), *self.notes])
 
 
-Figures = Comparison | Measurement | Steps | Agreement | Answers | Count
+@dataclass
+class Seeds:
+    """What runs that differ in their seed gave, by arm; arms are compared seed by seed."""
+
+    title: str
+    values: dict[str, dict[str, list[float]]]  # arm -> column -> a value a seed
+    over: dict[str, str] = field(default_factory=dict)  # arm -> the arm that it is compared with
+    digits: int = 3
+    notes: list[str] = field(default_factory=list)
+    kind: str = "seeds"
+
+    @property
+    def columns(self) -> list[str]:
+        return list(next(iter(self.values.values())))
+
+    def interval(self, arm: str, column: str) -> Interval:
+        """Of the mean over seeds."""
+        return t_interval(self.values[arm][column])
+
+    def difference(self, arm: str, column: str) -> Interval:
+        """Of the mean difference from the arm it is compared with, over the seeds that both have."""
+        pairs = zip(self.values[arm][column], self.values[self.over[arm]][column], strict=False)
+        return paired(*zip(*pairs, strict=True))
+
+    def written(self, interval: Interval) -> str:
+        """The mean, and the bounds where there is more than one seed."""
+        mean, *bounds = (f"{x:.{self.digits}f}" for x in (interval.mean, interval.low, interval.high))
+        return f"{mean} [{', '.join(bounds)}]" if interval.values > 1 else mean
+
+    def markdown(self) -> str:
+        lines = []
+        for arm in self.values:
+            seeds = len(self.values[arm][self.columns[0]])
+            lines.append([arm, str(seeds), *(self.written(self.interval(arm, c)) for c in self.columns)])
+        for arm, other in self.over.items():
+            found = [self.difference(arm, c) for c in self.columns]
+            lines.append([f"{arm} minus {other}", str(found[0].values), *map(self.written, found)])
+        about = f"**{self.title}**: means over seeds with {LEVEL:.0%} intervals (Student's t)"
+        return "\n\n".join([about, table(["", "seeds", *self.columns], lines), *self.notes])
+
+
+@dataclass
+class ItemPairs:
+    """Two models on the same items, seed by seed: how many items only one of them has right, and McNemar's exact p."""
+
+    title: str
+    first: str
+    second: str
+    counts: dict[str, list[list[int]]]  # figure -> a seed: items, right by the first alone, right by the second alone
+    p: dict[str, list[float]]  # figure -> a seed
+    notes: list[str] = field(default_factory=list)
+    kind: str = "item pairs"
+
+    def markdown(self) -> str:
+        seeds = len(next(iter(self.counts.values())))
+        header = ["", "items", *(f"seed {i}: only {self.first}, only {self.second}, p" for i in range(seeds))]
+        lines = [
+            [name, str(rows[0][0]), *(f"{a}, {b}, {p:.2g}" for (_, a, b), p in zip(rows, self.p[name], strict=True))]
+            for name, rows in self.counts.items()
+        ]
+        return "\n\n".join([f"**{self.title}**: McNemar's exact test, two-sided", table(header, lines), *self.notes])
+
+
+Figures = Comparison | Measurement | Steps | Agreement | Answers | Count | Seeds | ItemPairs
 
 
 def to_json(figures: Iterable[Figures]) -> list[dict]:
@@ -201,7 +266,7 @@ def to_json(figures: Iterable[Figures]) -> list[dict]:
 
 
 def from_json(figures: Iterable[dict]) -> list[Figures]:
-    classes = (Comparison, Measurement, Steps, Agreement, Answers, Count)
+    classes = (Comparison, Measurement, Steps, Agreement, Answers, Count, Seeds, ItemPairs)
     kinds = {cls.kind: cls for cls in classes}
     return [kinds[f["kind"]](**f) for f in figures]
 

@@ -22,6 +22,7 @@ OVERFIT = ROOT / "benchmarks" / "overfit"
 LOSSES = ROOT / "benchmarks" / "losses"
 FORWARD = ROOT / "benchmarks" / "forward"
 TRAIN = ROOT / "benchmarks" / "train"
+MINIATURE = ROOT / "benchmarks" / "miniature"
 
 
 @pytest.fixture
@@ -35,12 +36,12 @@ def module(monkeypatch: pytest.MonkeyPatch):
     return load
 
 
-@pytest.mark.parametrize("folder", [CACHE, EXTRACT, FORWARD, LOSSES, OVERFIT, TRAIN])
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT, FORWARD, LOSSES, MINIATURE, OVERFIT, TRAIN])
 def test_the_tables_are_those_of_the_results(module, folder):
     assert (folder / "README.md").read_text() == module("readme").rendered(folder)
 
 
-@pytest.mark.parametrize("folder", [CACHE, EXTRACT, FORWARD, LOSSES, OVERFIT, TRAIN])
+@pytest.mark.parametrize("folder", [CACHE, EXTRACT, FORWARD, LOSSES, MINIATURE, OVERFIT, TRAIN])
 def test_results_are_small(folder):
     assert all(file.stat().st_size < 1e6 for file in folder.glob("results/*"))
 

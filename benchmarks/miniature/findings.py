@@ -1,0 +1,85 @@
+"""What the figures say, in sentences made of them: a difference is one where its interval leaves out zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from olavlm.student.recipes import load_recipe
+
+from ..figures import Figures, Seeds
+from ..intervals import Interval
+from .arms import ARMS, DISTILLED, SINGLE
+from .shortcuts import CHANCE
+
+_TITLE = {name: arm.title for name, arm in ARMS.items()}
+
+
+def distilled_layers(task: str) -> list[str]:
+    """Columns of figure 3 at whose layers the task is distilled."""
+    return [f"layer {layer}" for layer in load_recipe(str(ARMS[DISTILLED].recipe), [], "pt").tasks[task].layers]
+
+
+def findings(figures: Mapping[str, Sequence[Figures]]) -> list[str]:
+    """Of figure 3 and table 1; empty where nothing is compared."""
+    found = [sentence for chart in figures.get("figure 3", ()) for sentence in _of_probes(chart)]
+    for table in figures.get("table 1", ()):
+        found += [*_of_baselines(table), *_of_answers(table)]
+    return found
+
+
+def _of_probes(chart: Any) -> Iterator[str]:
+    if not isinstance(chart, Seeds) or _TITLE[DISTILLED] not in chart.over:
+        return
+    task, stage = chart.title.split()[2], chart.title.split()[4].rstrip(",")
+    differences = {column: chart.difference(_TITLE[DISTILLED], column) for column in chart.columns}
+    seeds = next(iter(differences.values())).values
+    if seeds < 2:
+        yield f"{task} after {stage}: of one seed alone nothing is said."
+        return
+    at = [column for column in distilled_layers(task) if column in differences]
+    told = ", ".join(f"{column} {signed(differences[column], chart.digits)}" for column in at)
+    above = [column for column, d in differences.items() if d.low > 0]
+    below = [column for column, d in differences.items() if d.high < 0]
+    clear = sum(differences[column].low > 0 for column in at)
+    yield (
+        f"Probes of {task} after {stage}, distilled minus single encoder over {seeds} seeds: {told}. The interval lies "
+        f"above 0 at {clear} of the {len(at)} distilled layers, and at {len(above)} of all {len(differences)}"
+        + (f"; below 0 at {', '.join(below)}" if below else "")
+        + "."
+    )
+
+
+def _of_baselines(table: Seeds) -> Iterator[str]:
+    for name in ("feature_concat", "token_concat"):
+        if _TITLE[name] in table.values:
+            told = [
+                f"{task} {table.written(table.interval(_TITLE[name], task))} % (chance {100 * CHANCE[task]:g})"
+                for task in ("Depth", "Distance")
+                if task in table.columns
+            ]
+            yield f"Fed the teachers' features ({_TITLE[name]}): {', '.join(told)}."
+
+
+def _of_answers(table: Seeds) -> Iterator[str]:
+    if _TITLE[DISTILLED] not in table.over or _TITLE[SINGLE] not in table.values:
+        return
+    differences = {column: table.difference(_TITLE[DISTILLED], column) for column in table.columns}
+    if differences[table.columns[0]].values < 2:
+        yield "Of one seed alone nothing is said about answers."
+        return
+    better = [c for c, d in differences.items() if d.low > 0]
+    worse = [c for c, d in differences.items() if d.high < 0]
+    told = ", ".join(f"{column} {signed(d, table.digits)}" for column, d in differences.items())
+    verdict = [
+        f"more right answers in {', '.join(better)}" if better else "",
+        f"fewer in {', '.join(worse)}" if worse else "",
+    ]
+    verdict = " and ".join(filter(None, verdict)) or "no difference that these seeds can tell from none"
+    yield f"Answers, distilled minus single encoder, in points: {told}. That is {verdict}."
+
+
+def signed(interval: Interval, digits: int) -> str:
+    """+0.012 [+0.003, +0.021]."""
+    mean, low, high = (f"{x:+.{digits}f}" for x in (interval.mean, interval.low, interval.high))
+    return f"{mean} [{low}, {high}]"

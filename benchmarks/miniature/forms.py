@@ -1,0 +1,91 @@
+"""How large a run is. Which form it was is kept beside what it made: figures of two forms are of two experiments."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .arms import ARMS, DISTILLED, SINGLE
+from .plan import BLOCK
+
+
+@dataclass(frozen=True)
+class Form:
+    """Everything that sizes follow from."""
+
+    name: str
+    scenes: int
+    """Pictures to train on."""
+    held_out: int
+    """Pictures that are asked about, and probed on."""
+    models: str
+    """`--size` of the small models."""
+    seeds: int
+    arms: tuple[str, ...]
+    """Those run unless others are named."""
+    pt_epochs: float
+    ift_epochs: float
+    probe_epochs: float
+    probe_tasks: tuple[str, ...]
+    probe_batch: int
+    probe_lr: float
+    answers: bool
+    """Whether models are asked the held-out questions."""
+
+    def settings(self) -> dict[str, Any]:
+        """What two runs in one folder must have in common; seeds and arms may be added to."""
+        return {name: value for name, value in asdict(self).items() if name not in ("seeds", "arms")}
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form(
+            name="quick",
+            scenes=75 * BLOCK,
+            held_out=10 * BLOCK,
+            models="quick",
+            seeds=3,
+            arms=(SINGLE, DISTILLED),
+            pt_epochs=2.25,
+            ift_epochs=0.75,
+            probe_epochs=1.25,
+            probe_tasks=("depth",),
+            probe_batch=8,
+            probe_lr=3e-3,
+            answers=True,
+        ),
+        Form(
+            name="full",
+            scenes=300 * BLOCK,
+            held_out=20 * BLOCK,
+            models="full",
+            seeds=5,
+            arms=tuple(ARMS),
+            pt_epochs=2.0,
+            ift_epochs=4.0,
+            probe_epochs=2.0,
+            probe_tasks=("depth", "seg", "gen"),
+            probe_batch=16,
+            probe_lr=3e-3,
+            answers=True,
+        ),
+        Form(
+            name="toy",
+            scenes=BLOCK,
+            held_out=BLOCK,
+            models="toy",
+            seeds=2,
+            arms=(SINGLE, DISTILLED),
+            pt_epochs=0.5,
+            ift_epochs=0.5,
+            probe_epochs=0.5,
+            probe_tasks=("depth",),
+            probe_batch=32,
+            probe_lr=3e-3,
+            answers=True,
+        ),
+    )
+}  # fmt: skip
+"""quick: figure 3 on two cores in less than 25 minutes. full: all tables, hours of a GPU or days of two cores. toy:
+that it runs; says nothing."""

@@ -1,0 +1,270 @@
+"""Runs the experiments' steps on a few workers, from wherever an earlier run stopped.
+
+python -m benchmarks.miniature run --form quick --dir mini      figure 3 with three seeds; `mini/index.html`
+
+DIR/form.json        sizes, which every run in the folder shares
+DIR/journal.jsonl    what was done, when and how long it took, a line a step and one a run
+DIR/logs/            what each command printed
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing import connection
+from pathlib import Path
+from statistics import median
+from time import perf_counter, time
+
+from .arms import ARMS, DISTILLED, SINGLE
+from .forms import FORMS, Form
+from .models import NAMES, RECORD, SIZES
+from .steps import Step, plan
+from .workers import Worker
+
+FOLDER = Path(__file__).parent
+FORM_FILE, JOURNAL, LOGS = "form.json", "journal.jsonl", "logs"
+RESULTS, PAGE = "results.json", "index.html"
+TRAINED = FOLDER / "trained"
+"""A run's models/, kept to be lent to others."""
+GB_A_WORKER = 3
+_TAIL = 12
+
+
+class RunError(ValueError):
+    """A run that cannot begin, or go on."""
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--dir", type=Path, default=Path("miniature_run"), help="folder of everything (%(default)s)")
+    p.add_argument("--form", choices=list(FORMS), default="quick", help="how large (%(default)s)")
+    p.add_argument("--seeds", type=int, metavar="N", help="so many, from 0 (default: the form's)")
+    p.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core, if memory allows)")
+    p.add_argument("--train-models", action="store_true", help="train the small models even if they come ready")
+    p.add_argument("--name", help="keep the figures as results/NAME.json, and render README.md")
+    p.add_argument("--list", action="store_true", help="print the commands, done or not, and run nothing")
+
+
+def chosen(args: argparse.Namespace) -> tuple[Form, list[str], list[int]]:
+    """Form, arms and seeds. RunError for arguments that cannot be."""
+    form = FORMS[args.form]
+    seeds = form.seeds if args.seeds is None else args.seeds
+    if seeds < 1:
+        raise RunError(f"--seeds {seeds}: at least 1")
+    return form, [name for name in ARMS if name in (args.arms or form.arms)], list(range(seeds))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what is not done yet of what `args` ask for.
+
+    Raises:
+        RunError: a folder of another form or in use, a step that failed.
+    """
+    form, arms, seeds = chosen(args)
+    root: Path = args.dir
+    if args.list:
+        for step in plan(root, form, arms, seeds):
+            print(f"{'done' if step.done() else '    '}  {step.line}")
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    steps = plan(root, form, arms, seeds)
+    with _held(root):
+        check_form(root, form)
+        if not args.train_models:
+            lend_models(root, form)
+        execute(root, steps, args.workers or default_workers())
+        publish(root, form, arms, seeds, [step.line for step in steps], args.name)
+
+
+def publish(
+    root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int], commands: Sequence[str], name: str | None
+) -> None:
+    """Figures and page of what is in the folder; kept with the benchmark, too, under a name."""
+    # Here, for a first step is to begin at once.
+    from olavlm.pipelines.cli import quiet_models
+
+    from ..figures import to_json
+    from ..readme import rendered
+    from .page import page_of
+    from .pictures import draw_pictures
+    from .results import collect
+
+    quiet_models()
+    found = collect(root, form, arms, seeds)
+    found["figures"] = {title: to_json(figures) for title, figures in found["figures"].items()}
+    shown = draw_pictures(root, [arm for arm in (SINGLE, DISTILLED) if arm in arms], seeds[0])
+    (root / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
+    (root / PAGE).write_text(page_of(found, shown, commands), encoding="utf-8")
+    print(f"{root / RESULTS}, {root / PAGE}")
+    if name:
+        (FOLDER / "results").mkdir(exist_ok=True)
+        for file, suffix in ((RESULTS, "json"), (PAGE, "html")):
+            shutil.copy(root / file, FOLDER / "results" / f"{name}.{suffix}")
+        (FOLDER / "README.md").write_text(rendered(FOLDER))
+
+
+def check_form(root: Path, form: Form) -> None:
+    """RunError if the folder is of another form."""
+    file, now = root / FORM_FILE, json.loads(json.dumps(form.settings()))
+    if not file.is_file():
+        file.write_text(json.dumps(now, indent=1) + "\n")
+    elif (there := json.loads(file.read_text())) != now:
+        changed = ", ".join(f"{k} {there.get(k)}, not {v}" for k, v in now.items() if there.get(k) != v)
+        raise RunError(f"{root} holds a run with {changed}; name another folder with --dir")
+
+
+def lend_models(root: Path, form: Form, trained: Path = TRAINED) -> list[str]:
+    """Copy those of the small models that come ready, by the very efforts that would train them; their names."""
+    lent = []
+    for name in NAMES:
+        record, folder = trained / name / RECORD, root / "models" / name
+        asked = {"size": form.models, "seed": 0, **asdict(SIZES[form.models].efforts[name])}
+        if record.is_file() and json.loads(record.read_text())["trained"] == asked and not folder.exists():
+            shutil.copytree(trained / name, folder)
+            lent.append(name)
+    if lent:
+        print(f"{', '.join(lent)}: ready, from {trained}; --train-models would train them", flush=True)
+    return lent
+
+
+def default_workers() -> int:
+    """One a core, where each can have `GB_A_WORKER` of memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return max(1, min(len(os.sched_getaffinity(0)), int(memory // GB_A_WORKER)))
+
+
+def execute(root: Path, steps: Sequence[Step], count: int) -> None:
+    """The steps that are not done, each behind what it needs, on so many workers."""
+    (root / LOGS).mkdir(exist_ok=True)
+    done = {step.name for step in steps if step.done()}
+    print(f"{len(steps)} steps, {len(done)} of them done; {count} workers; commands are run in {root}", flush=True)
+    journal, began, load = Journal(root), time(), os.getloadavg()[0]
+    workers: list[Worker] = []
+    try:
+        with _stopped_as_by_ctrl_c():
+            if len(done) < len(steps):
+                _Schedule(root, steps, done, journal, workers, count).run()
+    finally:
+        for worker in workers:
+            worker.stop()
+        seconds = time() - began
+        journal.add({"run": {"began": began, "seconds": seconds, "load": load, "workers": count}})
+
+
+class Journal:
+    """What was done, and how long it took."""
+
+    def __init__(self, root: Path) -> None:
+        self.file = root / JOURNAL
+
+    def add(self, line: dict) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def lines(self, kind: str) -> list[dict]:
+        """Of `step`, or of `run`; a line that a kill tore is left out."""
+        found = []
+        for text in self.file.read_text().splitlines() if self.file.is_file() else ():
+            try:
+                found.append(json.loads(text))
+            except ValueError:
+                continue
+        return [line[kind] for line in found if kind in line]
+
+
+class _Schedule:
+    """Hands steps to workers, in order, as soon as what they need is done."""
+
+    def __init__(
+        self, root: Path, steps: Sequence[Step], done: set[str], journal: Journal, workers: list[Worker], count: int
+    ) -> None:
+        self.root, self.done, self.journal, self.workers, self.count = root, done, journal, workers, count
+        self.total, self.todo = len(steps), [step for step in steps if step.name not in done]
+        self.busy: dict[Worker, tuple[Step, float]] = {}
+
+    def run(self) -> None:
+        while self.todo or self.busy:
+            while (step := self._next()) is not None:
+                self._begin(step)
+            if not self.busy:
+                raise RunError(f"{self.todo[0].name} needs {', '.join(self.todo[0].needs)}, which nothing does")
+            for ready in connection.wait([worker.connection for worker in self.busy]):
+                self._end(next(worker for worker in self.busy if worker.connection is ready))
+
+    def _next(self) -> Step | None:
+        running = [step for step, _ in self.busy.values()]
+        if len(running) == self.count or any(step.alone for step in running):
+            return None
+        ready = next((step for step in self.todo if self.done.issuperset(step.needs)), None)
+        return None if ready is None or (ready.alone and running) else ready
+
+    def _begin(self, step: Step) -> None:
+        idle = next((worker for worker in self.workers if worker not in self.busy), None)
+        if idle is None:
+            idle = Worker(self.root)
+            self.workers.append(idle)
+        self.todo.remove(step)
+        self.busy[idle] = step, perf_counter()
+        print(f"$ {step.line}", flush=True)
+        idle.run(step.command, step.words, self._log(step))
+
+    def _end(self, worker: Worker) -> None:
+        status, (step, began) = worker.status(), self.busy.pop(worker)
+        if status != 0 or not step.done():
+            how = "died" if status is None else f"ended with status {status}"
+            how = "left something undone" if status == 0 else how
+            tail = "\n".join(self._log(step).read_text(errors="replace").splitlines()[-_TAIL:])
+            raise RunError(f"{step.name} {how}; {self._log(step)} ends:\n{tail}\n\nits command: {step.line}")
+        self.done.add(step.name)
+        seconds = perf_counter() - began
+        self.journal.add({"step": {"name": step.name, "kind": step.kind, "seconds": round(seconds, 2)}})
+        print(f"  {step.name}: {seconds:.0f} s; {len(self.done)} of {self.total}{self._left()}", flush=True)
+
+    def _left(self) -> str:
+        """When steps of all kinds that are to come have been timed, the time that they will take."""
+        known: dict[str, list[float]] = {}
+        for line in self.journal.lines("step"):
+            known.setdefault(line["kind"], []).append(line["seconds"])
+        left = [*self.todo, *(step for step, _ in self.busy.values())]
+        if not left or any(step.kind not in known for step in left):
+            return ""
+        seconds = sum(median(known[step.kind]) for step in left) / self.count
+        return f", about {seconds / 60:.0f} min left"
+
+    def _log(self, step: Step) -> Path:
+        return (self.root / LOGS / f"{step.name.replace('/', '.').replace(' ', '-')}.log").absolute()
+
+
+@contextmanager
+def _held(root: Path) -> Iterator[None]:
+    """RunError while another run is at work in the folder."""
+    with (root / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"another run is at work in {root}; wait for it, or name another folder") from None
+        yield
+
+
+@contextmanager
+def _stopped_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt, too, so that workers are stopped."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        raise RunError(f"stopped by {e or 'SIGINT'}; the same command goes on") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,95 @@
+"""How far one gets in a world without seeing it, or by what is not depth: all of it must be near chance.
+
+*Text*: a logistic regression for each task and option, on the words of question and options (and pairs of a word with
+its place among the options), trained on one set of pictures' questions and asked on another. *Size*, *height*,
+*picture*: fixed rules that choose the larger object, the lower one, and the one nearer in the picture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from ..figures import Count
+from .questions import TASKS, Question
+from .text import prompt
+from .world import Picture, stream
+
+CHANCE = {"Count": 0.25, "Relation": 0.5, "Depth": 0.5, "Distance": 0.5}
+
+
+def text_alone(learnt: Sequence[Question], asked: Sequence[Question], steps: int = 120) -> float:
+    """Accuracy on the `asked` of a classifier of letters by words, learnt from the `learnt`; both of one task."""
+    words = sorted({word for question in learnt for word in _words(question)})
+    place = {word: i for i, word in enumerate(words)}
+    x, y = _counts(learnt, place), np.array([q.letter for q in learnt])
+    weights = np.zeros((len(place) + 1, max(len(q.options) for q in learnt)), np.float32)
+    truth = np.eye(weights.shape[1], dtype=np.float32)[y]
+    for _ in range(steps):
+        scores = x @ weights
+        chance = np.exp(scores - scores.max(axis=1, keepdims=True))
+        chance /= chance.sum(axis=1, keepdims=True)
+        weights -= 2.0 * (x.T @ (chance - truth) / len(x) + 1e-3 * weights)
+    said = (_counts(asked, place) @ weights).argmax(axis=1)
+    return float((said == [q.letter for q in asked]).mean())
+
+
+def _words(question: Question) -> Iterable[str]:
+    text = re.findall(r"[a-z0-9]+", prompt(question).lower())
+    yield from text
+    for i, option in enumerate(question.options):
+        yield from (f"{i}:{word}" for word in [option, *option.split()])
+    yield from (f"{one} {other}" for one, other in pairwise(text))
+
+
+def _counts(questions: Sequence[Question], place: dict[str, int]) -> np.ndarray:
+    x = np.zeros((len(questions), len(place) + 1), np.float32)
+    x[:, -1] = 1
+    for row, question in enumerate(questions):
+        for word in _words(question):
+            if word in place:
+                x[row, place[word]] = 1
+    return x / np.sqrt(x.sum(axis=1, keepdims=True))
+
+
+def by_rule(pictures: Sequence[Picture]) -> dict[str, float]:
+    """Accuracy of the rules on Depth and Distance."""
+    right: dict[str, list[bool]] = {"larger is closer": [], "lower is closer": [], "closer in the picture": []}
+    for picture in pictures:
+        depth, distance = (picture.questions[TASKS.index(task)] for task in ("Depth", "Distance"))
+        facts = picture.facts
+        first, second = depth.about
+        right["larger is closer"].append((facts.area[first] <= facts.area[second]) == depth.letter)
+        right["lower is closer"].append((facts.row[first] <= facts.row[second]) == depth.letter)
+        at = np.stack([facts.column, facts.row], axis=1)
+        reference, first, second = distance.about
+        gaps = [np.hypot(*(at[reference] - at[i])) for i in (first, second)]
+        right["closer in the picture"].append((gaps[0] > gaps[1]) == distance.letter)
+    return {rule: float(np.mean(answers)) for rule, answers in right.items()}
+
+
+def interval(chance: float, asked: int) -> float:
+    """Half of the 95% interval of the accuracy of guessing."""
+    return 1.96 * float(np.sqrt(chance * (1 - chance) / asked))
+
+
+def measured(seed: int, count: int, processes: int | None = None) -> list[Count]:
+    """Figures of a world: `count` pictures to learn from, as many to ask about."""
+    seen = list(stream(seed, 0, 2 * count, processes))
+    learnt, asked = seen[:count], seen[count:]
+    alone = {
+        task: _beside(text_alone([p.questions[i] for p in learnt], [p.questions[i] for p in asked]), task, count)
+        for i, task in enumerate(TASKS)
+    }
+    rules = {rule: _beside(accuracy, "Depth", count) for rule, accuracy in by_rule(asked).items()}
+    return [
+        Count(f"Words alone, learnt from {count} pictures' questions, asked {count} others'", alone),
+        Count(f"Rules that see no depth, {count} pictures", rules),
+    ]
+
+
+def _beside(accuracy: float, task: str, asked: int) -> dict[str, float]:
+    return {"accuracy": accuracy, "chance": CHANCE[task], "95% of guessing, ±": interval(CHANCE[task], asked)}

@@ -1,0 +1,144 @@
+"""The experiments as a list of commands of the product, each with what must be there first and how it is known to be
+done: by what the command itself leaves last, so that a run that was killed goes on where it stopped.
+
+Paths are relative to the run's folder, in which the commands are run:
+
+    world/  models/  features/                          pictures and questions, checkpoints, the teachers' features
+    runs/ARM/seed-S/pt  runs/ARM/seed-S/ift             run folders of olavlm-train
+    runs/ARM/seed-S/STAGE/probes                        run folders of olavlm-probe, with eval/ in them
+    runs/ARM/seed-S/ift/benchmarks                      what olavlm-eval leaves
+    report.html                                         olavlm-report of the first seed
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .arms import ARMS, DISTILLED, SINGLE, Arm
+from .forms import Form
+
+OWN, EXTRACT, TRAIN, PROBE, EVAL, REPORT = (
+    "python -m benchmarks.miniature", "olavlm-extract", "olavlm-train", "olavlm-probe", "olavlm-eval", "olavlm-report"
+)  # fmt: skip
+TEACHERS = ("depth", "seg", "gen")
+MODELS = ("llm", "seg", "depth", "encoder", "gen")
+"""Those that take long first, so that workers end together."""
+STAGES = ("pt", "ift")
+BENCHMARK = "cv_bench"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command."""
+
+    name: str
+    command: str
+    words: tuple[str, ...]
+    needs: tuple[str, ...]
+    """Names of the steps ahead of it."""
+    done: Callable[[], bool]
+    """Whether it has nothing left to do."""
+    alone: bool = False
+    """Whether it fills the machine by itself."""
+
+    @property
+    def line(self) -> str:
+        """As a user types it in the run's folder."""
+        return f"{self.command} {shlex.join(self.words)}"
+
+    @property
+    def kind(self) -> str:
+        """Its name without seed and arm: steps of one kind take equally long."""
+        return self.name.rpartition("/")[2]
+
+
+def run_folder(arm: str, seed: int, stage: str) -> Path:
+    """Of olavlm-train, below the run's folder."""
+    return Path("runs", arm, f"seed-{seed}", stage)
+
+
+def plan(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -> list[Step]:
+    """All steps, in an order in which each comes behind what it needs: seed by seed, so that whole seeds are done."""
+    steps = [*_world(root, form), *_features(root, form)]
+    for seed in seeds:
+        for arm in arms:
+            steps += _trained(root, form, ARMS[arm], seed)
+    shown = [arm for arm in (SINGLE, DISTILLED) if arm in arms] or list(arms[:1])
+    runs = [run_folder(arm, seeds[0], stage) for arm in shown for stage in STAGES]
+    folders = [str(folder) for run in runs for folder in (run, run / "probes")]
+    needs = tuple(f"seed {seeds[0]}/{arm}/{stage}{of}" for arm in shown for stage in STAGES for of in ("", " probed"))
+    words = (*folders, "--output", "report.html")
+    return [*steps, Step("report", REPORT, words, needs, (root / "report.html").is_file)]
+
+
+def _world(root: Path, form: Form) -> Iterator[Step]:
+    sizes = ("--scenes", str(form.scenes), "--held-out", str(form.held_out))
+    yield Step("world", OWN, ("world", "--dir", "world", *sizes), (), (root / "world" / "world.json").is_file, True)
+    for name in MODELS:
+        words = ("models", "--dir", "models", "--size", form.models, "--only", name)
+        yield Step(f"model {name}", OWN, words, (), (root / "models" / name / "miniature.json").is_file)
+
+
+def _features(root: Path, form: Form) -> Iterator[Step]:
+    """What is distilled and probed, of all pictures at once; of depth the last layer, too, which probes predict."""
+    data = ("--data", "world/pt.json", "world/held_out.json", "--images", "world/images", "--store", "features")
+    rows = form.scenes + form.held_out
+    teachers = [word for name in TEACHERS for word in ("--teacher", f"{name}=models/{name}")]
+    needs = ("world", *(f"model {name}" for name in TEACHERS))
+    yield Step("features", EXTRACT, (*teachers, *data), needs, lambda: _covered(root, rows, TEACHERS), True)
+    last = ("--teacher", "depth=models/depth", "--recipe", "last", *data)
+    yield Step("features to probe", EXTRACT, last, ("features",), lambda: _covered(root, rows, ["depth-last"]), True)
+
+
+def _covered(root: Path, rows: int, keys: Sequence[str]) -> bool:
+    from olavlm.cache import CacheError, FeatureStore
+
+    try:
+        store = FeatureStore(root / "features")
+        return len(store.plan) >= rows and all(store[key].coverage().missing == 0 for key in keys)
+    except (CacheError, KeyError, OSError):
+        return False  # not made yet
+
+
+def _trained(root: Path, form: Form, arm: Arm, seed: int) -> Iterator[Step]:
+    base = f"seed {seed}/{arm.name}"
+    epochs = {"pt": form.pt_epochs, "ift": form.ift_epochs}
+    for stage in STAGES:
+        run = run_folder(arm.name, seed, stage)
+        words = [stage, "--config", str(arm.recipe), "--train.output_dir", str(run), "--train.seed", str(seed)]
+        words += ["--train.epochs", f"{epochs[stage]:g}"]
+        needs = ("features", "model encoder", "model llm")
+        if stage != "pt":
+            words += ["--init.from", str(run_folder(arm.name, seed, "pt"))]
+            needs = (f"{base}/pt",)
+        yield Step(f"{base}/{stage}", TRAIN, tuple(words), needs, _finished(root / run))
+        yield from _probed(root, form, f"{base}/{stage}", run, seed)
+    if form.answers:
+        run = run_folder(arm.name, seed, "ift")
+        words = (str(run), "--tasks", BENCHMARK, "--data", f"{BENCHMARK}=world/cv_bench", "--batch-size", "64")
+        yield Step(f"{base}/answers", EVAL, words, (f"{base}/ift",), (root / run / "benchmarks/scores.json").is_file)
+
+
+def _finished(run: Path) -> Callable[[], bool]:
+    def finished() -> bool:
+        file = run / "stage.json"
+        return file.is_file() and bool(json.loads(file.read_text()).get("finished"))
+
+    return finished
+
+
+def _probed(root: Path, form: Form, base: str, run: Path, seed: int) -> Iterator[Step]:
+    data = ("--images", "world/images", "--store", "features", "--workers", "0")
+    probes = run / "probes"
+    words = ("train", "--model", str(run), "--data", "world/pt.json", *data, "--tasks", ",".join(form.probe_tasks))
+    words += ("--output", str(probes), "--seed", str(seed), "--epochs", f"{form.probe_epochs:g}")
+    words += ("--batch-size", str(form.probe_batch), "--micro-batch", str(form.probe_batch))
+    words += ("--lr", f"{form.probe_lr:g}", "--save-every", "100")
+    yield Step(f"{base} probes", PROBE, words, (base, "features to probe"), (root / probes / "probes.json").is_file)
+    words = ("eval", str(probes), "--data", "world/held_out.json", *data, "--batch-size", "32")
+    scores = root / probes / "eval" / "scores.json"
+    yield Step(f"{base} probed", PROBE, words, (f"{base} probes",), scores.is_file)

@@ -1,0 +1,142 @@
+"""The miniature's models are checkpoints like any other: they load through the product, and are trained once."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from olavlm.student.text.chat_template import check_chat_template
+from olavlm.student.text.conversation import encode, load_tokenizer
+from olavlm.student.vision.encoders import VisionEncoder, load_image_transform
+from olavlm.teachers import load_teacher
+from olavlm.teachers.decoders import load_decoder
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("depth", "seg", "gen", "encoder", "llm")
+
+
+@pytest.fixture(scope="module")
+def module():
+    """module(name) -> `benchmarks.miniature.name`; benchmarks are no part of the installed package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+
+        def load(name: str) -> ModuleType:
+            return importlib.import_module(f"benchmarks.miniature.{name}")
+
+        yield load
+
+
+@pytest.fixture(scope="module")
+def made(module, tmp_path_factory):
+    """(folder, scores) of all models at toy size."""
+    folder = tmp_path_factory.mktemp("models")
+    return folder, module("models").make_models(folder, "toy", 0)
+
+
+@pytest.fixture(scope="module")
+def photograph(module):
+    (picture,) = module("world").pictures(0, [0])
+    return Image.fromarray(picture.rgb)
+
+
+def test_every_model_is_scored(made):
+    folder, scores = made
+    assert set(scores) == set(NAMES)
+    for name in NAMES:
+        record = json.loads((folder / name / "miniature.json").read_text())
+        assert record["scores"] == scores[name]
+        assert all(0 <= score < 10 for score in scores[name].values())
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "tokens", "dim"),
+    [("depth", "mean4", 64, 64), ("depth", "last", 64, 64), ("seg", "stage4", 64, 128), ("gen", "embedding", 1, 48)],
+)
+def test_teachers_load(made, photograph, name, recipe, tokens, dim):
+    teacher = load_teacher(name, model=str(made[0] / name), recipe=recipe, device="cpu")
+    features = teacher.encode([photograph])
+    assert features.shape == (1, tokens, dim)
+    assert torch.isfinite(features).all()
+    assert features.std() > 0.01
+
+
+def test_seg_is_not_resized_twice(made):
+    """So that both recipes are the same features, each token of one part of the picture."""
+    card = load_teacher("seg", model=str(made[0] / "seg"), device="cpu").card
+    assert (card.size, card.grid, card.recipe["interpolation"]) == ((768, 768), (8, 8), "none")
+
+
+def test_decoders_load(made, photograph):
+    depth, seg = (load_decoder(name, model=str(made[0] / name), device="cpu") for name in ("depth", "seg"))
+    assert depth.decode(torch.randn(1, 64, 64))[0].shape == (336, 336)
+    assert seg.decode(torch.randn(1, 64, 128), [photograph])[0].shape == (96, 96)
+    assert seg.classes[0] == "red sphere"
+    assert seg.classes[-2:] == ["ground", "sky"]
+
+
+def test_the_encoder_loads(made, photograph):
+    folder = made[0] / "encoder"
+    pixels = load_image_transform(folder)(photograph)
+    assert VisionEncoder.from_pretrained(folder)(torch.from_numpy(pixels)[None]).shape == (1, 64, 96)
+
+
+def test_the_student_masks_dialogues_as_they_were_learnt(module, made):
+    """What the language model is trained on is what the student makes of the same turns, label by label."""
+    train_lm, tokenizer = module("train_lm"), load_tokenizer(made[0] / "llm")
+    check_chat_template(tokenizer)
+    dialogues = train_lm.tell(0, 0, 8)
+    for one, (ids, labels) in zip(dialogues, train_lm.encoded(tokenizer, dialogues), strict=True):
+        (first, said), *rest = one.turns
+        turns = [(f"{one.scene}\n{first}", said), *rest]
+        spoken = [
+            {"from": who, "value": text} for pair in turns for who, text in zip(("human", "gpt"), pair, strict=True)
+        ]
+        found = encode(tokenizer, spoken, "chat")
+        assert found["input_ids"] == ids.tolist()
+        assert found["labels"] == labels.tolist()
+    text = "Is a Grünfink there? (Z) 17"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_told_scenes_say_what_is_asked(module):
+    """Distances told in steps order objects as the answers do."""
+    text, world = module("text"), module("world")
+    for facts, questions in world.described_scenes(1, range(48)):
+        lines = text.told(facts, range(len(facts.names))).splitlines()
+        steps = {line.partition(" at ")[0].removeprefix("a "): int(line.rpartition(" ")[2]) for line in lines}
+        depth = questions[2]
+        assert steps[depth.options[depth.letter]] < steps[depth.options[1 - depth.letter]]
+        assert text.caption(facts).count("a ") == len(lines)
+
+
+def test_pixels_are_pillows(module, photograph):
+    pixels = module("pixels").pixels
+    rgb = np.asarray(photograph).transpose(2, 0, 1)[None]
+    for side in (336, 768):
+        ours = pixels(rgb, side, (0, 0, 0), (1, 1, 1), "cpu")[0] * 255
+        pillow = np.asarray(photograph.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        assert np.abs(ours.numpy() - pillow).max() <= 1.01
+
+
+def test_a_finished_model_is_not_trained_again(module, made, capsys):
+    folder, scores = made
+    stamps = {name: (folder / name / "model.safetensors").stat().st_mtime_ns for name in NAMES}
+    (folder / "gen" / "miniature.json").unlink()  # as if it had been stopped
+    again = module("models").make_models(folder, "toy", 0, only=["depth", "gen"])
+    assert again == {name: scores[name] for name in ("depth", "gen")}, "and the same seed trains the same"
+    assert "gen: step" in capsys.readouterr().out
+    for name in NAMES:
+        same = (folder / name / "model.safetensors").stat().st_mtime_ns == stamps[name]
+        assert same == (name != "gen")
+    with pytest.raises(ValueError, match="name another folder"):
+        module("models").make_models(folder, "toy", 1, only=["depth"])
+    with pytest.raises(ValueError, match="choose of depth"):
+        module("models").make_models(folder, "toy", 0, only=["depht"])

@@ -1,0 +1,388 @@
+"""The miniature's experiments: its recipes are the paper's, its steps are commands that parse, come in order and go on
+after a death, its statistics are right, and its page says what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import math
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from olavlm.cache import Dataset, FeatureStore, StoreBuilder, pending
+from olavlm.pipelines import evaluate, extract, probe, report
+from olavlm.pipelines.extraction.extractor import ShardExtractor, TeacherSpec
+from olavlm.student.recipes import load_recipe, table_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def module():
+    """module(name) -> `benchmarks.name`; benchmarks are no part of the installed package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+
+        def load(name: str) -> ModuleType:
+            return importlib.import_module(f"benchmarks.{name}")
+
+        yield load
+
+
+def words_of(line: str) -> tuple[str, list[str]]:
+    command, _, rest = line.removeprefix("python -m ").partition(" ")
+    return command, shlex.split(rest)
+
+
+def test_arms_are_the_rows_of_the_paper(module):
+    """Each changes of the default what the paper's row changes, and nothing else."""
+    arms = module("miniature.arms").ARMS
+    rows = [(arm, row) for arm in arms.values() for row in arm.rows.values() if row]
+    assert len(rows) == 11
+    for arm, row in rows:
+        content = yaml.safe_load(arm.recipe.read_text())
+        assert content.pop("base") == "miniature.yaml"
+        default = {"table4/pt": {"losses": {"stages": ["pt"]}}, "table5/n8": {"model": {"num_task_tokens": 8}}}
+        assert content == ({} if row in default else table_rows()[row].overrides), arm.name
+        assert default.get(row, table_rows()[row].overrides) == table_rows()[row].overrides
+    assert {arm.recipe for arm in arms.values()} | {arms["single"].recipe.with_name("miniature.yaml")} == set(
+        arms["single"].recipe.parent.iterdir()
+    )
+
+
+def test_layers_are_the_papers_scaled(module):
+    ours = load_recipe(str(module("miniature.arms").ARMS["distilled"].recipe), ["--train.output_dir=x"], "pt")
+    theirs = load_recipe("llama3-8b-clip-l", ["--train.output_dir=x"], "pt")
+    assert {name: task.layers for name, task in ours.tasks.items()} == {
+        name: [round(layer * 6 / 32) for layer in task.layers] for name, task in theirs.tasks.items()
+    }
+    assert (ours.losses, ours.model.order, ours.model.num_task_tokens) == (
+        theirs.losses, theirs.model.order, theirs.model.num_task_tokens
+    )  # fmt: skip
+
+
+def test_every_step_parses_and_comes_behind_what_it_needs(module, tmp_path):
+    steps, forms = module("miniature.steps"), module("miniature.forms").FORMS
+    full = steps.plan(tmp_path, forms["full"], forms["full"].arms, range(5))
+    # 1 world, 5 models, 2 extractions; of 10 arms and 5 seeds 2 stages, each with probes and their scores, and answers
+    assert len(full) == 1 + 5 + 2 + 10 * 5 * (2 * 3 + 1) + 1
+    assert len({step.name for step in full}) == len(full)
+    seen: set[str] = set()
+    for step in full:
+        assert seen.issuperset(step.needs), step.name
+        seen.add(step.name)
+        assert not step.done()
+    parsers = {
+        "olavlm-extract": extract, "olavlm-probe": probe, "olavlm-eval": evaluate, "olavlm-report": report
+    }  # fmt: skip
+    kinds = set()
+    for step in full:
+        command, words = words_of(step.line)
+        kinds.add(command)
+        if command == "olavlm-train" and "seed 4" in step.name:  # each recipe once: it takes a tenth of a second
+            recipe = load_recipe(words[2], words[3:], words[0])
+            assert recipe.train.output_dir == f"runs/{Path(words[2]).stem}/seed-{recipe.train.seed}/{words[0]}"
+            assert recipe.init.from_ in (None, recipe.train.output_dir.replace("/ift", "/pt"))
+            assert (recipe.init.from_ is None) == (words[0] == "pt")
+        elif command in parsers:
+            parsers[command].arguments().parse_args(words)
+    assert kinds == {"benchmarks.miniature", "olavlm-train", *parsers}
+
+
+def test_quick_is_figure_3_with_three_seeds(module):
+    quick = module("miniature.forms").FORMS["quick"]
+    assert (quick.arms, quick.seeds, quick.probe_tasks[0]) == (("single", "distilled"), 3, "depth")
+
+
+FAKE = '''
+"""Commands that note that they were called, and do what their first word says."""
+import os, signal, sys
+from pathlib import Path
+
+def main(argv):
+    what, name = argv[:2]
+    print("says", name)
+    with open("calls", "a") as file:
+        file.write(name + "\\n")
+    if what == "dies-once" and not Path("died").exists():
+        Path("died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "fails":
+        sys.exit(3)
+    if what == "hangs":
+        Path("pid").write_text(str(os.getpid()))
+        signal.pause()
+    if what != "forgets":
+        Path(name).touch()
+    return 0
+'''
+
+
+@pytest.fixture
+def fake(module, tmp_path, monkeypatch):
+    """fake(steps of (name, what, needs, ...)) -> None: runs them in tmp_path / "run" on two workers."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "fake_commands.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    monkeypatch.setitem(module("miniature.workers").MODULES, "fake", "fake_commands")
+    root = tmp_path / "run"
+    root.mkdir()
+    step = module("miniature.steps").Step
+
+    def run(*rows) -> None:
+        steps = [
+            step(name, "fake", (what, name), tuple(needs), (root / name).is_file, what == "alone")
+            for name, what, *needs in rows
+        ]
+        module("miniature.run").execute(root, steps, 2)
+
+    return run
+
+
+def test_a_run_goes_on_where_it_died(module, fake, tmp_path, capsys):
+    root, rows = tmp_path / "run", [("a", "works"), ("b", "dies-once", "a"), ("c", "alone", "b"), ("d", "works", "c")]
+    with pytest.raises(module("miniature.run").RunError, match="b died"):
+        fake(*rows)
+    assert (root / "calls").read_text().split() == ["a", "b"]
+    fake(*rows)
+    assert (root / "calls").read_text().split() == ["a", "b", "b", "c", "d"]  # what was done is not done again
+    fake(*rows)
+    assert "4 steps, 4 of them done" in capsys.readouterr().out
+    assert (root / "calls").read_text().split() == ["a", "b", "b", "c", "d"]
+    journal = module("miniature.run").Journal(root)
+    assert [line["name"] for line in journal.lines("step")] == ["a", "b", "c", "d"]
+    assert len(journal.lines("run")) == 3
+    with journal.file.open("a") as file:
+        file.write('{"step": {"na')  # a kill in the middle of a line
+    assert len(journal.lines("step")) == 4
+
+
+@pytest.mark.parametrize(("what", "said"), [("fails", "ended with status 3"), ("forgets", "left something undone")])
+def test_a_step_that_fails_ends_the_run_with_its_log_and_command(module, fake, what, said):
+    with pytest.raises(module("miniature.run").RunError) as error:
+        fake(("it/of seed", what))
+    assert said in str(error.value)
+    assert "says it/of seed" in str(error.value)
+    assert f"fake {what} 'it/of seed'" in str(error.value)
+
+
+def test_workers_die_with_the_run(fake, tmp_path):
+    """Killed in the middle, it leaves nobody at work in the folder."""
+    root = tmp_path / "run"
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.miniature import run, workers, steps\n"
+        "workers.MODULES['fake'] = 'fake_commands'\n"
+        "root = Path(sys.argv[1])\n"
+        "if __name__ == '__main__':\n"
+        "    run.execute(root, [steps.Step('it', 'fake', ('hangs', 'it'), (), (root / 'it').is_file)], 1)\n"
+    )
+    (tmp_path / "main.py").write_text(code)
+    paths = os.pathsep.join([str(ROOT), str(tmp_path / "code")])
+    runner = subprocess.Popen(
+        [sys.executable, tmp_path / "main.py", root], env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE
+    )
+    while not (root / "pid").exists() or not (root / "pid").read_text():
+        assert runner.poll() is None
+    worker = os.pidfd_open(int((root / "pid").read_text()))
+    runner.send_signal(signal.SIGKILL)
+    runner.communicate()
+    assert select.select([worker], [], [], 20)[0], "the worker lives on"
+    os.close(worker)
+
+
+def test_a_folder_is_of_one_form_and_one_run(module, tmp_path):
+    run, forms = module("miniature.run"), module("miniature.forms").FORMS
+    run.check_form(tmp_path, forms["quick"])
+    run.check_form(tmp_path, forms["quick"])
+    with pytest.raises(run.RunError, match=r"holds a run with name quick, not full.*--dir"):
+        run.check_form(tmp_path, forms["full"])
+    with run._held(tmp_path), pytest.raises(run.RunError, match="another run"), run._held(tmp_path):
+        pass
+    arguments = argparse.ArgumentParser()
+    run.add_arguments(arguments)
+    form, arms, seeds = run.chosen(arguments.parse_args(["--arms", "distilled", "single", "--seeds", "2"]))
+    assert (form.name, arms, seeds) == ("quick", ["single", "distilled"], [0, 1])
+    with pytest.raises(run.RunError, match="--seeds 0"):
+        run.chosen(arguments.parse_args(["--seeds", "0"]))
+
+
+def test_models_of_the_same_efforts_are_lent(module, tmp_path):
+    run, forms, models = module("miniature.run"), module("miniature.forms").FORMS, module("miniature.models")
+    efforts = models.SIZES["quick"].efforts
+    for name, steps in (
+        ("depth", efforts["depth"].steps),
+        ("gen", efforts["gen"].steps + 1),
+    ):  # gen is of other efforts
+        (tmp_path / "trained" / name).mkdir(parents=True)
+        trained = {"size": "quick", "seed": 0, **dataclasses.asdict(efforts[name]), "steps": steps}
+        (tmp_path / "trained" / name / "miniature.json").write_text(json.dumps({"trained": trained}))
+    assert run.lend_models(tmp_path / "run", forms["quick"], tmp_path / "trained") == ["depth"]
+    assert [file.name for file in (tmp_path / "run" / "models").iterdir()] == ["depth"]
+    assert run.lend_models(tmp_path / "run", forms["quick"], tmp_path / "trained") == []  # a folder is left alone
+    assert run.lend_models(tmp_path / "other", forms["full"], tmp_path / "trained") == []
+
+
+def test_intervals_by_hand(module):
+    intervals = module("intervals")
+    # Two-sided 95 % quantiles of any table of Student's t; with 1 and 2 degrees they have closed forms.
+    assert intervals.t_quantile(1) == pytest.approx(math.tan(0.95 * math.pi / 2))
+    assert intervals.t_quantile(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)))
+    for degrees, known in ((3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)):
+        assert intervals.t_quantile(degrees) == pytest.approx(known, abs=5e-4)
+    found = intervals.t_interval([1, 2, 3])  # a standard deviation of 1, so 4.3027 / sqrt(3)
+    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - 2.48414, 2 + 2.48414), abs=1e-4)
+    assert not found.without_zero
+    pairs = intervals.paired([5.0, 7.0, 9.5], [4.0, 6.0, 8.0])  # 1, 1, 1.5
+    assert (pairs.mean, pairs.without_zero) == (pytest.approx(7 / 6), True)
+    assert intervals.t_interval([3.0]).low == -math.inf
+    with pytest.raises(ValueError, match="no values"):
+        intervals.t_interval([])
+
+
+def probe_scores(folder: Path, layers: dict[int, float]) -> None:
+    (folder / "probes" / "eval").mkdir(parents=True)
+    found = {"layers": {str(layer): {"mean": mean} for layer, mean in layers.items()}}
+    (folder / "probes" / "eval" / "scores.json").write_text(json.dumps({"models": [{"tasks": {"depth": found}}]}))
+
+
+def answers(folder: Path, right: dict[str, float]) -> None:
+    folder.mkdir(parents=True)
+    figures = {name: {"value": value} for name, value in right.items()}
+    (folder / "scores.json").write_text(json.dumps({"tasks": {"cv_bench": {"figures": figures}}}))
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A folder with the scores of runs that never were: three seeds of single, of distilled, and one of a baseline."""
+    (tmp_path / "journal.jsonl").write_text(
+        '{"step": {"name": "seed 0/single/pt", "kind": "pt", "seconds": 60}}\n'
+        '{"run": {"began": 0, "seconds": 90, "load": 1.5, "workers": 2}}\n'
+    )
+    for seed in range(3):
+        for arm, at in (("single", 0.8), ("distilled", 0.9)):
+            run = tmp_path / "runs" / arm / f"seed-{seed}"
+            probe_scores(run / "pt", {layer: at + 0.01 * seed + 0.001 * layer for layer in range(1, 7)})
+        answers(tmp_path / f"runs/single/seed-{seed}/ift/benchmarks", {"Depth": 0.50 + 0.01 * seed, "Overall": 0.4})
+    for seed in (0, 2):  # of which the last is not taken, since 1 is not there
+        answers(tmp_path / f"runs/feature_concat/seed-{seed}/ift/benchmarks", {"Depth": 0.75, "Overall": 0.7})
+    return tmp_path
+
+
+@pytest.fixture
+def results(module, made, monkeypatch):
+    """What is collected there; the predictions themselves are not."""
+    found = module("miniature.results")
+    monkeypatch.setattr(found, "item_pairs", lambda *_: [])
+    arms = ["single", "feature_concat", "distilled"]
+    run = found.collect(made, module("miniature.forms").FORMS["quick"], arms, range(3))
+    return run
+
+
+def test_scores_are_collected_by_seed(module, results):
+    (after_pt,) = results["figures"]["figure 3"]
+    assert after_pt.values["single encoder"]["layer 2"] == pytest.approx([0.802, 0.812, 0.822])
+    difference = after_pt.difference("distilled", "layer 2")
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert "60 s" in after_pt.notes[0]
+    (table,) = results["figures"]["table 1"]
+    assert table.values["single encoder"]["Depth"] == pytest.approx([50, 51, 52])
+    assert table.values["feature concat"]["Depth"] == [75.0]
+    assert table.difference("feature concat", "Depth").mean == 25  # of the one seed that both have
+    assert (results["seconds"], results["machine"]["load"]) == (90, 1.5)
+    lines = after_pt.markdown().splitlines()
+    assert lines[-3].startswith("| distilled minus single encoder | 3 | 0.1000 [0.1000, 0.1000] |")
+
+
+def test_findings_say_what_the_intervals_do(module, results):
+    seeds = module("figures").Seeds
+    told = module("miniature.findings").findings(results["figures"])
+    assert told == [
+        "Probes of depth after PT, distilled minus single encoder over 3 seeds: layer 2 +0.1000 [+0.1000, +0.1000], "
+        "layer 4 +0.1000 [+0.1000, +0.1000]. The interval lies above 0 at 2 of the 2 distilled layers, and at 6 of all "
+        "6.",
+        "Fed the teachers' features (feature concat): Depth 75.0 % (chance 50).",
+    ]
+    over = {"distilled": "single encoder"}
+    worse = {"single encoder": {"Depth": [60.0, 61.0, 62.0], "Overall": [5.0, 6.0, 5.0]},
+             "distilled": {"Depth": [50.0, 50.5, 52.0], "Overall": [6.0, 5.0, 5.5]}}  # fmt: skip
+    (sentence,) = module("miniature.findings").findings({"table 1": [seeds("t", worse, over, 1)]})
+    assert sentence.endswith("That is fewer in Depth.")
+    alike = {arm: {"Depth": columns["Overall"]} for arm, columns in worse.items()}
+    (sentence,) = module("miniature.findings").findings({"table 1": [seeds("t", alike, over, 1)]})
+    assert sentence.endswith("That is no difference that these seeds can tell from none.")
+
+
+def test_the_page_holds_what_was_found_and_asks_for_nothing(module, results):
+    figures = module("figures")
+    pairs = figures.ItemPairs("a against b", "a", "b", {"Depth": [[96, 20, 10]]}, {"Depth": [0.0987]})
+    results["figures"]["item by item"] = [pairs]
+    assert "| Depth | 96 | 20, 10, 0.099 |" in pairs.markdown()
+    results["figures"] = {name: figures.to_json(found) for name, found in results["figures"].items()}
+    html = module("miniature.page").page_of(json.loads(json.dumps(results)), [], ["olavlm-train pt"])
+    for text in ("+0.1000 [+0.1000, +0.1000]", "75.0", "20 : 10, p 0.099", "olavlm-train pt", "2 of the 2 distilled"):
+        assert text in html
+    assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org", "")
+    assert "None" not in html
+    assert "inf" not in html.lower().replace("information", "")
+
+
+@pytest.fixture(scope="module")
+def prepared(module, tmp_path_factory):
+    """A run's folder with the small world, models that learned next to nothing, and features extracted without Ray."""
+    root = tmp_path_factory.mktemp("miniature")
+    write = module("miniature.write")
+    write.write_world(root / "world", write.WorldSettings(48, 48, 0))
+    module("miniature.models").make_models(root / "models", "toy", 0)
+    teachers = {name: str(root / "models" / name) for name in ("depth", "gen", "seg")}
+    builder = StoreBuilder(root / "features")
+    builder.extend_plan(Dataset([root / "world/pt.json", root / "world/held_out.json"]).images())
+    specs = [TeacherSpec(name, name, folder) for name, folder in teachers.items()]
+    specs.append(TeacherSpec("depth-last", "depth", teachers["depth"], recipe="last"))
+    for spec in specs:
+        builder.ensure_teacher(spec.key, spec.load("cpu").card.to_dict(), dtype="float16", shard_rows=48)
+    worker = ShardExtractor(
+        str(root / "features"), specs, [str(root / "world/images")], batch_size=16, device="cpu", threads=2
+    )
+    worker.load()
+    for spec in specs:
+        held_out_too = spec.name == "depth"  # the others take long, and held-out pictures are probed for depth alone
+        tasks = pending(FeatureStore(root / "features")[spec.key], None if held_out_too else 48)
+        assert {r.outcome for r in worker.extract(tasks)} == {"committed"}
+    return root
+
+
+def test_the_products_commands_do_the_steps(module, prepared):
+    """One arm and seed, with real workers, from features to the page: the smallest there is."""
+    run, forms, steps = module("miniature.run"), module("miniature.forms").FORMS, module("miniature.steps")
+    listed = steps.plan(prepared, forms["toy"], ["distilled"], [0])
+    undone = [step for step in listed if not step.name.startswith("features")]
+    assert [step.name.split()[0] for step in undone if step.done()] == ["world", *["model"] * 5]
+    known = {step.name for step in undone}
+    undone = [
+        module("miniature.steps").Step(s.name, s.command, s.words, tuple(known & {*s.needs}), s.done, s.alone)
+        for s in undone
+    ]
+    run.execute(prepared, undone, 1)
+    run.publish(prepared, forms["toy"], ["distilled"], [0], [step.line for step in listed], None)
+    found = json.loads((prepared / "results.json").read_text())
+    assert [figure["title"].split(",")[0] for figure in found["figures"]["figure 3"]] == [
+        "Probes of depth after PT", "Probes of depth after IFT"
+    ]  # fmt: skip
+    for figure in found["figures"]["figure 3"]:
+        assert list(figure["values"]["distilled"]) == [f"layer {n}" for n in range(1, 7)]
+        assert all(-1 <= value <= 1 for values in figure["values"]["distilled"].values() for value in values)
+    html = (prepared / "index.html").read_text()
+    assert html.count("<img") == 4 * (1 + 3 + 2 * 6)  # a photograph, the truth, the teacher twice, two stages' layers
+    assert "olavlm-eval" in html
+    assert (prepared / "runs/distilled/seed-0/ift/benchmarks/scores.json").is_file()
