@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote
 
 import fsspec
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from .errors import BadImage, DatasetError
 from .zip_archive import NotAZip, ZipArchive
@@ -39,6 +39,7 @@ def decode_rgb(data: bytes, image: str = "image") -> Image.Image:
     """
     if not data:
         raise BadImage(image, "empty")
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # of the whole process, where a library may have set it, as lmms-eval does
     try:
         picture = Image.open(io.BytesIO(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:

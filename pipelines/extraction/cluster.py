@@ -31,7 +31,6 @@ from .scheduler import BLOCKS_HELD, LOOK_SECONDS, Scheduler
 from .summary import Tally
 
 STRIKES = 3  # of a node, before it is left alone: starts in a row that fail, or workers that were dismissed with blame
-REST_SECONDS = 3.0  # of a node, times its strikes, after an actor that Ray lost before it ran: Ray has trouble itself
 NODES_SECONDS = 5.0  # between two looks at which nodes there are
 LAST_LOOK_SECONDS = 5.0
 OBJECT_STORE_BYTES = 100_000_000  # of a Ray of our own: next to nothing travels through it
@@ -66,7 +65,7 @@ def connect(address: str | None) -> None:
         where = f"the Ray cluster at {address}" if address else "a Ray of this machine"
         raise JobFailed(
             f"{where} cannot be used: {_one_line(e)}; give the --address of a running one (ray start --head), from one "
-            "of its nodes, or leave it out"
+            "of its nodes (RAY_AUTH_MODE=token if it asks for Ray's token), or leave it out"
         ) from None
 
 
@@ -137,7 +136,6 @@ class RayCrew:
         self._number, self._looked = 0, 0.0
         self._strikes: Counter[str] = Counter()
         self._blame: Counter[str] = Counter()
-        self._rest: dict[str, float] = {}  # of a node: until when nothing is started there
         self._places: list[Place] = []
         self._places_known = -NODES_SECONDS
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -165,14 +163,11 @@ class RayCrew:
         while len(self._workers) < wanted:
             taken = Counter(worker.place.node for worker in self._workers)
             free = [(place.slots - taken[place.node], place) for place in self._open_places()]
-            most, place = max((f for f in free if not self._rests(f[1])), key=lambda pair: pair[0], default=(0, None))
+            most, place = max(free, key=lambda pair: pair[0], default=(0, None))
             if most < 1:
                 break
             self._start(place)
-        return len(self._workers) + sum(map(self._rests, self._open_places()))
-
-    def _rests(self, place: Place) -> bool:
-        return self._rest.get(place.node, 0.0) > time.monotonic()
+        return len(self._workers)
 
     def _start(self, place: Place) -> None:
         job = self._job
@@ -220,10 +215,7 @@ class RayCrew:
         try:
             answer = ray.get(reference)
         except ray.exceptions.RayError as e:
-            gone = self._gone(worker, _one_line(e))
-            if not worker.ready:
-                self._rest[worker.place.node] = time.monotonic() + REST_SECONDS * self._strikes[worker.place.node]
-            return gone
+            return self._gone(worker, _one_line(e))
         match what:
             case "load" if answer:
                 return self._gone(worker, answer)

@@ -65,10 +65,7 @@ class Crew(Protocol):
         ...
 
     def hire(self, wanted: int) -> int:
-        """Start workers until so many are ready or starting, as far as there is room.
-
-        Returns how many are, and are to be: a crew may put a start off.
-        """
+        """Start workers until so many are ready or starting, as far as there is room; returns how many are."""
         ...
 
     def give(self, worker: Worker, block: Block) -> None: ...

@@ -188,42 +188,6 @@ def test_a_model_that_its_nodes_do_not_have_is_named(kills, site, nodes, quiet, 
     assert FeatureStore(store)["gen"].coverage().covered == 0
 
 
-def test_a_node_rests_after_a_worker_that_ray_lost_before_it_ran(site, nodes, tmp_path, monkeypatch):
-    import ray
-
-    from olavlm.pipelines.extraction import cluster
-    from olavlm.pipelines.extraction.crew import Gone, Ready
-
-    monkeypatch.setattr(cluster, "REST_SECONDS", 3600.0)
-    store, spec = tmp_path / "store", TeacherSpec("gen", "gen", str(site.checkpoints["gen"]))
-    builder = StoreBuilder(store)
-    builder.extend_plan(Dataset([site.folder / "data.json"]).images())
-    builder.ensure_teacher("gen", spec.load("cpu").card.to_dict(), dtype="float16")
-    cluster.connect(nodes.address)
-    try:
-        images = [str(site.folder / "images")]
-        crew = cluster.RayCrew(Job(str(store), images, [spec], 4, "cpu", address=nodes.address, workers=2))
-        assert crew.hire(2) == 2
-        lost, other = crew._workers
-        ray.kill(lost.actor)
-
-        def events():
-            deadline = time.monotonic() + SECONDS
-            while time.monotonic() < deadline:
-                yield from crew.look(1.0)
-
-        told = {type(event): event.worker for event, _ in zip(events(), range(2), strict=False)}
-        assert told == {Gone: lost, Ready: other}
-        assert crew.hire(2) == 2, "the one at work, and the one that is put off"
-        assert crew._workers == [other]
-        crew._rest[lost.place.node] = 0.0
-        assert crew.hire(2) == 2
-        assert len(crew._workers) == 2
-        crew.close()
-    finally:
-        ray.shutdown()
-
-
 def test_a_dry_run_counts_the_workers_of_the_cluster(site, nodes, tmp_path, capsys):
     assert main(site.arguments(tmp_path / "store", "--address", nodes.address, "--dry-run")) == 0
     assert "with 2 cpu workers, if its nodes are like this machine" in capsys.readouterr().out
