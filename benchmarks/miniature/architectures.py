@@ -134,8 +134,11 @@ def base_encoder() -> CLIPVisionModel:
 
 @torch.no_grad()
 def at_unit_scale(model: CLIPVisionModel, pixel_values: torch.Tensor) -> None:
-    """Divides all that is written into the states by one number, so that the features are about 1: training lets states
-    grow, which the blocks' own normalisations hide, and a projector would see. What the model says stays, but for the normalisations' epsilon."""
+    """Divides all that is written into the states by one number, so that the features are about 1.
+
+    Training lets states grow, which the blocks' normalisations hide and a projector would see. What the model makes of
+    a picture stays, but for these normalisations' epsilon.
+    """
     scale = model(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:].square().mean().sqrt()
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("pre_layrnorm", "self_attn.out_proj", "mlp.fc2")):
