@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml
 demo: setup
 	$(BIN)/python -m olavlm.pipelines.demo --output demo_run
 
-# The paper's claim in a world small enough to hold: some 25 minutes of two cores; run again, it goes on where it stopped.
+# The paper's claim tested in a world small enough to hold; run again, it goes on where it stopped.
 miniature: setup
 	$(BIN)/python -m benchmarks.miniature run --dir miniature_run
 

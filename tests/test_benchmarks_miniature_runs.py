@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import yaml
 
 from olavlm.cache import Dataset, FeatureStore, StoreBuilder, pending
@@ -215,6 +216,29 @@ def test_a_folder_is_of_one_form_and_one_run(module, tmp_path):
     assert (form.name, arms, seeds) == ("quick", ["single", "distilled"], [0, 1])
     with pytest.raises(run.RunError, match="--seeds 0"):
         run.chosen(arguments.parse_args(["--seeds", "0"]))
+
+
+def test_the_base_encoder_tells_places_and_is_scaled_exactly(module):
+    """Places differ by row and column; scaling changes the size of features, and nothing that the blocks make of it."""
+    architectures = module("miniature.architectures")
+    waves = architectures.waves(96).view(8, 8, 96)
+    assert torch.equal(waves[2, 3, :48], waves[2, 7, :48])  # rows
+    assert torch.equal(waves[2, 3, 48:], waves[5, 3, 48:])  # columns
+    assert torch.cdist(waves.flatten(0, 1), waves.flatten(0, 1)).fill_diagonal_(9).min() > 0.5
+    torch.manual_seed(0)
+    model, pictures = architectures.base_encoder().eval(), torch.randn(4, 3, 96, 96)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 2  # as training does
+        before = model(pictures, output_hidden_states=True).hidden_states
+        architectures.at_unit_scale(model, pictures)
+        after = model(pictures, output_hidden_states=True).hidden_states
+    assert after[-2][:, 1:].square().mean() == pytest.approx(1, abs=1e-3)
+    assert before[-2].square().mean() > 2
+    alike = torch.cosine_similarity(before[-1].flatten(1), after[-1].flatten(1))
+    assert alike.min() > 0.9999  # but for the normalisations' epsilon
+    scales = [float(states.norm() / scaled.norm()) for states, scaled in zip(before[-2:], after[-2:], strict=True)]
+    assert scales[0] == pytest.approx(scales[1], rel=0.01)
 
 
 def test_models_of_the_same_efforts_are_lent(module, tmp_path):

@@ -126,15 +126,19 @@ def base_encoder() -> CLIPVisionModel:
     model = CLIPVisionModel(config)
     (positions,) = (p for name, p in model.named_parameters() if name.endswith("position_embedding.weight"))
     with torch.no_grad():
-        # Real encoders tell where a patch is, and one that only learns what is in a picture has no need to learn it.
-        positions[1:] = waves(config.hidden_size)
+        # Real encoders tell where a patch is, and one that only learns what is in a picture has no need to learn it:
+        # with the library's positions a linear reader found 3 % of 64 places in its features, with these 78 %.
+        positions[1:] = 2 * waves(config.hidden_size)
     return model
 
 
 @torch.no_grad()
 def at_unit_scale(model: CLIPVisionModel, pixel_values: torch.Tensor) -> None:
-    """Divides all that is written into the states by one number, so that the features are about 1: training lets states
-    grow, which the blocks' own normalisations hide, and a projector would see. What the model says stays."""
+    """Divides all that is written into the states by one number, so that the features are about 1.
+
+    Training lets states grow, which the blocks' normalisations hide and a projector would see. What the model makes of
+    a picture stays, but for these normalisations' epsilon.
+    """
     scale = model(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:].square().mean().sqrt()
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("pre_layrnorm", "self_attn.out_proj", "mlp.fc2")):

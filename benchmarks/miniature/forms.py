@@ -52,7 +52,7 @@ FORMS = {
             probe_epochs=1.25,
             probe_tasks=("depth",),
             probe_batch=8,
-            probe_lr=3e-3,
+            probe_lr=8e-3,
             answers=True,
         ),
         Form(
@@ -67,7 +67,7 @@ FORMS = {
             probe_epochs=2.0,
             probe_tasks=("depth", "seg", "gen"),
             probe_batch=16,
-            probe_lr=3e-3,
+            probe_lr=8e-3,
             answers=True,
         ),
         Form(
@@ -82,7 +82,7 @@ FORMS = {
             probe_epochs=0.5,
             probe_tasks=("depth",),
             probe_batch=32,
-            probe_lr=3e-3,
+            probe_lr=8e-3,
             answers=True,
         ),
     )

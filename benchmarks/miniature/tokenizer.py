@@ -1,6 +1,6 @@
 """The tokenizer of the world's language: byte-level BPE, in which its names and fixed phrases are one token each.
 
-So a question is some twelve tokens, and to look a name up is to look one token up: a small model learns it in minutes.
+So a question is some twelve tokens, and to look a name up is to look one token up.
 Other text is read too, byte by byte where need be. The chat template is the least that `model.template: chat` takes: a
 role's token, the message, an end.
 """
