@@ -6,6 +6,7 @@ standard error; anything else is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import platform
@@ -153,6 +154,17 @@ class Progress:
 def counted(number: int, noun: str) -> str:
     """`1 shard`, `2 shards`."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, as the type of an argument."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
 
 
 def quiet_models() -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from .cli import JobFailed, UsageError, command, quiet_models
+from .cli import JobFailed, UsageError, command, positive, quiet_models
 from .evaluation.tasks import TASKS, Task, task_named
 from .generate import add_teacher_argument, places_of
 
@@ -70,8 +70,8 @@ def arguments() -> argparse.ArgumentParser:
         help="predictions, scores.json, table.md (default: CHECKPOINT/benchmarks, or benchmarks/NAME of what is no "
         "local folder)",
     )
-    p.add_argument("--limit", metavar="N", type=_positive, help="the first N rows of each benchmark")
-    p.add_argument("--batch-size", metavar="N", type=_positive, help="questions in one pass, or at once to an endpoint")
+    p.add_argument("--limit", metavar="N", type=positive, help="the first N rows of each benchmark")
+    p.add_argument("--batch-size", metavar="N", type=positive, help="questions in one pass, or at once to an endpoint")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
     p.add_argument("--seed", metavar="N", type=int, default=0, help="of what a model may draw; answers are greedy")
@@ -89,13 +89,6 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument("--score-only", action="store_true", help="score the predictions that are there, ask nothing")
     return p
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
 
 
 @command("olavlm-eval")

@@ -28,7 +28,7 @@ from olavlm.student.vision.encoder_name import TEACHER, EncoderName
 from olavlm.teachers import GEOMETRIES, TeacherError, store_key
 from olavlm.teachers.base import COMPUTE_DTYPES, resolve_device
 
-from .cli import JobFailed, Stopped, UsageError, command
+from .cli import JobFailed, Stopped, UsageError, command, positive
 from .extraction.extractor import TeacherSpec
 from .extraction.places import Job, find_cluster
 from .extraction.preflight import dry_run, readable
@@ -66,8 +66,8 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--geometry", choices=GEOMETRIES, default="reference", help="what a teacher sees of an image")
     p.add_argument("--compute-dtype", choices=list(COMPUTE_DTYPES), default="float32",
                    help="of the teachers (default float32); it is on the card, as the geometry is")  # fmt: skip
-    p.add_argument("--shard-rows", type=_positive, help="rows a shard (default 128; 4096 for one-token teachers)")
-    p.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows of the full plan")
+    p.add_argument("--shard-rows", type=positive, help="rows a shard (default 128; 4096 for one-token teachers)")
+    p.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of the full plan")
     p.add_argument("--retry-failed", action="store_true", help="try quarantined rows again")
     p.add_argument("--replace", action="store_true", help="drop features of another card, plan or dtype first")
     p.add_argument("--dry-run", action="store_true", help="print rows, bytes, speed and ETA; write nothing")
@@ -75,24 +75,17 @@ def arguments() -> argparse.ArgumentParser:
         "workers", "On a cluster, run this on one of its nodes; image roots, store and models must be at the same "
         "paths on all of them."
     )  # fmt: skip
-    run.add_argument("--batch-size", type=_positive, default=16, help="images a forward (default 16)")
+    run.add_argument("--batch-size", type=positive, default=16, help="images a forward (default 16)")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--compile", action="store_true", help="torch.compile the teachers: minutes first, then faster")
     run.add_argument("--address", help="of a running Ray cluster, HOST:PORT or auto (default: this machine alone)")
-    run.add_argument("--workers", type=_positive, help="at most so many (default: one a GPU, or one a CPU core)")
+    run.add_argument("--workers", type=positive, help="at most so many (default: one a GPU, or one a CPU core)")
     run.add_argument("--worker-gpus", type=_part, metavar="X", help="GPUs a worker: 1, or a part of one (default 1)")
     run.add_argument("--worker-cpus", type=_amount, metavar="X",
                      help="CPUs a worker, for images (default: its share of a GPU node, or 1)")  # fmt: skip
     run.add_argument("--stall", type=_amount, default=STALL_SECONDS, metavar="SECONDS",
                      help=f"without progress until a worker counts as stuck (default {STALL_SECONDS:.0f})")  # fmt: skip
     return p
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def _amount(text: str) -> float:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from olavlm.student.probing.settings import RECIPES, ProbeData, ProbeSettings, default_key
 
-from .cli import JobFailed, Progress, UsageError, command, counted, quiet_models, versions
+from .cli import JobFailed, Progress, UsageError, command, counted, positive, quiet_models, versions
 from .downstream import command as downstream
 from .train import StepDisplay
 
@@ -103,12 +103,10 @@ def arguments() -> argparse.ArgumentParser:
     held_out.add_argument("--output", type=Path, metavar="DIR",
                           help="default: eval in the run folder, of several runs in the folder they share")  # fmt: skip
     held_out.add_argument("--model", metavar="RUN", help="of one run: where the probed model lies now, if it has moved")
-    held_out.add_argument(
-        "--batch-size", type=_positive, metavar="N", default=16, help="images a forward (%(default)s)"
-    )
+    held_out.add_argument("--batch-size", type=positive, metavar="N", default=16, help="images a forward (%(default)s)")
     held_out.add_argument("--workers", type=_natural, metavar="N", default=4, help="loader processes (%(default)s)")
     held_out.add_argument(
-        "--resamples", type=_positive, metavar="N", default=1000, help="of the bootstrap (%(default)s)"
+        "--resamples", type=positive, metavar="N", default=1000, help="of the bootstrap (%(default)s)"
     )
     held_out.add_argument("--seed", type=_natural, metavar="N", default=0, help="of the bootstrap (%(default)s)")
     held_out.add_argument("--level", type=_level, metavar="X", default=0.95, help="of the intervals (%(default)s)")
@@ -163,12 +161,6 @@ def _layers(text: str) -> list[int]:
 def _natural(text: str) -> int:
     if (value := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
     return value
 
 

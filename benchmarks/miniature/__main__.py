@@ -5,7 +5,7 @@
     python -m benchmarks.miniature world --dir mini/world                   14,400 pictures in the formats of real data
     python -m benchmarks.miniature models --dir mini/models                 small teachers, encoder and language model
     python -m benchmarks.miniature shortcuts                                what a world gives away without being seen
-    python -m benchmarks.miniature models --dir /tmp/m --size toy           that it runs; learns next to nothing
+    python -m benchmarks.miniature models --dir mini/toy --size toy         that it runs; learns next to nothing
 
 Run it from the repository's root. Each is a function of its seed; what a folder holds already is not made again.
 """

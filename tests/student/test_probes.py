@@ -20,7 +20,7 @@ def specs(*layers, names=("gen", "grid")):
 def test_sizes_are_those_of_the_paper():
     with torch.device("meta"):
         bank = ProbeBank([TaskSpec(name, *shape, (1, 32)) for name, shape in PAPER.items()], 4096)
-    assert bank.sizes() == {"gen": 7_875_584, "seg": 15_055_872, "depth": 8_464_384}  # REFERENCE, of Llama-3
+    assert bank.sizes() == {"gen": 7_875_584, "seg": 15_055_872, "depth": 8_464_384}  # of Llama-3
     assert sum(p.numel() for p in bank.parameters()) == 2 * sum(bank.sizes().values())
 
 
