@@ -93,17 +93,47 @@ def test_the_student_masks_dialogues_as_they_were_learnt(module, made):
     train_lm, tokenizer = module("train_lm"), load_tokenizer(made[0] / "llm")
     check_chat_template(tokenizer)
     dialogues = train_lm.tell(0, 0, 8)
-    for one, (ids, labels) in zip(dialogues, train_lm.encoded(tokenizer, dialogues), strict=True):
-        (first, said), *rest = one.turns
-        turns = [(f"{one.scene}\n{first}", said), *rest]
+    for one, (ids, parts) in zip(dialogues, train_lm.encoded(tokenizer, dialogues), strict=True):
+        (first, said, _), *rest = one.turns
+        turns = [(f"{one.scene}\n{first}", said), *(turn[:2] for turn in rest)]
         spoken = [
             {"from": who, "value": text} for pair in turns for who, text in zip(("human", "gpt"), pair, strict=True)
         ]
         found = encode(tokenizer, spoken, "chat")
         assert found["input_ids"] == ids.tolist()
-        assert found["labels"] == labels.tolist()
+        assert found["labels"] == np.where(parts == train_lm.ASKED, -100, ids).tolist()
+        assert set(parts.tolist()) == set(range(6)), "a question, and answers of five kinds"
     text = "Is a Grünfink there? (Z) 17"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_features_are_standardized_and_maps_stay(module):
+    """The teachers' features have mean 0 and size 1; what their decoders make of a picture is what it was."""
+    architectures, scales = module("architectures"), module("scales")
+    torch.manual_seed(0)
+    depth, seg = architectures.depth_anything().eval(), architectures.oneformer().eval()
+    pictures, large = torch.randn(4, 3, 336, 336), torch.randn(2, 3, 768, 768)
+    with torch.no_grad():
+        for norm in (depth.backbone.layernorm, seg.pixel_level_module.encoder.hidden_states_norms["stage4"]):
+            norm.weight.uniform_(0.1, 0.3)
+            norm.bias.uniform_(-2, 2)
+        for parameter in (*depth.neck.parameters(), *depth.head.parameters()):
+            parameter *= 5  # or its maps are all but 0
+        maps, stages = depth(pictures).predicted_depth, seg.pixel_level_module.encoder(large).feature_maps
+        decoded = seg.pixel_level_module.decoder(list(stages), output_hidden_states=False).mask_features
+        scales.standardize_depth(depth, pictures)
+        scales.standardize_seg(seg, large)
+        assert torch.allclose(depth(pictures).predicted_depth, maps, atol=1e-4 * maps.std())
+        after = seg.pixel_level_module.encoder(large).feature_maps
+        again = seg.pixel_level_module.decoder(list(after), output_hidden_states=False).mask_features
+        assert torch.allclose(again, decoded, atol=1e-4)
+        layers = torch.stack([layer[:, 1:] for layer in depth.backbone(pictures).feature_maps])
+    both = torch.stack([layers.mean(0), layers[-1]])
+    for features in (both, after[-1].movedim(1, -1)):
+        assert features.flatten(0, -2).mean(0).abs().max() < 1e-4
+        assert features.square().mean().sqrt() == pytest.approx(1, abs=1e-3)
+    assert maps.std() > 0
+    assert decoded.std() > 1e-2
 
 
 def test_told_scenes_say_what_is_asked(module):

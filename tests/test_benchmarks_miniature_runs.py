@@ -220,7 +220,7 @@ def test_a_folder_is_of_one_form_and_one_run(module, tmp_path):
 
 def test_the_base_encoder_tells_places_and_is_scaled_exactly(module):
     """Places differ by row and column; scaling changes the size of features, and nothing that the blocks make of it."""
-    architectures = module("miniature.architectures")
+    architectures, scales = module("miniature.architectures"), module("miniature.scales")
     waves = architectures.waves(96).view(8, 8, 96)
     assert torch.equal(waves[2, 3, :48], waves[2, 7, :48])  # rows
     assert torch.equal(waves[2, 3, 48:], waves[5, 3, 48:])  # columns
@@ -231,30 +231,31 @@ def test_the_base_encoder_tells_places_and_is_scaled_exactly(module):
         for parameter in model.parameters():
             parameter *= 2  # as training does
         before = model(pictures, output_hidden_states=True).hidden_states
-        architectures.at_unit_scale(model, pictures)
+        scales.at_unit_scale(model, pictures)
         after = model(pictures, output_hidden_states=True).hidden_states
     assert after[-2][:, 1:].square().mean() == pytest.approx(1, abs=1e-3)
     assert before[-2].square().mean() > 2
     alike = torch.cosine_similarity(before[-1].flatten(1), after[-1].flatten(1))
     assert alike.min() > 0.9999  # but for the normalisations' epsilon
-    scales = [float(states.norm() / scaled.norm()) for states, scaled in zip(before[-2:], after[-2:], strict=True)]
-    assert scales[0] == pytest.approx(scales[1], rel=0.01)
+    ratios = [float(states.norm() / scaled.norm()) for states, scaled in zip(before[-2:], after[-2:], strict=True)]
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.01)
 
 
 def test_models_of_the_same_efforts_are_lent(module, tmp_path):
     run, forms, models = module("miniature.run"), module("miniature.forms").FORMS, module("miniature.models")
-    efforts = models.SIZES["quick"].efforts
+    efforts = models.SIZES["standard"].efforts
     for name, steps in (
         ("depth", efforts["depth"].steps),
         ("gen", efforts["gen"].steps + 1),
     ):  # gen is of other efforts
         (tmp_path / "trained" / name).mkdir(parents=True)
-        trained = {"size": "quick", "seed": 0, **dataclasses.asdict(efforts[name]), "steps": steps}
+        trained = {"size": "standard", "seed": 0, **dataclasses.asdict(efforts[name]), "steps": steps}
         (tmp_path / "trained" / name / "miniature.json").write_text(json.dumps({"trained": trained}))
     assert run.lend_models(tmp_path / "run", forms["quick"], tmp_path / "trained") == ["depth"]
     assert [file.name for file in (tmp_path / "run" / "models").iterdir()] == ["depth"]
     assert run.lend_models(tmp_path / "run", forms["quick"], tmp_path / "trained") == []  # a folder is left alone
-    assert run.lend_models(tmp_path / "other", forms["full"], tmp_path / "trained") == []
+    assert run.lend_models(tmp_path / "other", forms["full"], tmp_path / "trained") == ["depth"]
+    assert run.lend_models(tmp_path / "toy", forms["toy"], tmp_path / "trained") == []
 
 
 def test_intervals_by_hand(module):

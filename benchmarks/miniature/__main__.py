@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     world.add_argument("--held-out", type=int, default=480, help="pictures to ask about (default: %(default)s)")
     models = commands.add_parser("models", help="teachers, base encoder and language model, trained on the world")
     models.add_argument("--dir", type=Path, required=True, help="folder of the checkpoints")
-    models.add_argument("--size", choices=["quick", "full", "toy"], default="quick", help="how long they are trained")
+    models.add_argument("--size", choices=["standard", "toy"], default="standard", help="how long they are trained")
     models.add_argument("--only", nargs="*", metavar="NAME", help="depth, seg, gen, encoder, llm; default: all")
     models.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     shortcuts = commands.add_parser("shortcuts", help="accuracies that must be near chance")

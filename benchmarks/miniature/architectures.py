@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .lessons import CLASSES
+from .lessons import CLASSES, GRID
 from .scenes import SIDE
+from .text import STEPS
+from .tokenizer import PLACES
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import (
         CLIPVisionModel,
         CLIPVisionModelWithProjection,
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
     )
     from transformers.models.llama.modeling_llama import LlamaAttention
 
-GRID = 8
 DEPTH_SIDE, SEG_SIDE = 336, 768
 """Pixels that the teachers of these names give their networks, whatever the picture's size."""
 
@@ -132,19 +134,6 @@ def base_encoder() -> CLIPVisionModel:
     return model
 
 
-@torch.no_grad()
-def at_unit_scale(model: CLIPVisionModel, pixel_values: torch.Tensor) -> None:
-    """Divides all that is written into the states by one number, so that the features are about 1.
-
-    Training lets states grow, which the blocks' normalisations hide and a projector would see. What the model makes of
-    a picture stays, but for these normalisations' epsilon.
-    """
-    scale = model(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:].square().mean().sqrt()
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in ("pre_layrnorm", "self_attn.out_proj", "mlp.fc2")):
-            parameter /= scale
-
-
 def waves(width: int) -> torch.Tensor:
     """Sines and cosines of each patch's row and column, [GRID * GRID, width], by rows."""
     angles = torch.arange(GRID)[:, None] * torch.pi / GRID * torch.arange(1, width // 4 + 1) / 2
@@ -179,12 +168,28 @@ def language_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config)
     nn.init.normal_(model.model.embed_tokens.weight, std=0.5)  # what a token is should outweigh what is near it
+    in_order(model.model.embed_tokens, tokenizer)
     for block in model.model.layers:
         for projection in (block.self_attn.o_proj, block.mlp.down_proj):
             projection.weight.data.div_((2 * len(model.model.layers)) ** 0.5)
     look_back(model.model.layers[0].self_attn)
     model.generation_config = GenerationConfig(**ids)
     return model
+
+
+def in_order(embeddings: nn.Embedding, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds to the embeddings of places' steps, and of numbers, what tells which is the larger: waves of three lengths.
+
+    Comparing is what the questions are about, and learning from pairs that 3 is less than 5 takes a small model long.
+    """
+    waves = torch.arange(STEPS)[:, None] * torch.pi / STEPS * torch.tensor([1, 2, 4]) / 2
+    waves = torch.cat([waves.cos(), waves.sin()], dim=1)  # [STEPS, 6]
+    directions = torch.randn(waves.shape[1], embeddings.embedding_dim) * 0.3
+    with torch.no_grad():
+        for words in (*PLACES, " {}"):
+            ids = [tokenizer.encode(words.format(step), add_special_tokens=False) for step in range(STEPS)]
+            tokens = torch.tensor([i for (i,) in ids])  # one token each
+            embeddings.weight[tokens] += waves @ directions
 
 
 def look_back(attention: LlamaAttention, sharpness: float = 36.0) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -36,6 +36,8 @@ class Effort:
     """Of AdamW."""
     matrix_lr: float = 3e-3
     """Of Muon, on its scale."""
+    pictures: int = 100 * BLOCK
+    """That a vision model learns from."""
     decoder_share: float = 0.0
     """Of the batches in which a teacher's own decoder learns, too."""
     decoded: int = 48
@@ -50,27 +52,20 @@ class Effort:
 class Size:
     """What `--size` stands for."""
 
-    taught: int
-    """Pictures that vision models learn from."""
     held_out: int
     efforts: dict[str, Effort]
 
 
-QUICK = {
+STANDARD = {
     "depth": Effort(1200, 16, matrix_lr=1e-2, decoder_share=0.35),
     "seg": Effort(500, 16, matrix_lr=1e-2, decoder_share=0.25),
     "gen": Effort(800, 64, matrix_lr=1e-2),
-    "encoder": Effort(1500, 32, matrix_lr=2e-2),
-    "llm": Effort(2000, 8, lr=3e-3, matrix_lr=5e-3),
+    "encoder": Effort(4000, 8, lr=3e-3, matrix_lr=1e-2, pictures=200 * BLOCK),
+    "llm": Effort(5000, 8, lr=3e-3, matrix_lr=5e-3),
 }
-SIZES = {
-    "toy": Size(BLOCK, BLOCK, {name: Effort(2, 8, decoder_share=0.5, decoded=2) for name in NAMES}),
-    "quick": Size(100 * BLOCK, 8 * BLOCK, QUICK),
-    "full": Size(
-        400 * BLOCK, 8 * BLOCK, {n: replace(e, steps=4 * e.steps, batch=2 * e.batch) for n, e in QUICK.items()}
-    ),
-}
-"""`full` sees eight times as much."""
+TOY = {name: Effort(2, 8, pictures=BLOCK, decoder_share=0.5, decoded=2) for name in NAMES}
+SIZES = {"standard": Size(8 * BLOCK, STANDARD), "toy": Size(BLOCK, TOY)}
+"""toy: that training runs."""
 
 
 def make_models(
@@ -86,7 +81,7 @@ def make_models(
     """
     if unknown := [name for name in only or () if name not in NAMES]:
         raise ValueError(f"--only {unknown[0]}: no such model; choose of {', '.join(NAMES)}")
-    plan, data, scores = SIZES[size], _Data(SIZES[size], seed), {}
+    plan, data, scores = SIZES[size], _Data(SIZES[size].held_out, seed), {}
     for name in only or NAMES:
         folder, asked = root / name, {"size": size, "seed": seed, **asdict(plan.efforts[name])}
         if (record := folder / RECORD).is_file():
@@ -122,7 +117,7 @@ def _train(name: str, folder: Path, plan: Size, data: _Data, seed: int, device: 
     from .train_lm import train_llm
     from .train_teachers import TRAINERS
 
-    parts = () if name == "llm" else data.parts()
+    parts = () if name == "llm" else data.parts(plan.efforts[name].pictures)
     began = perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -135,16 +130,16 @@ def _train(name: str, folder: Path, plan: Size, data: _Data, seed: int, device: 
 
 
 class _Data:
-    """Pictures for the vision models, rendered when the first of them needs them."""
+    """Pictures for the vision models, rendered when they are needed: a later model sees the first of an earlier's."""
 
-    def __init__(self, size: Size, seed: int) -> None:
-        self._size, self._seed = size, seed
-        self._parts: tuple[Lessons, Lessons] | None = None
+    def __init__(self, held_out: int, seed: int) -> None:
+        self._count, self._seed = held_out, seed
+        self._taught: Lessons | None = None
+        self._held_out: Lessons | None = None
 
-    def parts(self) -> tuple[Lessons, Lessons]:
-        if self._parts is None:
-            self._parts = (
-                lessons(self._seed, TEACHING, self._size.taught),
-                lessons(self._seed, HELD_OUT, self._size.held_out),
-            )
-        return self._parts
+    def parts(self, pictures: int) -> tuple[Lessons, Lessons]:
+        if self._held_out is None:
+            self._held_out = lessons(self._seed, HELD_OUT, self._count)
+        if self._taught is None or len(self._taught) < pictures:
+            self._taught = lessons(self._seed, TEACHING, pictures)
+        return self._taught.first(pictures), self._held_out

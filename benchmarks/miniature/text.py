@@ -25,16 +25,29 @@ def caption(facts: Facts) -> str:
 
 def prompt(question: Question) -> str:
     """The question with its options, as the `prompt` column of CV-Bench has it."""
-    options = "".join(f"\n{letter(i)} {option}" for i, option in enumerate(question.options))
-    return f"{question.text}{SELECT}{options}"
+    return f"{question.text}{SELECT}{_options(question)}"
+
+
+def _options(question: Question) -> str:
+    return "".join(f"\n{letter(i)} {option}" for i, option in enumerate(question.options))
 
 
 def answer(question: Question) -> str:
     return letter(question.letter)
 
 
+def in_words(question: Question) -> str:
+    """The question without options, but for what tells which relation it is about."""
+    return f"{question.text} {' or '.join(question.options)}?" if question.task == "Relation" else question.text
+
+
+def find(question: Question) -> str:
+    """The question's options, and the right one told."""
+    return f"{answer_in_words(question)}.{SELECT}{_options(question)}"
+
+
 def answer_in_words(question: Question) -> str:
-    """To the question alone, without options."""
+    """To `in_words`."""
     right = question.options[question.letter]
     return {"Count": "there are {}", "Relation": "it is {}"}.get(question.task, "the {}").format(right)
 

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 BEGIN, USER, ASSISTANT, END, PAD = "<|begin|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 VOCABULARY = 384
 """Of the BPE: the 256 bytes, special tokens and the words of the world."""
+PLACES = (" at column {}", ", row {}", ", distance {}")
+"""What a step of a place is in words."""
 PHRASES = (
     *(f" {kind}" for kind in KINDS),
     *map(letter, range(6)),
-    *(f"{place} {step}" for place in (" at column", ", row", ", distance") for step in range(STEPS)),
+    *(place.format(step) for place in PLACES for step in range(STEPS)),
     CAPTION_PROMPT,
     "Where is the",
     "How many",

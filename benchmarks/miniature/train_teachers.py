@@ -26,12 +26,14 @@ from olavlm.teachers.geometry import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENE
 from olavlm.teachers.tiny_clip_tokenizer import clip_tokenizer
 
 from . import architectures
-from .architectures import DEPTH_SIDE, GRID, SEG_SIDE
+from .architectures import DEPTH_SIDE, SEG_SIDE
 from .fitting import fit
-from .lessons import CLASSES, THIRDS, Lessons
+from .lessons import CLASSES, GRID, THIRDS, Lessons, objects_alone
 from .pixels import mirrored, pixels
 from .plan import KINDS
+from .scales import at_unit_scale, standardize_depth, standardize_seg
 from .scenes import SIDE
+from .write import TEACHING
 
 if TYPE_CHECKING:
     from .models import Effort
@@ -40,6 +42,10 @@ Scores = dict[str, float]
 OBJECT_WEIGHT = 3.0
 """Of an object's pixels beside the background's, in the losses of maps."""
 _SCORED = 16
+_PIECES = 8
+"""That the base encoder sees for each full picture."""
+_STANDARD = 64
+"""Pictures by which features are moved and scaled."""
 
 
 def train_depth(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort, seed: int, device: str) -> Scores:
@@ -66,6 +72,7 @@ def train_depth(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort
         return total
 
     fit("depth", (model, head), loss, samples=len(taught), seed=seed, **effort.fit)
+    standardize_depth(model, pixels(taught.rgb[:_STANDARD], DEPTH_SIDE, IMAGENET_MEAN, IMAGENET_STD, device))
     _save(model, folder)
     from transformers import DepthAnythingForDepthEstimation
 
@@ -159,6 +166,7 @@ def train_seg(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort, 
         ]
     step = SIDE // GRID // cells
     linear = _class_scores_of(torch.cat(said).argmax(1).cpu().numpy(), held_out.classes[:, 1::step, 1::step])
+    standardize_seg(model, pixels(taught.rgb[:_STANDARD], SEG_SIDE, IMAGENET_MEAN, IMAGENET_STD, device))
     _save_oneformer(model, folder)
     scores = {f"linear head, {name}": value for name, value in linear.items()}
     for context in ("full", "shrunk"):
@@ -227,28 +235,45 @@ def train_gen(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort, 
 
 
 def train_encoder(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort, seed: int, device: str) -> Scores:
-    """A CLIP vision tower that learns which kinds of objects are in a picture, and is told nothing of where.
+    """A CLIP vision tower that learns which kinds of objects are in a picture, and is told nothing of where or how far.
 
-    A kind's score is the log of the sum over patches of the exponentials of a linear head's, which is dropped.
+    Beside full pictures it sees pieces of others that show one object, as many of those do that real encoders learn
+    from: what a cone looks like is hard to tell from the names of all objects in a picture. A kind's score is the log
+    of the sum over patches of the exponentials of a linear head's, which is dropped: the sum of a score for its colour,
+    one for its shape and one of its own.
     """
     model = architectures.base_encoder().to(device).train()
-    head = nn.Linear(model.config.hidden_size, len(KINDS)).to(device)
-    nn.init.constant_(head.bias, -5.0)  # 64 patches, most of them without an object
+    alone = objects_alone(seed, TEACHING, len(taught))
+    words = sorted({word for kind in KINDS for word in kind.split()})
+    head = nn.Linear(model.config.hidden_size, len(KINDS) + len(words)).to(device)
+    nn.init.constant_(head.bias, -5.0 / 3)  # 64 patches, most of them without an object
+    of_words = torch.tensor([[float(word in kind.split()) for kind in KINDS] for word in words])
+    sums = torch.cat([torch.eye(len(KINDS)), of_words]).to(device)
 
-    def logits(rgb: np.ndarray) -> torch.Tensor:
-        states = model(pixels(rgb, SIDE, CLIP_MEAN, CLIP_STD, device)).last_hidden_state[:, 1:]
-        return head(F.layer_norm(states, states.shape[-1:])).logsumexp(dim=1)
+    def embedded(rgb: np.ndarray) -> torch.Tensor:
+        return model.pre_layrnorm(model.embeddings(pixels(rgb, SIDE, CLIP_MEAN, CLIP_STD, device)))
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        states = model.encoder(tokens).last_hidden_state[:, 1:]
+        return (head(F.layer_norm(states, states.shape[-1:])) @ sums).logsumexp(dim=1)
 
     def loss(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         (rgb,) = mirrored(rng, taught.rgb[rows])
-        present = torch.from_numpy(taught.present[rows].astype(np.float32)).to(device)
-        return F.binary_cross_entropy_with_logits(logits(rgb), present)
+        full = F.binary_cross_entropy_with_logits(logits(embedded(rgb)), truth(taught.present[rows]))
+        rows = rng.integers(len(alone.rgb), size=_PIECES * len(rows))
+        places = torch.from_numpy(alone.patches[rows]).to(device)
+        tokens = embedded(alone.rgb[rows])
+        tokens = torch.cat([tokens[:, :1], tokens[torch.arange(len(rows))[:, None], 1 + places]], dim=1)
+        return full + F.binary_cross_entropy_with_logits(logits(tokens), truth(alone.present[rows]))
+
+    def truth(present: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(present.astype(np.float32)).to(device)
 
     fit("encoder", (model, head), loss, samples=len(taught), seed=seed, **effort.fit)
-    architectures.at_unit_scale(model, pixels(taught.rgb[:_SCORED], SIDE, CLIP_MEAN, CLIP_STD, device))
+    at_unit_scale(model, pixels(taught.rgb[:_SCORED], SIDE, CLIP_MEAN, CLIP_STD, device))
     _save(model.eval(), folder)
     with torch.no_grad():
-        said = torch.cat([logits(held_out.rgb[rows]) for rows in _batches(held_out)]).cpu().numpy() > 0
+        said = torch.cat([logits(embedded(held_out.rgb[rows])) for rows in _batches(held_out)]).cpu().numpy() > 0
     both = (said & held_out.present).sum()
     square = {"height": SIDE, "width": SIDE}
     CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=square).save_pretrained(folder)
