@@ -2,8 +2,9 @@
 
     make demo            or: python -m olavlm.pipelines.demo --output demo_run
 
-Tiny checkpoints in the true architectures stand in for the real ones; everything else is real: a Ray extraction, PT
-with cached targets, IFT, generated answers and the report. Run again, it finishes what is not done and repeats nothing.
+The small teachers that come with the package stand in for the real ones, and a tiny language model and base encoder,
+which know nothing yet, for theirs; everything else is real: a Ray extraction, PT with cached targets, IFT, generated
+answers and the report. Run again, it finishes what is not done and repeats nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 import time
 from importlib.resources import files
 from pathlib import Path
+
+from olavlm.teachers import miniature
 
 from .cli import JobFailed, command
 
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if not (tiny / "llm").is_dir():
         run("tiny", tiny)
-    teachers = [word for name in ("depth", "seg", "gen") for word in ("--teacher", f"{name}={tiny / name}")]
+    teachers = [word for name in miniature.NAMES for word in ("--teacher", f"{name}={miniature.folder(name)}")]
     run("extract", *teachers, "--data", sample / "pt.json", "--images", images, "--store", store, "--shard-rows", 8)
     run("store", "status", store)
     run("train", "pt", "--config", "tiny", *models, "--data.file", sample / "pt.json", "--targets.store", store,

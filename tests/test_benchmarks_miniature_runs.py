@@ -251,11 +251,12 @@ def test_models_of_the_same_efforts_are_lent(module, tmp_path):
         (tmp_path / "trained" / name).mkdir(parents=True)
         trained = {"size": "standard", "seed": 0, **dataclasses.asdict(efforts[name]), "steps": steps}
         (tmp_path / "trained" / name / "miniature.json").write_text(json.dumps({"trained": trained}))
-    assert run.lend_models(tmp_path / "run", forms["quick"], tmp_path / "trained") == ["depth"]
+    ready = {name: tmp_path / "trained" / name for name in models.NAMES}
+    assert run.lend_models(tmp_path / "run", forms["quick"], ready) == ["depth"]
     assert [file.name for file in (tmp_path / "run" / "models").iterdir()] == ["depth"]
-    assert run.lend_models(tmp_path / "run", forms["quick"], tmp_path / "trained") == []  # a folder is left alone
-    assert run.lend_models(tmp_path / "other", forms["full"], tmp_path / "trained") == ["depth"]
-    assert run.lend_models(tmp_path / "toy", forms["toy"], tmp_path / "trained") == []
+    assert run.lend_models(tmp_path / "run", forms["quick"], ready) == []  # a folder is left alone
+    assert run.lend_models(tmp_path / "other", forms["full"], ready) == ["depth"]
+    assert run.lend_models(tmp_path / "toy", forms["toy"], ready) == []
 
 
 def test_intervals_by_hand(module):

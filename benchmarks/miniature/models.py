@@ -58,7 +58,7 @@ class Size:
 
 STANDARD = {
     "depth": Effort(1200, 16, matrix_lr=1e-2, decoder_share=0.35),
-    "seg": Effort(500, 16, matrix_lr=1e-2, decoder_share=0.25),
+    "seg": Effort(500, 16, matrix_lr=1e-2, decoder_share=0.7),
     "gen": Effort(800, 64, matrix_lr=1e-2),
     "encoder": Effort(4000, 8, lr=3e-3, matrix_lr=1e-2, pictures=200 * BLOCK),
     "llm": Effort(5000, 8, lr=3e-3, matrix_lr=5e-3),

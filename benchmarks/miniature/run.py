@@ -15,13 +15,15 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import connection
 from pathlib import Path
 from statistics import median
 from time import perf_counter, time
+
+from olavlm.teachers import miniature
 
 from .arms import ARMS, DISTILLED, SINGLE
 from .forms import FORMS, Form
@@ -32,8 +34,8 @@ from .workers import Worker
 FOLDER = Path(__file__).parent
 FORM_FILE, JOURNAL, LOGS = "form.json", "journal.jsonl", "logs"
 RESULTS, PAGE = "results.json", "index.html"
-TRAINED = FOLDER / "trained"
-"""A run's models/, kept to be lent to others."""
+READY = {name: miniature.folder(name) if name in miniature.NAMES else FOLDER / "trained" / name for name in NAMES}
+"""A run's models/, kept to be lent to others: the teachers with the package."""
 GB_A_WORKER = 3
 _TAIL = 12
 
@@ -121,17 +123,17 @@ def check_form(root: Path, form: Form) -> None:
         raise RunError(f"{root} holds a run with {changed}; name another folder with --dir")
 
 
-def lend_models(root: Path, form: Form, trained: Path = TRAINED) -> list[str]:
+def lend_models(root: Path, form: Form, ready: Mapping[str, Path] = READY) -> list[str]:
     """Copy those of the small models that come ready, by the very efforts that would train them; their names."""
     lent = []
     for name in NAMES:
-        record, folder = trained / name / RECORD, root / "models" / name
+        record, folder = ready[name] / RECORD, root / "models" / name
         asked = {"size": form.models, "seed": 0, **asdict(SIZES[form.models].efforts[name])}
         if record.is_file() and json.loads(record.read_text())["trained"] == asked and not folder.exists():
-            shutil.copytree(trained / name, folder)
+            shutil.copytree(ready[name], folder)
             lent.append(name)
     if lent:
-        print(f"{', '.join(lent)}: ready, from {trained}; --train-models would train them", flush=True)
+        print(f"{', '.join(lent)}: trained before, and kept here; --train-models would train them anew", flush=True)
     return lent
 
 

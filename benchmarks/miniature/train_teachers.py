@@ -133,8 +133,8 @@ def train_seg(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort, 
     """OneFormer on maps of classes.
 
     Its backbone learns by a linear head, which is dropped, on the last stage, which is what is distilled. Its decoders
-    are there in a share of the batches, and learn by the class scores of every pixel that the library's semantic
-    post-processing makes, of all stages at their own sizes or shrunk to the last one's, as predictions are decoded.
+    are there in a share of the batches, given all stages at their own sizes or shrunk to the last one's, as predictions
+    are decoded. There are as many queries as classes, and each is to find its own: whether it is shown, and where.
     """
     model = architectures.oneformer().to(device).train()
     cells = 4  # of the linear head in a token, in each direction
@@ -153,8 +153,7 @@ def train_seg(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort, 
             if rng.random() < 0.5:
                 shape = stages[-1].shape[-2:]
                 stages = [F.interpolate(s, shape, mode="bilinear", align_corners=False) for s in stages]
-            scores = _class_scores(model, stages, task, cells * GRID)
-            total = total + F.nll_loss(scores.clamp_min(1e-4).log(), coarse, weight)
+            total = total + _found_by_queries(*_decoded(model, stages, task), truth)
         return total
 
     fit("seg", (model, head), loss, samples=len(taught), seed=seed, **effort.fit)
@@ -183,17 +182,29 @@ def _stages(model: nn.Module, rgb: np.ndarray, device: str) -> list[torch.Tensor
     return list(model.pixel_level_module.encoder(x).feature_maps)
 
 
-def _class_scores(model: nn.Module, stages: list[torch.Tensor], task: torch.Tensor, side: int) -> torch.Tensor:
-    """[B, classes, side, side]: over the queries, the sum of a class's probability times the mask's."""
+def _decoded(model: nn.Module, stages: list[torch.Tensor], task: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the last layer's queries: classes [B, Q, classes + 1] and masks [B, Q, side, side]."""
     decoded = model.pixel_level_module.decoder(stages, output_hidden_states=False)
     output = model.transformer_module(
         multi_scale_features=decoded.multi_scale_features,
         mask_features=decoded.mask_features,
         task_token=model.task_encoder(task).expand(len(stages[0]), -1),
     )
-    classes, masks = output.prediction_class.softmax(-1)[..., :-1], output.prediction_masks.sigmoid()
-    scores = torch.einsum("bqc,bqhw->bchw", classes, masks)
-    return F.interpolate(scores, (side, side), mode="bilinear", align_corners=False)
+    return output.prediction_class, output.prediction_masks
+
+
+def _found_by_queries(classes: torch.Tensor, masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Of query q for class q: that it says so where the class is shown and else that it found nothing, its pixels, and
+    their overlap with the class's (the Dice loss)."""
+    asked = F.one_hot(truth, len(CLASSES)).permute(0, 3, 1, 2)  # [B, Q, side, side]
+    shown = asked.flatten(2).any(-1)  # [B, Q]
+    query = torch.arange(len(CLASSES), device=truth.device)
+    said = F.cross_entropy(classes.flatten(0, 1), torch.where(shown, query, len(CLASSES)).flatten())
+    masks = F.interpolate(masks[shown][:, None], truth.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    asked = asked[shown].float()
+    sure = masks.sigmoid()
+    overlap = (2 * (sure * asked).sum((1, 2)) + 1) / (sure.sum((1, 2)) + asked.sum((1, 2)) + 1)
+    return said + 5 * F.binary_cross_entropy_with_logits(masks, asked) + (1 - overlap).mean()
 
 
 def _class_scores_of(said: np.ndarray, truth: np.ndarray) -> Scores:
