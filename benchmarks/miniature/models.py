@@ -40,6 +40,8 @@ class Effort:
     """That a vision model learns from."""
     decoder_share: float = 0.0
     """Of the batches in which a teacher's own decoder learns, too."""
+    decoder_steps: int = 0
+    """In which it goes on by itself."""
     decoded: int = 48
     """Held-out pictures that it is scored on."""
 
@@ -58,12 +60,12 @@ class Size:
 
 STANDARD = {
     "depth": Effort(1200, 16, matrix_lr=1e-2, decoder_share=0.35),
-    "seg": Effort(500, 16, matrix_lr=1e-2, decoder_share=0.7),
+    "seg": Effort(500, 16, matrix_lr=1e-2, decoder_share=0.7, decoder_steps=1000),
     "gen": Effort(800, 64, matrix_lr=1e-2),
     "encoder": Effort(4000, 8, lr=3e-3, matrix_lr=1e-2, pictures=200 * BLOCK),
     "llm": Effort(5000, 8, lr=3e-3, matrix_lr=5e-3),
 }
-TOY = {name: Effort(2, 8, pictures=BLOCK, decoder_share=0.5, decoded=2) for name in NAMES}
+TOY = {name: Effort(2, 8, pictures=BLOCK, decoder_share=0.5, decoder_steps=2, decoded=2) for name in NAMES}
 SIZES = {"standard": Size(8 * BLOCK, STANDARD), "toy": Size(BLOCK, TOY)}
 """toy: that training runs."""
 

@@ -134,7 +134,8 @@ def train_seg(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort, 
 
     Its backbone learns by a linear head, which is dropped, on the last stage, which is what is distilled. Its decoders
     are there in a share of the batches, given all stages at their own sizes or shrunk to the last one's, as predictions
-    are decoded. There are as many queries as classes, and each is to find its own: whether it is shown, and where.
+    are decoded. There are as many queries as classes, and each is to find its own: whether it is shown, and where. They
+    take longer to learn than the backbone, and go on without it.
     """
     model = architectures.oneformer().to(device).train()
     cells = 4  # of the linear head in a token, in each direction
@@ -143,20 +144,31 @@ def train_seg(folder: Path, taught: Lessons, held_out: Lessons, effort: Effort, 
     weight = torch.ones(len(CLASSES), device=device)
     weight[: len(KINDS)] = OBJECT_WEIGHT
 
-    def loss(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+    def pictures(rows: np.ndarray, rng: np.random.Generator) -> tuple[list[torch.Tensor], torch.Tensor]:
         rgb, classes = mirrored(rng, taught.rgb[rows], taught.classes[rows])
-        truth = torch.from_numpy(classes.astype(np.int64)).to(device)
-        stages = _stages(model, rgb, device)
+        return _stages(model, rgb, device), torch.from_numpy(classes.astype(np.int64)).to(device)
+
+    def found(stages: list[torch.Tensor], truth: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        if rng.random() < 0.5:
+            shape = stages[-1].shape[-2:]
+            stages = [F.interpolate(s, shape, mode="bilinear", align_corners=False) for s in stages]
+        return _found_by_queries(*_decoded(model, stages, task), truth)
+
+    def loss(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        stages, truth = pictures(rows, rng)
         coarse = truth[:, 1 :: SIDE // GRID // cells, 1 :: SIDE // GRID // cells]
         total = F.cross_entropy(_cells(head, stages[-1].flatten(2).transpose(1, 2), len(CLASSES)), coarse, weight)
         if rng.random() < effort.decoder_share:
-            if rng.random() < 0.5:
-                shape = stages[-1].shape[-2:]
-                stages = [F.interpolate(s, shape, mode="bilinear", align_corners=False) for s in stages]
-            total = total + _found_by_queries(*_decoded(model, stages, task), truth)
+            total = total + found(stages, truth, rng)
         return total
 
+    def decoders(rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        return found(*pictures(rows, rng), rng)
+
     fit("seg", (model, head), loss, samples=len(taught), seed=seed, **effort.fit)
+    model.pixel_level_module.encoder.requires_grad_(False)
+    alone = effort.fit | {"steps": effort.decoder_steps}
+    fit("seg's decoders", (model,), decoders, samples=len(taught), seed=seed, **alone)
     model.eval()
     with torch.no_grad():
         said = [
