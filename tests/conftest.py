@@ -32,7 +32,24 @@ TESTS = Path(__file__).parent
 DEAREST = (
     "student/test_distributed.py",
     "pipelines/extraction/test_cluster.py",
+    "student/test_trainer.py",
     "pipelines/test_extract.py",
+    "test_benchmarks.py",
+    "cache/test_objects.py",
+    "pipelines/test_own_teacher.py",
+    "student/test_recipes.py",
+    "student/test_switches.py",
+    "end_to_end/test_answers_from_the_image.py",
+    "student/test_fusion.py",
+    "pipelines/test_object_store.py",
+    "student/test_encoders.py",
+    "test_notebook.py",
+    "cache/test_store.py",
+    "pipelines/test_store.py",
+    "student/test_probe_planted.py",
+    "pipelines/evaluation/test_evaluate.py",
+    "end_to_end/test_commands.py",
+    "test_benchmarks_train.py",
 )
 """The files that take longest, the longest first: one that came last would leave all processes but its own idle."""
 SAMPLE = Path(str(files("olavlm.pipelines") / "sample"))

@@ -246,7 +246,7 @@ def test_repair_touches_nothing_that_a_lost_plan_hides(store, sample_images, ans
     assert answer("verify", store)[0] == 0
 
 
-def test_a_repair_that_was_stopped_is_run_again(store, sample_images, answer, monkeypatch, capsys):
+def test_a_repair_that_was_stopped_is_run_again(store, sample_images, answer, monkeypatch, capsys, without_ray):
     from olavlm.pipelines.extraction import cluster
 
     before = shard_files(store)
