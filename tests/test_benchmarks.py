@@ -207,7 +207,7 @@ def toy_extraction(tmp_path_factory):
     shutil.copy(EXTRACT / "README.md", folder)
     (folder / "work").mkdir()
     options = ["--size", "toy", "--device", "cpu", "--dir", folder / "work", "--name", "toy", "--results", folder]
-    run_here("extract", options)
+    subprocess.run([sys.executable, "-m", "benchmarks.extract", *map(str, options)], cwd=ROOT, check=True)
     return folder
 
 
@@ -399,7 +399,7 @@ def toy_losses(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmarks")
     shutil.copy(LOSSES / "README.md", folder)
     options = ["--size", "toy", "--device", "cpu", "--dir", folder, "--name", "toy", "--results", folder]
-    run_here("losses", options)
+    subprocess.run([sys.executable, "-m", "benchmarks.losses", *map(str, options)], cwd=ROOT, check=True)
     assert "## Results: toy" in (folder / "README.md").read_text()
     return json.loads((folder / "results" / "toy.json").read_text())["figures"]
 

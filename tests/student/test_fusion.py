@@ -298,8 +298,8 @@ def test_text_alone_needs_no_features(run, mixed, tmp_path):
     assert all(line["loss/text"] > 0 for line in metrics)
 
 
-def test_a_dry_run_checks_and_counts(recipe, capsys, tmp_path):
-    made = recipe(**{"model.fusion": "token_concat", **BASELINE})
+def test_a_dry_run_checks_and_counts(recipe, store32, capsys, tmp_path):
+    made = recipe(**{"model.fusion": "token_concat", **BASELINE, "targets.store": store32})
     (tmp_path / "r.json").write_text(json.dumps(made.to_dict()))
     command = ["pt", "--config", str(tmp_path / "r.json"), "--dry-run"]
     assert train_command.main(command) == 0
