@@ -18,6 +18,7 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -27,9 +28,40 @@ from olavlm.pipelines.extraction.extractor import ShardExtractor, TeacherSpec
 from olavlm.student.recipes import load_recipe
 from olavlm.teachers.tiny import make_tiny
 
+TESTS = Path(__file__).parent
+DEAREST = (
+    "student/test_distributed.py",
+    "pipelines/extraction/test_cluster.py",
+    "student/test_trainer.py",
+    "pipelines/test_extract.py",
+    "test_benchmarks.py",
+    "cache/test_objects.py",
+    "pipelines/test_own_teacher.py",
+    "student/test_recipes.py",
+    "student/test_switches.py",
+    "end_to_end/test_answers_from_the_image.py",
+    "student/test_fusion.py",
+    "pipelines/test_object_store.py",
+    "student/test_encoders.py",
+    "test_notebook.py",
+    "cache/test_store.py",
+    "pipelines/test_store.py",
+    "student/test_probe_planted.py",
+    "pipelines/evaluation/test_evaluate.py",
+    "end_to_end/test_commands.py",
+    "test_benchmarks_train.py",
+)
+"""The files that take longest, the longest first: one that came last would leave all processes but its own idle."""
 SAMPLE = Path(str(files("olavlm.pipelines") / "sample"))
 TEACHERS = ("gen", "depth", "seg")
 NUM_IMAGES = 10
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The dearest files first, in which order `--dist loadfile --no-loadscope-reorder` hands them out."""
+    order = {TESTS / name: place for place, name in enumerate(DEAREST)}
+    assert all(file.is_file() for file in order), "DEAREST in tests/conftest.py names a file that is not there"
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,14 +126,15 @@ def store32(make_store) -> Path:
 
 @pytest.fixture(scope="session")
 def write_store():
-    """write_store(folder, images, {key: (images, n, D)}, bad={image: reason}) -> folder: a store of features that no
-    teacher made."""
+    """write_store(folder, images, {key: (images, n, D)}, bad={image: reason}, cards={key: more of its card}) -> folder:
+    a store of features that no teacher made."""
 
-    def write(folder: Path, images, features, bad=(), dtype: str = "float32") -> Path:
+    def write(folder: Path, images, features, bad=(), dtype: str = "float32", cards=None) -> Path:
         builder = StoreBuilder(folder)
         builder.extend_plan(pa.array(images, pa.large_string()))
         for key, values in features.items():
             card = {"name": key, "tokens": values.shape[1], "dim": values.shape[2], "versions": {}}
+            card |= (cards or {}).get(key, {})
             card["fingerprint"] = hashlib.sha256(json.dumps(card).encode()).hexdigest()
             builder.ensure_teacher(key, card, dtype=dtype, shard_rows=64)
             group = FeatureStore(folder)[key]
@@ -120,8 +153,30 @@ def write_store():
 
 
 @pytest.fixture(scope="session")
-def recipe_in(tiny, pt_json, store32):
-    """recipe_in(folder, stage="pt", **{"section.field": value}) -> the tiny recipe over the shared fixtures."""
+def make_small_targets(write_store, tmp_path_factory):
+    """make_small_targets(data) -> folder of a store as `make_store` makes it, of random features and of 16 tokens where
+    that has 576: a step of training towards them takes half the time."""
+    shapes = {"gen": (1, 48), "depth": (16, 32), "seg": (16, 64)}
+    recipes = {"gen": "embedding", "depth": "mean4", "seg": "stage4"}
+    cards = {key: {"recipe": {"name": name}, "geometry": "reference"} for key, name in recipes.items()}
+
+    def make(data: Path) -> Path:
+        images, draw = Dataset([data]).images().to_pylist(), np.random.default_rng(0)
+        features = {key: draw.standard_normal((len(images), *shape)).astype("f4") for key, shape in shapes.items()}
+        return write_store(tmp_path_factory.mktemp("small") / "features", images, features, cards=cards)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_targets(make_small_targets, pt_json) -> Path:
+    return make_small_targets(pt_json)
+
+
+@pytest.fixture(scope="session")
+def recipe_in(tiny, pt_json, small_targets):
+    """recipe_in(folder, stage="pt", **{"section.field": value}) -> the tiny recipe over the shared fixtures. Teachers
+    in the loop need the targets of `store32`, or none."""
 
     def make(folder: Path, stage="pt", **overrides):
         values = {
@@ -130,7 +185,7 @@ def recipe_in(tiny, pt_json, store32):
             "data.file": pt_json,
             "data.images": SAMPLE / "images",
             "data.workers": 0,
-            "targets.store": store32,
+            "targets.store": small_targets,
             "train.output_dir": folder / stage,
             "train.batch_size": 4,
             "init.from": "null",

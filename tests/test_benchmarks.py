@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,18 @@ def module(monkeypatch: pytest.MonkeyPatch):
         return importlib.import_module(f"benchmarks.{name}")
 
     return load
+
+
+def run_here(name: str, options: list) -> None:
+    """`python -m benchmarks.NAME` in this process, which has what it would import for ten seconds."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.syspath_prepend(ROOT)
+        try:
+            importlib.import_module(f"benchmarks.{name}.__main__").main([str(option) for option in options])
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.parametrize("folder", [CACHE, EXTRACT, FORWARD, LOSSES, MINIATURE, OVERFIT, TRAIN])
@@ -412,7 +425,7 @@ def test_bytes_of_predictions_and_targets_by_hand(module):
 def test_every_benchmark_of_the_forward_runs(tmp_path):
     shutil.copy(FORWARD / "README.md", tmp_path)
     options = ["--size", "toy", "--device", "cpu", "--dir", tmp_path, "--name", "toy", "--results", tmp_path]
-    subprocess.run([sys.executable, "-m", "benchmarks.forward", *map(str, options)], cwd=ROOT, check=True)
+    run_here("forward", options)
     assert "## Results: toy" in (tmp_path / "README.md").read_text()
     figures = json.loads((tmp_path / "results" / "toy.json").read_text())["figures"]
     assert [len(figures[name]) for name in ("padding", "packing", "predictors")] == [2, 1, 1]

@@ -88,7 +88,7 @@ def test_the_dry_run_tells_the_cost(recipe, store32, record, tmp_path, capsys, m
         assert train.main(["pt", "--config", str(tmp_path / "r.yaml"), "--dry-run", *words]) == 0
         return capsys.readouterr().out
 
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe(**{"train.epochs": 2}).to_dict()))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe(**{"train.epochs": 2, "targets.store": store32}).to_dict()))
     groups = [FeatureStore(store32)[key] for key in ("gen", "depth", "seg")]
     row = sum(group.layout.row_bytes for group in groups)
     out = told()

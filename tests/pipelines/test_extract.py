@@ -25,15 +25,14 @@ SAMPLE_ROWS = 10
 
 
 @pytest.fixture
-def words(tiny, pt_json, sample_images, tmp_path, request):
-    """Arguments of an extraction of one teacher into tmp_path/store; with `own_ray` as a user starts it."""
+def words(tiny, pt_json, sample_images, tmp_path):
+    """Arguments of an extraction of one teacher into tmp_path/store."""
 
-    def make(*more, teachers=("depth",), data=pt_json, roots=sample_images, store=tmp_path / "store", own_ray=False):
+    def make(*more, teachers=("depth",), data=pt_json, roots=sample_images, store=tmp_path / "store"):
         named = [w for t in teachers for w in ("--teacher", f"{t}={tiny[t]}")]
         fixed = ["--data", data, "--images", roots, "--store", store, "--batch-size", 4, "--device", "cpu"]
         one = () if "--workers" in more else ("--workers", 1)  # more of them import for longer than they work
-        where = () if own_ray else ("--address", request.getfixturevalue("ray_address"))
-        return [str(w) for w in (*named, *fixed, *one, *where, *more)]
+        return [str(w) for w in (*named, *fixed, *one, *more)]
 
     return make
 
@@ -74,7 +73,7 @@ def wait_for_rows(number: int, store: Path, key: str, extraction: subprocess.Pop
 def test_all_teachers_at_once_equal_encode_and_a_second_run_does_nothing(
     words, tiny, pt_json, sample_images, tmp_path, capsys
 ):
-    arguments = words("--shard-rows", 4, "--dtype", "float32", teachers=("depth", "seg", "gen"), own_ray=True)
+    arguments = words("--shard-rows", 4, "--dtype", "float32", teachers=("depth", "seg", "gen"))
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "extracted 30 rows" in out
@@ -104,16 +103,17 @@ def test_all_teachers_at_once_equal_encode_and_a_second_run_does_nothing(
     assert {f: f.stat().st_mtime_ns for f in before} == before
 
 
-def test_one_teacher_at_a_time_and_any_number_of_workers_give_the_same_bytes(words, tmp_path):
+def test_one_teacher_at_a_time_and_any_number_of_workers_give_the_same_bytes(words, tmp_path, request):
     assert main(words("--shard-rows", 2, "--workers", 2, teachers=("depth", "gen"))) == 0
+    request.getfixturevalue("without_ray")
     for name in ("gen", "depth"):
         assert main(words("--shard-rows", 2, "--workers", 1, teachers=(name,), store=tmp_path / "other")) == 0
     assert shard_bytes(tmp_path / "other") == shard_bytes(tmp_path / "store")
     assert len(shard_bytes(tmp_path / "store")) == 1 + 2 * 2 * 5
 
 
-def test_killed_half_way_then_run_again_ends_with_the_same_bytes(words, tmp_path):
-    arguments = words("--shard-rows", 1, "--workers", 1, teachers=("seg",), store=tmp_path / "killed", own_ray=True)
+def test_killed_half_way_then_run_again_ends_with_the_same_bytes(words, tmp_path, without_ray):
+    arguments = words("--shard-rows", 1, "--workers", 1, teachers=("seg",), store=tmp_path / "killed")
     process = subprocess.Popen(
         [sys.executable, "-m", "olavlm.pipelines.extract", *arguments],
         start_new_session=True,
@@ -136,7 +136,7 @@ def test_killed_half_way_then_run_again_ends_with_the_same_bytes(words, tmp_path
 
 def test_stopped_by_sigterm_it_drops_what_is_in_flight_and_exits_1(words, tmp_path):
     """SIGINT is `test_cluster`'s."""
-    arguments = words("--shard-rows", 1, "--workers", 1, teachers=("seg",), own_ray=True)
+    arguments = words("--shard-rows", 1, "--workers", 1, teachers=("seg",))
     process = subprocess.Popen(
         [sys.executable, "-m", "olavlm.pipelines.extract", *arguments], stderr=subprocess.PIPE, text=True
     )
@@ -151,7 +151,7 @@ def test_stopped_by_sigterm_it_drops_what_is_in_flight_and_exits_1(words, tmp_pa
     assert not list((tmp_path / "store" / "seg" / "staging").iterdir())
 
 
-def test_zip_gives_the_same_bytes_as_the_folder(words, sample_images, tmp_path):
+def test_zip_gives_the_same_bytes_as_the_folder(words, sample_images, tmp_path, without_ray):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for file in sample_images.iterdir():
             archive.write(file, file.name)
@@ -160,7 +160,7 @@ def test_zip_gives_the_same_bytes_as_the_folder(words, sample_images, tmp_path):
     assert shard_bytes(tmp_path / "zipped") == shard_bytes(tmp_path / "store")
 
 
-def test_bad_images_are_quarantined_named_and_tried_again(words, sample_images, pt_json, tmp_path, capsys):
+def test_bad_images_are_quarantined_named_and_tried_again(words, sample_images, pt_json, tmp_path, capsys, without_ray):
     broken = tmp_path / "images"
     shutil.copytree(sample_images, broken)
     names = [s["image"] for s in json.loads(pt_json.read_text())]
@@ -191,7 +191,7 @@ def test_bad_images_are_quarantined_named_and_tried_again(words, sample_images, 
     np.testing.assert_array_equal(repaired.read(range(SAMPLE_ROWS))[0], good.read(range(SAMPLE_ROWS))[0])
 
 
-def test_limit_then_all(words, tmp_path):
+def test_limit_then_all(words, tmp_path, without_ray):
     assert main(words("--shard-rows", 4, "--limit", 6)) == 0
     group = FeatureStore(tmp_path / "store")["depth"]
     assert group.shape[0] == SAMPLE_ROWS
@@ -204,7 +204,7 @@ def test_limit_then_all(words, tmp_path):
 
 
 def test_dry_run_writes_nothing(words, tmp_path, capsys):
-    assert main(words("--dry-run", teachers=("depth", "gen"), own_ray=True)) == 0
+    assert main(words("--dry-run", teachers=("depth", "gen"))) == 0
     out = capsys.readouterr().out
     assert "10 rows, 0 of 10 images tried cannot be read" in out
     assert re.search(r"^depth: 576 x 32 float16, 0.000 GB, 0 rows done; alone [\d.]+ rows/s a worker, ETA", out, re.M)
@@ -213,28 +213,28 @@ def test_dry_run_writes_nothing(words, tmp_path, capsys):
     assert not (tmp_path / "store").exists()
 
 
-def test_dry_run_tells_what_is_done_and_what_would_be_refused(words, sample_images, tmp_path, capsys):
+def test_dry_run_tells_what_is_done_and_what_would_be_refused(words, sample_images, tmp_path, capsys, without_ray):
     assert main(words("--shard-rows", 4, "--limit", 6, teachers=("gen",))) == 0
     capsys.readouterr()
     everything = {f: f.stat().st_mtime_ns for f in (tmp_path / "store").rglob("*")}
-    assert main(words("--dry-run", "--workers", 2, "--limit", 7, teachers=("depth", "gen"), own_ray=True)) == 0
+    assert main(words("--dry-run", "--workers", 2, "--limit", 7, teachers=("depth", "gen"))) == 0
     out = capsys.readouterr().out
     assert "7 rows" in out
     assert "depth: 576 x 32 float16, 0.000 GB, 0 rows done" in out
     assert "gen: 1 x 48 float16, 0.000 GB, 6 rows done" in out
     assert "cpu workers" in out
-    assert main(words("--dry-run", "--dtype", "int8", teachers=("gen",), own_ray=True)) == 1
+    assert main(words("--dry-run", "--dtype", "int8", teachers=("gen",))) == 1
     assert "a run would be refused" in capsys.readouterr().err
-    assert main(words("--dry-run", "--dtype", "int8", "--replace", teachers=("gen",), own_ray=True)) == 0
-    assert main(words("--dry-run", "--worker-cpus", 10_000, teachers=("gen",), own_ray=True)) == 1
+    assert main(words("--dry-run", "--dtype", "int8", "--replace", teachers=("gen",))) == 0
+    assert main(words("--dry-run", "--worker-cpus", 10_000, teachers=("gen",))) == 1
     assert "there is no room for a cpu worker" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert main(words("--dry-run", roots=tmp_path / "empty", own_ray=True)) == 1
+    assert main(words("--dry-run", roots=tmp_path / "empty")) == 1
     assert "none of 10 images can be read; the first: " in capsys.readouterr().err
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "store").rglob("*")} == everything
 
 
-def test_a_grown_dataset_is_appended(words, pt_json, tmp_path, capsys):
+def test_a_grown_dataset_is_appended(words, pt_json, tmp_path, capsys, without_ray):
     samples = json.loads(pt_json.read_text())
     (tmp_path / "half.json").write_text(json.dumps(samples[:4]))
     assert main(words("--shard-rows", 4, data=tmp_path / "half.json")) == 0
@@ -250,6 +250,7 @@ def test_a_grown_dataset_is_appended(words, pt_json, tmp_path, capsys):
     np.testing.assert_array_equal(store["depth"][last], zarr.open_group(store.path)["depth/features"][row].astype("f4"))
 
 
+@pytest.mark.usefixtures("without_ray")
 class TestErrors:
     @pytest.mark.parametrize(
         ("change", "status", "message"),
@@ -270,22 +271,22 @@ class TestErrors:
             ({"--teacher": "gen", "--model": ""}, 2, "--teacher gen: the model is empty; name a hub id or a folder"),
         ],
     )
-    def test_one_line_and_the_right_status(self, words, tmp_path, change, status, message):
-        arguments = words(own_ray=True)
+    def test_one_line_and_the_right_status(self, words, tmp_path, change, status, message, capsys):
+        arguments = words()
         for flag, value in change.items():
             if flag in arguments:
                 arguments[arguments.index(flag) + 1] = value
             else:
                 arguments += [flag, value]
-        done = subprocess.run(
-            [sys.executable, "-m", "olavlm.pipelines.extract", *arguments], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == status, done.stderr
-        assert message in done.stderr
-        *usage, error = done.stderr.splitlines()
+        with pytest.raises(SystemExit) as ended:
+            sys.exit(main(arguments))
+        errors = capsys.readouterr().err
+        assert ended.value.code == status, errors
+        assert message in errors
+        *usage, error = errors.splitlines()
         assert error.startswith("olavlm-extract: error: ")
         assert usage == [] or usage[0].startswith("usage: olavlm-extract"), "argparse shows the usage, we one line"
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in errors
         assert not (tmp_path / "store").exists()
 
     def test_another_card_dtype_or_dataset_is_refused_with_the_difference(self, words, pt_json, tmp_path, capsys):

@@ -97,7 +97,7 @@ def test_a_dry_run_says_that_the_free_space_is_unknown_and_writes_nothing(bucket
     assert bucket.all() == {}
 
 
-def test_extraction_stopped_and_run_again_gives_the_bytes_of_a_local_one(bucket, words, make_store, capsys):
+def test_extraction_stopped_and_run_again_gives_the_bytes_of_a_local_one(bucket, words, make_store, capsys, request):
     url = bucket.url("features")
     arguments = words(url, "--shard-rows", 4, "--workers", 1, "--dtype", "int8", teachers=("depth", "gen"))
 
@@ -123,6 +123,7 @@ def test_extraction_stopped_and_run_again_gives_the_bytes_of_a_local_one(bucket,
     part = FeatureStore(url)["depth"].coverage().valid
     assert part > 0, "the control: something was done"
 
+    request.getfixturevalue("without_ray")
     assert extract.main(arguments) == 0
     said += "".join(capsys.readouterr())
     local = make_store("int8", teachers=("depth", "gen"))
@@ -153,10 +154,10 @@ def test_extraction_stopped_and_run_again_gives_the_bytes_of_a_local_one(bucket,
     assert_no_credentials(found | {"what was printed": said.encode()})
 
 
-def test_training_from_s3_is_training_from_the_disk(bucket, recipe, store32, tmp_path):
-    bucket.upload(store32, "features")
+def test_training_from_s3_is_training_from_the_disk(bucket, recipe, small_targets, tmp_path):
+    bucket.upload(small_targets, "features")
     losses = {}
-    for where, location in {"disk": store32, "s3": bucket.url("features")}.items():
+    for where, location in {"disk": small_targets, "s3": bucket.url("features")}.items():
         folder = run_training(
             recipe(
                 **{
@@ -177,8 +178,8 @@ def test_training_from_s3_is_training_from_the_disk(bucket, recipe, store32, tmp
     assert_no_credentials({f.name: f.read_bytes() for f in (tmp_path / "s3").rglob("*") if f.is_file()})
 
 
-def test_with_a_local_cache_a_second_run_asks_for_no_row(bucket, recipe, store32, tmp_path):
-    bucket.upload(store32, "features")
+def test_with_a_local_cache_a_second_run_asks_for_no_row(bucket, recipe, small_targets, tmp_path):
+    bucket.upload(small_targets, "features")
     losses = []
     for name in ("first", "second"):
         made = recipe(**{

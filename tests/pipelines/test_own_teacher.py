@@ -56,7 +56,7 @@ def test_the_page_works(installed, tiny, pt_json, sample_images, tmp_path, monke
     assert command == "olavlm-extract"
     path = os.pathsep.join(filter(None, [str(installed), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-m", "olavlm.pipelines.extract", *words],
+        [sys.executable, "-m", "olavlm.pipelines.extract", *words, "--workers", "1"],
         env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -189,14 +189,14 @@ class TestVerify:
         assert main([str(w) for w in [*words, "--model", f"gen={tiny['gen']}"]]) == 0
 
 
-def test_repair_does_again_exactly_what_is_broken(store, sample_images, answer, capsys, ray_address):
+def test_repair_does_again_exactly_what_is_broken(store, sample_images, answer, capsys, without_ray):
     before = shard_files(store)
     untouched = store / "depth" / "commits" / "000001.0.json"
     record = untouched.read_bytes()
     flip(store / "depth" / "features" / "c" / "0" / "0" / "0")
     (store / "depth" / "commits" / "000002.0.json").unlink()
     (store / "gen" / "features" / "c" / "1" / "0" / "0").unlink()
-    one = ["--images", str(sample_images), "--workers", "1", "--address", ray_address]
+    one = ["--images", str(sample_images), "--workers", "1"]
     assert main(["repair", str(store), *one, "--teacher", "gen"]) == 0
     capsys.readouterr()
     assert answer("verify", store, "--teacher", "gen")[0] == 0
@@ -246,7 +246,7 @@ def test_repair_touches_nothing_that_a_lost_plan_hides(store, sample_images, ans
     assert answer("verify", store)[0] == 0
 
 
-def test_a_repair_that_was_stopped_is_run_again(store, sample_images, answer, monkeypatch, capsys):
+def test_a_repair_that_was_stopped_is_run_again(store, sample_images, answer, monkeypatch, capsys, without_ray):
     from olavlm.pipelines.extraction import cluster
 
     before = shard_files(store)

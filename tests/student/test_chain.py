@@ -26,13 +26,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recipe_file(folder, tiny, pt_json, ift_json, store32, sample_images):
+def recipe_file(folder, tiny, pt_json, ift_json, small_targets, sample_images):
     """One recipe for all three stages, of two steps each."""
     content = {
         "base": "tiny",
         "model": {"llm": str(tiny["llm"]), "encoder": str(tiny["encoder"])},
         "data": {"images": str(sample_images), "workers": 0},
-        "targets": {"store": str(store32)},
+        "targets": {"store": str(small_targets)},
         "train": {"output_dir": str(folder / "run"), "stages": list(STAGES), "max_steps": 2},
         "stages": {
             "pt": {"data": {"file": str(pt_json)}},

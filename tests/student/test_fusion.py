@@ -27,9 +27,10 @@ BASELINE = {"model.num_task_tokens": 0, "losses.stages": "[]", "train.max_steps"
 
 
 @pytest.fixture
-def run(recipe, tmp_path):
+def run(recipe, store32, tmp_path):
     def start(fusion, stage="pt", name="run", **overrides):
-        settings = {"model.fusion": fusion, **BASELINE, "train.output_dir": tmp_path / name, **overrides}
+        settings = {"model.fusion": fusion, **BASELINE, "targets.store": store32, "train.output_dir": tmp_path / name}
+        settings |= overrides
         folder = train(recipe(stage, **settings), stage, {})
         return folder, read_metrics(folder / "metrics.jsonl")
 
@@ -271,10 +272,11 @@ class TestRefusals:
             run("feature_concat", "ift", **ift, **online)
 
 
-def test_two_processes_of_which_one_has_text_alone(run, recipe, mixed, tmp_path):
+def test_two_processes_of_which_one_has_text_alone(run, recipe, store32, mixed, tmp_path):
     """Micro-batches of one sample: some step gives one process an image and the other none."""
     one, expected = run("token_concat", name="one", **{"data.file": mixed, "train.batch_size": 2})
-    settings = {"data.file": mixed, "train.batch_size": 1, "train.output_dir": tmp_path / "two"}
+    settings = {"data.file": mixed, "targets.store": store32, "train.batch_size": 1}
+    settings |= {"train.output_dir": tmp_path / "two"}
     two = recipe(**{"model.fusion": "token_concat", **BASELINE, **settings})
     (tmp_path / "two.json").write_text(json.dumps(two.to_dict()))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m",
@@ -296,8 +298,8 @@ def test_text_alone_needs_no_features(run, mixed, tmp_path):
     assert all(line["loss/text"] > 0 for line in metrics)
 
 
-def test_a_dry_run_checks_and_counts(recipe, capsys, tmp_path):
-    made = recipe(**{"model.fusion": "token_concat", **BASELINE})
+def test_a_dry_run_checks_and_counts(recipe, store32, capsys, tmp_path):
+    made = recipe(**{"model.fusion": "token_concat", **BASELINE, "targets.store": store32})
     (tmp_path / "r.json").write_text(json.dumps(made.to_dict()))
     command = ["pt", "--config", str(tmp_path / "r.json"), "--dry-run"]
     assert train_command.main(command) == 0

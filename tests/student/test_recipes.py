@@ -66,7 +66,7 @@ def test_the_tables_are_complete():
 
 
 @pytest.fixture(scope="module")
-def train_row(deep_llms, two_samples, tiny, store32, sample_images, tmp_path_factory):
+def train_row(deep_llms, two_samples, tiny, small_targets, sample_images, tmp_path_factory):
     """train_row(name, stage, start) -> the recipe and its metrics, of a run that rows with an equal recipe share.
 
     The recipe is as it is shipped, but for names of models, data and folders, and for what makes it slow.
@@ -76,7 +76,7 @@ def train_row(deep_llms, two_samples, tiny, store32, sample_images, tmp_path_fac
         "model.dtype": "float32",
         "data.images": sample_images,
         "data.workers": 0,
-        "targets.store": store32,
+        "targets.store": small_targets,
         "train.mixed_precision": "no",
         "train.gradient_checkpointing": False,
         "train.batch_size": 2,

@@ -131,9 +131,8 @@ def test_freeze_tokens(run, ift_json, frozen):
     assert all(torch.equal(before[name], after[name]) for name in names) is frozen
 
 
-def test_embedding_losses_in_ift(run, ift_json, make_store):
-    store = make_store("float32", data=ift_json)
-    both = {"losses.stages": "[pt, ift]", "targets.store": store}
+def test_embedding_losses_in_ift(run, ift_json, make_small_targets):
+    both = {"losses.stages": "[pt, ift]", "targets.store": make_small_targets(ift_json)}
     pt, _ = run(name="pt")
     _, (first, _) = run("ift", **{"init.from": pt, "data.file": ift_json, **both})
     assert first[DEPTH] > 0

@@ -114,10 +114,10 @@ def test_cached_and_online_targets_give_the_same_losses(recipe, make_store, stor
     assert_close(losses(cached), losses(live), tolerance)
 
 
-def test_online_teachers_are_those_that_filled_the_store(recipe, tiny, tmp_path):
+def test_online_teachers_are_those_that_filled_the_store(recipe, tiny, store32, tmp_path):
     """Without a model in the recipe the store's card names it; another one is refused."""
     unnamed = {f"tasks.{name}.model": "null" for name in LAYERS}
-    common = {"train.max_steps": 1, "targets.source": "online"}
+    common = {"train.max_steps": 1, "targets.source": "online", "targets.store": store32}
     _, named = run(recipe(**common, **{"train.output_dir": tmp_path / "named"}))
     _, found = run(recipe(**common, **unnamed, **{"train.output_dir": tmp_path / "found"}))
     assert losses(found) == losses(named)
@@ -128,7 +128,7 @@ def test_online_teachers_are_those_that_filled_the_store(recipe, tiny, tmp_path)
     with pytest.raises(TargetsError, match="is not the one that filled"):
         run(recipe(**common, **{"tasks.depth.model": other["depth"], "train.output_dir": tmp_path / "other_run"}))
     with pytest.raises(TargetsError, match=r"tasks\.gen: .*hub"):
-        run(recipe(**common, **unnamed, **{"targets.store": "null", "train.output_dir": tmp_path / "none"}))
+        run(recipe(**{**common, **unnamed, "targets.store": "null", "train.output_dir": tmp_path / "none"}))
 
 
 @pytest.mark.parametrize("stage", ["pt", "ift"])
