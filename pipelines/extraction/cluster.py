@@ -61,7 +61,7 @@ def connect(address: str | None) -> None:
     own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address is None else {}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
-    except (ConnectionError, RuntimeError, ValueError) as e:
+    except Exception as e:  # of many kinds: a node that did not start in time is a bare Exception of Ray's
         where = f"the Ray cluster at {address}" if address else "a Ray of this machine"
         raise JobFailed(
             f"{where} cannot be used: {_one_line(e)}; give the --address of a running one (ray start --head), from one "

@@ -13,7 +13,9 @@ import psutil
 import pytest
 
 from olavlm.cache import Dataset, FeatureStore, StoreBuilder, pending
+from olavlm.pipelines.cli import JobFailed
 from olavlm.pipelines.extract import main
+from olavlm.pipelines.extraction import cluster
 from olavlm.pipelines.extraction.extractor import ShardExtractor, TeacherSpec
 from olavlm.pipelines.extraction.places import Job, Place, find_places
 from olavlm.pipelines.extraction.summary import Tally
@@ -26,6 +28,16 @@ SECONDS = 120  # that anything here may take
 def node(name: str, alive: bool = True, **resources: float) -> dict:
     """As `ray.nodes()` tells of one."""
     return {"Alive": alive, "NodeID": name, "NodeManagerHostname": f"host-{name}", "Resources": resources}
+
+
+@pytest.mark.parametrize("error", [Exception, ConnectionError, RuntimeError])
+def test_a_ray_that_does_not_start_is_told_of_in_one_line(error, monkeypatch):
+    def init(*args, **kwargs):
+        raise error("the node timed out during startup\nand more")
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(JobFailed, match=r"^a Ray of this machine cannot be used: .*the node timed out"):
+        cluster.connect(None)
 
 
 class TestPlaces:
@@ -171,7 +183,7 @@ def test_control_c_reaches_the_whole_group_and_drops_what_is_in_flight(kills, si
 
 
 def test_a_model_that_its_nodes_do_not_have_is_named(kills, site, nodes, quiet, tmp_path, monkeypatch):
-    from olavlm.pipelines.extraction import cluster, scheduler
+    from olavlm.pipelines.extraction import scheduler
 
     monkeypatch.setattr(scheduler, "JOIN_SECONDS", 0.0)
     monkeypatch.setattr(cluster, "STRIKES", 1)
