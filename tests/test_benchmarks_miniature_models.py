@@ -15,8 +15,9 @@ from PIL import Image
 from olavlm.student.text.chat_template import check_chat_template
 from olavlm.student.text.conversation import encode, load_tokenizer
 from olavlm.student.vision.encoders import VisionEncoder, load_image_transform
-from olavlm.teachers import load_teacher
+from olavlm.teachers import load_teacher, miniature
 from olavlm.teachers.decoders import load_decoder
+from olavlm.teachers.errors import TeacherError
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("depth", "seg", "gen", "encoder", "llm")
@@ -134,6 +135,26 @@ def test_features_are_standardized_and_maps_stay(module):
         assert features.square().mean().sqrt() == pytest.approx(1, abs=1e-3)
     assert maps.std() > 0
     assert decoded.std() > 1e-2
+
+
+def test_the_teachers_of_the_package_see_depth_and_masks(module):
+    """Of a world that they never saw, through the product's own loaders and decoders."""
+    held_out, score = module("lessons").lessons(5, 0, 48, 1), module("train_teachers")
+    images = [Image.fromarray(rgb.transpose(1, 2, 0)) for rgb in held_out.rgb]
+
+    def decoded(name: str, recipe: str, **options) -> np.ndarray:
+        settings = {"model": str(miniature.folder(name)), "device": "cpu", "recipe": recipe}
+        features = load_teacher(name, **settings).encode(images)
+        return np.stack(load_decoder(name, **settings, **options).decode(features, images))
+
+    assert score._depth_scores(decoded("depth", "mean4"), held_out, "")["depth questions"] > 0.9
+    seen = score._class_scores_of(decoded("seg", "stage4-768", context="full"), held_out.classes)
+    assert seen["pixels right"] > 0.85
+    assert seen["mean IoU"] > 0.2
+    with pytest.raises(TeacherError, match=r"'gan'.*depth, seg, gen"):
+        miniature.folder("gan")
+    files = [file for name in miniature.NAMES for file in miniature.folder(name).iterdir()]
+    assert sum(file.stat().st_size for file in files) < 4e6
 
 
 def test_told_scenes_say_what_is_asked(module):
