@@ -103,10 +103,11 @@ def test_training_renders_its_tables_and_leaves_nothing_else(tiny_steps, module)
     assert list((tiny_steps / "work").iterdir()) == []
 
 
-def test_teachers_one_image_at_a_time_give_the_same_targets(module, recipe, tmp_path):
+def test_teachers_one_image_at_a_time_give_the_same_targets(module, recipe, store32, tmp_path):
     images = module("extract.photographs").photographs(tmp_path / "images", 3)
     cpu = torch.device("cpu")
-    online = OnlineTargets(recipe(**{"targets.source": "online", "data.images": tmp_path / "images"}), cpu)
+    settings = {"targets.source": "online", "targets.store": store32, "data.images": tmp_path / "images"}
+    online = OnlineTargets(recipe(**settings), cpu)
     one = module("train.arms").one_at_a_time(online)
     batched, alone = (source.finish(source.load(images), cpu) for source in (online, one))
     assert list(batched[0]) == list(alone[0])

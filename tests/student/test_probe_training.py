@@ -231,6 +231,7 @@ def test_a_store_of_int8_gives_nearly_the_same(settings, whole, data, write_stor
 
 def test_a_fusion_baseline_is_fed_what_it_was_trained_on(recipe_in, store32, pt_json, data, settings, tmp_path):
     fused = {"model.fusion": "feature_concat", "model.num_task_tokens": 0, "losses.stages": "[]", "train.max_steps": 1}
+    fused["targets.store"] = store32
     model = train(recipe_in(tmp_path, **fused), "pt", {})
     whole = replace(data, store=str(store32))
     common = {"model": model, "layers": [3], "batch_size": 2, "max_steps": 1}

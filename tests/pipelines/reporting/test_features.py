@@ -49,8 +49,8 @@ def test_a_sample_without_target_or_with_a_broken_prediction_says_so():
     assert "did not reach" in _task_view(TaskView("gen", 1, (1, 1), target, "", {}, {}))
 
 
-def test_a_trained_run_shows_its_own_predictions_until_the_store_is_gone(recipe, report, tiny, monkeypatch):
-    made = recipe(**{"train.max_steps": 1})
+def test_a_trained_run_shows_its_own_predictions_until_the_store_is_gone(recipe, store32, report, tiny, monkeypatch):
+    made = recipe(**{"train.max_steps": 1, "targets.store": store32})
     folder = train(made, "pt", {"test": "1"})
     samples = predict(folder, num_samples=3)
     assert len({s.image for s in samples}) == 3
