@@ -259,6 +259,14 @@ def test_models_of_the_same_efforts_are_lent(module, tmp_path):
     assert run.lend_models(tmp_path / "toy", forms["toy"], ready) == []
 
 
+@pytest.mark.parametrize("form", ["quick", "full"])
+def test_every_model_of_a_run_comes_trained(form, module, tmp_path):
+    """By the efforts that stand in the code: a change of these is a reason to train anew."""
+    run, forms, names = module("miniature.run"), module("miniature.forms").FORMS, module("miniature.models").NAMES
+    assert set(run.lend_models(tmp_path, forms[form])) == set(names)
+    assert all((tmp_path / "models" / name / "model.safetensors").is_file() for name in names)
+
+
 def test_intervals_by_hand(module):
     intervals = module("intervals")
     # Two-sided 95 % quantiles of any table of Student's t; with 1 and 2 degrees they have closed forms.

@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
         if not args.train_models:
             lend_models(root, form)
         execute(root, steps, args.workers or default_workers())
-        publish(root, form, arms, seeds, [step.line for step in steps], args.name)
+        lines = [step.line.replace(f"{FOLDER.parents[1]}/", "") for step in steps]  # recipes from the repository's root
+        publish(root, form, arms, seeds, lines, args.name)
 
 
 def publish(
