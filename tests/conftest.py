@@ -101,13 +101,14 @@ def ift_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_store(tiny, pt_json, tmp_path_factory):
-    """make_store(dtype, teachers=..., images=...) -> folder of a finished store, extracted without Ray."""
+    """make_store(dtype, teachers=..., images=..., models=...) -> folder of a finished store, extracted without Ray, by
+    the tiny teachers or by those in the folders `models`."""
 
-    def make(dtype: str, teachers=TEACHERS, data: Path = pt_json, images: Path = SAMPLE / "images") -> Path:
+    def make(dtype: str, teachers=TEACHERS, data: Path = pt_json, images=SAMPLE / "images", models=tiny) -> Path:
         folder = tmp_path_factory.mktemp("store") / "features"
         builder = StoreBuilder(folder)
         builder.extend_plan(Dataset([data]).images())
-        specs = [TeacherSpec(name, name, str(tiny[name])) for name in teachers]
+        specs = [TeacherSpec(name, name, str(models[name])) for name in teachers]
         for spec in specs:
             builder.ensure_teacher(spec.key, spec.load("cpu").card.to_dict(), dtype=dtype, shard_rows=4)
         worker = ShardExtractor(str(folder), specs, [str(images)], batch_size=4, device="cpu", threads=2)

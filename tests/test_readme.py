@@ -8,6 +8,7 @@ import pytest
 
 from olavlm.pipelines import evaluate, export, extract, generate, probe, report, store, train
 from olavlm.student.recipes import load_chain, load_recipe
+from olavlm.teachers import miniature
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,19 +48,21 @@ def test_every_kind_of_command_is_shown():
     assert {line.split()[0] for line in COMMANDS} == {"make", "accelerate", *PARSERS}
 
 
-def test_python(make_store, tiny, sample_images, tmp_path, monkeypatch):
-    """Run as written, on a store of the bundled photographs where `make demo` would have put it."""
-    folder = make_store("float16", data=sample_images.parent / "pt.json", teachers=("depth", "gen"))
+def test_python(make_store, sample_images, tmp_path, monkeypatch):
+    """Run as written, on a store as `make demo` makes it, where it would have put it."""
+    models = {name: miniature.folder(name) for name in miniature.NAMES}
+    folder = make_store("float16", data=sample_images.parent / "pt.json", teachers=miniature.NAMES, models=models)
     (tmp_path / "demo_run").mkdir()
     (tmp_path / "demo_run" / "features").symlink_to(folder)
-    (tmp_path / "demo_run" / "tiny").symlink_to(tiny["depth"].parent)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for kind, block in BLOCKS:
         if kind == "python":
             exec(compile(block, "README.md", "exec"), names)
-    assert names["depth"]["cat.jpg"].shape == (576, 32)
-    assert names["values"].shape == (3, 576, 32)
+    features = names["depth"]["cat.jpg"]
+    assert (features.shape, features.dtype) == ((64, 64), "float32")
+    assert f'depth["cat.jpg"].shape  # {features.shape}: tokens, dim; {features.dtype}\n' in README
+    assert names["values"].shape == (3, *features.shape)
     assert names["valid"].all()
     assert names["teacher"].card.fingerprint() == names["depth"].fingerprint
 
