@@ -45,7 +45,10 @@ WITHOUT_RETRIES = (
     "import sys; from olavlm.pipelines import extract; from olavlm.pipelines.extraction import scheduler; "
     "scheduler.DEATHS = scheduler.FAILURES = 1; sys.exit(extract.main(sys.argv[1:]))"
 )
-_QUICK_TO_NOTICE = {  # that a node is gone: in two seconds, not in fifteen
+_LOGS = ("gcs_server", "raylet", "python-core-driver", "python-core-worker", "worker")
+_CONFIG = {
+    "worker_niceness": 0,  # Ray's 15 would leave workers next to nothing beside whatever else runs in this session
+    # That a node is gone is noticed in two seconds, not in fifteen:
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 1000,
@@ -102,7 +105,7 @@ class Nodes:
 
         self._ray = Cluster()
         self._small = {"object_store_memory": 80_000_000, "include_dashboard": False}
-        self._ray.add_node(num_cpus=0, _system_config=_QUICK_TO_NOTICE, **self._small)
+        self._ray.add_node(num_cpus=0, _system_config=_CONFIG, **self._small)
         self.address, self.nodes = self._ray.address, []
         for _ in range(number):
             self.join()
@@ -135,8 +138,32 @@ class Nodes:
         self.join()
         return True
 
+    def account(self) -> str:
+        """For who waits in vain: nodes, resources and actors as Ray sees them, processes as the machine does, and the
+        ends of Ray's logs."""
+        import ray
+        from ray._private.state import actors  # the public listing asks a dashboard, which this cluster has none of
+
+        ray.init(self.address, log_to_driver=False, logging_level="ERROR")
+        try:
+            told = [*ray.nodes(), ray.available_resources(), *actors().values()]
+        finally:
+            ray.shutdown()
+        for process in (p for node in self.nodes for p in (_raylet(node), *_below(_raylet(node)))):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                told.append(process.as_dict(["pid", "name", "status", "nice", "num_threads", "cpu_times"]))
+        logs = Path(self._ray.head_node.get_logs_dir_path())
+        latest = [log for kind in _LOGS for log in sorted(logs.glob(f"{kind}*"), key=lambda f: f.stat().st_mtime)[-3:]]
+        return "\n".join([f"load {os.getloadavg()}", *map(str, told), *map(_end_of, latest)])
+
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _end_of(log: Path) -> str:
+    """Its last messages, without the tables of statistics that Ray writes between them."""
+    lines = [line[:300] for line in log.read_text(errors="replace").splitlines() if line.startswith("[2")]
+    return "\n  ".join([log.name, *[line for line in lines if "stats" not in line][-12:]])
 
 
 def _raylet(node) -> psutil.Process:

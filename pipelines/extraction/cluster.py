@@ -58,6 +58,9 @@ def connect(address: str | None) -> None:
     """To the cluster at `address`, or to a Ray of this machine that ends with this process."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's workers are of niceness 15 if nobody says otherwise: beside a training, or another command of the same
+    # terminal, they would hardly run at all. What is asked for has the priority that it was asked for with.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address is None else {}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)

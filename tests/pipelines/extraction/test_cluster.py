@@ -1,5 +1,6 @@
 """Extractions on a cluster of several Ray nodes of this machine: killed at random, stopped, left by their driver."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -23,6 +24,7 @@ from olavlm.pipelines.extraction.summary import Tally
 ROOT = Path(__file__).parents[3]
 ROWS = 240
 SECONDS = 120  # that anything here may take
+NICENESS = "RAY_worker_niceness"
 
 
 def node(name: str, alive: bool = True, **resources: float) -> dict:
@@ -38,6 +40,17 @@ def test_a_ray_that_does_not_start_is_told_of_in_one_line(error, monkeypatch):
     monkeypatch.setattr(cluster.ray, "init", init)
     with pytest.raises(JobFailed, match=r"^a Ray of this machine cannot be used: .*the node timed out"):
         cluster.connect(None)
+
+
+@pytest.mark.parametrize(("set_before", "expected"), [(None, "0"), ("10", "10")])
+def test_workers_of_a_ray_of_ones_own_yield_to_nobody_unless_told_to(set_before, expected, monkeypatch):
+    started_with = []
+    monkeypatch.setenv(NICENESS, set_before or "")
+    if set_before is None:
+        monkeypatch.delenv(NICENESS)
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: started_with.append(os.environ[NICENESS]))
+    cluster.connect(None)
+    assert started_with == [expected]
 
 
 class TestPlaces:
@@ -113,13 +126,31 @@ def quiet(kills, site, tmp_path_factory) -> dict[str, bytes]:
     return kills.shard_bytes(store)
 
 
-def wait_for_rows(kills, number: int, store: Path, driver: subprocess.Popen) -> None:
+def wait_for_rows(kills, number: int, store: Path, driver: subprocess.Popen, nodes) -> None:
     """Until so many are committed, which is done by workers and said by nobody: the store is asked again and again."""
     deadline = time.monotonic() + SECONDS
-    while kills.committed_rows(store) < number:
-        assert time.monotonic() < deadline, f"fewer than {number} rows in {SECONDS} s"
-        assert driver.poll() is None, driver.communicate()
+    while (rows := kills.committed_rows(store)) < number:
+        if time.monotonic() > deadline or driver.poll() is not None:
+            pytest.fail(f"{rows} of {number} rows. {account_of(driver, nodes)}")
         time.sleep(0.05)
+
+
+def end_of(driver: subprocess.Popen, nodes) -> str:
+    """What it said on stderr; it ends by itself."""
+    try:
+        return driver.communicate(timeout=SECONDS)[1]
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"it does not end. {account_of(driver, nodes)}")
+
+
+def account_of(driver: subprocess.Popen, nodes) -> str:
+    """Why an extraction makes no progress, from all who could know; `driver` is stopped."""
+    parts = [f"status {driver.poll()}", nodes.account()]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        driver.terminate()
+        driver.wait(30)
+    driver.kill()
+    return "\n".join([*parts, "the driver's last words:", driver.communicate()[1]])
 
 
 def test_killed_at_random_it_ends_with_the_bytes_of_a_quiet_run(kills, site, nodes, quiet):
@@ -150,16 +181,18 @@ def test_the_committed_thirty_kills_lost_nothing_and_the_control_did(kills):
 
 def test_workers_do_not_outlive_a_driver_that_was_killed(kills, site, nodes, quiet, tmp_path):
     driver = site.start(tmp_path / "store", "--address", nodes.address)
-    wait_for_rows(kills, 20, tmp_path / "store", driver)
+    wait_for_rows(kills, 20, tmp_path / "store", driver, nodes)
     workers = nodes.workers()
     assert workers
+    assert {worker.nice() for worker in workers} == {os.nice(0)}, "beside other tests they would hardly run"
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     _, alive = psutil.wait_procs(workers, timeout=SECONDS)
     assert not alive
     assert 20 <= kills.committed_rows(tmp_path / "store") < 2 * ROWS, "the control: it was killed half-way"
     again = site.start(tmp_path / "store", "--address", nodes.address)
-    assert again.wait(SECONDS) == 0, again.stderr.read()
+    errors = end_of(again, nodes)
+    assert again.returncode == 0, errors
     assert kills.shard_bytes(tmp_path / "store") == quiet
     runs = [json.loads(f.read_text()) for f in sorted((tmp_path / "store" / "runs").glob("*.json"))]
     assert [run["outcome"] for run in runs] == ["running", "done"]
@@ -168,10 +201,10 @@ def test_workers_do_not_outlive_a_driver_that_was_killed(kills, site, nodes, qui
 
 def test_control_c_reaches_the_whole_group_and_drops_what_is_in_flight(kills, site, nodes, tmp_path):
     driver = site.start(tmp_path / "store", "--address", nodes.address, start_new_session=True)
-    wait_for_rows(kills, 20, tmp_path / "store", driver)
+    wait_for_rows(kills, 20, tmp_path / "store", driver, nodes)
     workers = nodes.workers()
     os.killpg(driver.pid, signal.SIGINT)
-    _, errors = driver.communicate(timeout=SECONDS)
+    errors = end_of(driver, nodes)
     assert driver.returncode == 1
     assert "stopped by SIGINT" in errors
     assert "Traceback" not in errors
