@@ -105,6 +105,7 @@ class Nodes:
 
         self._ray = Cluster()
         self._small = {"object_store_memory": 80_000_000, "include_dashboard": False}
+        self._small |= {"include_log_monitor": False, "no_monitor": True}  # processes that nobody here needs
         self._ray.add_node(num_cpus=0, _system_config=_CONFIG, **self._small)
         self.address, self.nodes = self._ray.address, []
         for _ in range(number):

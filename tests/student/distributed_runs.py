@@ -6,6 +6,7 @@ A job is {"stage", "recipe"}: a resolved recipe; or {"probe"}: settings of probe
 that tests share a launch.
 """
 
+import gc
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from olavlm.student.training.trainer import leave_processes, train
 if __name__ == "__main__":
     torch.set_num_threads(1)
     quiet_models()
+    gc.freeze()  # each training ends with a collection, which is not to look through all packages
     for number, job in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         if "probe" in job:
             train_probes(ProbeSettings(**job["probe"] | {"data": ProbeData(**job["probe"]["data"])}), {"test": "1"})
@@ -30,3 +32,4 @@ if __name__ == "__main__":
         file.write_text(json.dumps(job["recipe"]))
         train(load_recipe(str(file), [], job["stage"]), job["stage"], {"test": "1"})
     leave_processes()
+    gc.unfreeze()  # or libraries tell of leaks

@@ -125,6 +125,8 @@ def together(request, scene, alone, folder, pt_json, probes):
     for name, split in CUT:
         size, accumulation = SPLITS[split]
         cut = {"train.batch_size": size, "train.accumulation": accumulation}
+        if split or name not in RESULT:
+            cut["train.save_every"] = STEPS  # a checkpoint of the middle is used of the others
         drawn = pictures if (name, split) == ("pt", "-accumulated") else {}
         jobs.append(scene(name, place / f"{name}{split}", **cut, **drawn))
     for name, stops in {"pt": (1, 3, STEPS), "ift": (2, STEPS)}.items():
