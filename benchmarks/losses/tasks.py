@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from olavlm.student.training.memory import LiveBytes
+from olavlm.student.training.live_bytes import LiveBytes
 
 from ..cache.fresh import Peak
 from .arms import SHARED, Inputs, arms, total

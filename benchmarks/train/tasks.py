@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 
 from olavlm.student.task import DistillTask
-from olavlm.student.training.memory import LiveBytes
+from olavlm.student.training.live_bytes import LiveBytes
 
 from ..cache.fresh import Peak
 from .arms import OpenArm, open_arm

@@ -8,7 +8,6 @@ nothing, and the attention kernel of another device keeps other things.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from olavlm.student.choices import Stage
@@ -45,6 +42,7 @@ from olavlm.student.vision.encoders import VisionEncoder, load_encoder_config, l
 from olavlm.student.vision.image_transform import ImageTransform
 
 from .checkpoint import whole_model
+from .live_bytes import LiveBytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -257,32 +255,6 @@ def _placement(model: OlaVLM, shape: BatchShape, recipe: Recipe) -> Placement:
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, -shape.supervised_tokens :] = 0
     return place(ids, torch.ones_like(ids), labels, model.inserted, recipe.model.max_length)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are made inside and still alive; `peak` is the most there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self.now = 0
-        self._seen: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(x.untyped_storage()) for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in before and storage not in self._seen:
-                    size = storage.nbytes()
-                    self._seen[storage] = size
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._freed, size)
-        return result
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
 
 
 def _compute_dtype(recipe: Recipe) -> torch.dtype:

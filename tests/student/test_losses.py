@@ -9,7 +9,7 @@ from olavlm.student.losses.embedding import embedding_loss_sums
 from olavlm.student.losses.fused import choose
 from olavlm.student.losses.scaled_features import ScaledFeatures
 from olavlm.student.losses.text import text_loss_sum
-from olavlm.student.training.memory import LiveBytes
+from olavlm.student.training.live_bytes import LiveBytes
 
 VALIDITY = ("all_valid", "two_masked", "none_valid")
 

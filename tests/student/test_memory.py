@@ -9,7 +9,8 @@ from olavlm.student.model import OlaVLM
 from olavlm.student.stages import apply_stage
 from olavlm.student.task import BatchTotals, DistillTask
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.training.memory import BatchShape, LiveBytes, estimate_memory
+from olavlm.student.training.live_bytes import LiveBytes
+from olavlm.student.training.memory import BatchShape, estimate_memory
 
 SPECS = (
     TaskSpec("gen", tokens=1, dim=48, layers=(4, 6)),

@@ -11,7 +11,7 @@ from torch import nn
 
 from olavlm.student.losses import text
 from olavlm.student.losses.text import chunk_rows, text_loss_from_states, text_loss_sum
-from olavlm.student.training.memory import LiveBytes
+from olavlm.student.training.live_bytes import LiveBytes
 
 WIDTH, WORDS, POSITIONS = 16, 50, 23
 
