@@ -114,21 +114,49 @@ def test_objects_are_seen_and_counted(module, pictures):
         assert sorted(count.options) == sorted(set(count.options))
 
 
+def check_answers(questions, facts, relation, depth, distance):
+    (one, other), words = relation.about, {"left": -1, "right": 1, "above": -1, "below": 1}
+    place = facts.column if set(relation.options) == {"left", "right"} else facts.row
+    assert (place[one] - place[other]) * words[relation.options[relation.letter]] >= questions.APART
+    near, far = depth.about[depth.letter], depth.about[1 - depth.letter]
+    assert facts.centre[far, 2] >= questions.DEPTH_RATIO * facts.centre[near, 2]
+    away = [np.linalg.norm(facts.centre[distance.about[0]] - facts.centre[i]) for i in distance.about[1:]]
+    assert away[1 - distance.letter] >= questions.DISTANCE_RATIO * away[distance.letter]
+    assert [facts.names[i] for i in distance.about[1:]] == list(distance.options)
+    return near, far
+
+
 def test_answers_are_true_by_a_margin(module, pictures):
-    questions = module("questions")
     for picture in pictures:
-        facts = picture.facts
-        relation, depth, distance = picture.questions[1:]
-        (one, other), words = relation.about, {"left": -1, "right": 1, "above": -1, "below": 1}
-        place = facts.column if set(relation.options) == {"left", "right"} else facts.row
-        assert (place[one] - place[other]) * words[relation.options[relation.letter]] >= questions.APART
-        near, far = depth.about[depth.letter], depth.about[1 - depth.letter]
-        assert facts.centre[far, 2] >= questions.DEPTH_RATIO * facts.centre[near, 2]
+        near, far = check_answers(module("questions"), picture.facts, *picture.questions[1:])
         seen = [np.median(picture.depth[picture.objects == i]) for i in (near, far)]
         assert seen[0] < seen[1]
-        away = [np.linalg.norm(facts.centre[distance.about[0]] - facts.centre[i]) for i in distance.about[1:]]
-        assert away[1 - distance.letter] >= questions.DISTANCE_RATIO * away[distance.letter]
-        assert [facts.names[i] for i in distance.about[1:]] == list(distance.options)
+
+
+def test_other_questions_are_as_true_and_as_balanced(module, pictures):
+    """Those that the language model is asked about scenes in words."""
+    questions, rng, letters = (
+        module("questions"),
+        np.random.default_rng(0),
+        collections.defaultdict(collections.Counter),
+    )
+    for picture in pictures * 4:
+        asked = {task: questions.ask_another(task, picture.facts, rng) for task in TASKS}
+        if all(asked.values()):
+            check_answers(questions, picture.facts, *list(asked.values())[1:])
+        if (count := asked["Count"]) is not None:
+            what = count.text.split()[2]
+            among = [name for name in picture.facts.names if what.rstrip("s") in name.split() or what == "objects"]
+            assert int(count.options[count.letter]) == len(among)
+        for task, question in asked.items():
+            if question is not None:
+                letters[task][question.letter] += 1
+    for task in TASKS:
+        counts, options = letters[task].values(), 4 if task == "Count" else 2
+        each = sum(counts) / options
+        assert each > NUM / 2
+        assert len(counts) == options
+        assert max(abs(count - each) for count in counts) < 3 * each**0.5, letters
 
 
 def test_letters_and_shortcuts_are_balanced_to_the_picture(module, pictures):

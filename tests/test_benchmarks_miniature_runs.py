@@ -101,9 +101,19 @@ def test_every_step_parses_and_comes_behind_what_it_needs(module, tmp_path):
     assert kinds == {"benchmarks.miniature", "olavlm-train", *parsers}
 
 
-def test_quick_is_figure_3_with_three_seeds(module):
+def test_quick_is_figure_3_of_depth_with_three_seeds(module, tmp_path):
     quick = module("miniature.forms").FORMS["quick"]
-    assert (quick.arms, quick.seeds, quick.probe_tasks[0]) == (("single", "distilled"), 3, "depth")
+    assert (quick.arms, quick.seeds, quick.tasks, quick.probe_tasks) == (
+        ("single", "distilled"), 3, ("depth",), ("depth",)
+    )  # fmt: skip
+    lines = [words_of(step.line) for step in module("miniature.steps").plan(tmp_path, quick, quick.arms, [0])]
+    extracted = [words[words.index("--teacher") + 1] for command, words in lines if command == "olavlm-extract"]
+    assert extracted == ["depth=models/depth"] * 2
+    recipes = [load_recipe(words[2], words[3:], words[0]) for command, words in lines if command == "olavlm-train"]
+    assert [(recipe.model.order, list(recipe.tasks), recipe.losses.stages) for recipe in recipes] == [
+        *[(["depth"], [], [])] * 2, *[(["depth"], ["depth"], ["pt"])] * 2
+    ]  # fmt: skip
+    assert not any(command == "olavlm-eval" for command, _ in lines)
 
 
 FAKE = '''

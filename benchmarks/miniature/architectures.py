@@ -13,7 +13,7 @@ import torch
 from .lessons import CLASSES, GRID
 from .scenes import SIDE
 from .text import STEPS
-from .tokenizer import PLACES
+from .tokenizer import FIRST, PLACES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -160,7 +160,7 @@ def language_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         attention_bias=True,
         initializer_range=0.06,
         tie_word_embeddings=False,
@@ -169,10 +169,12 @@ def language_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     nn.init.normal_(model.model.embed_tokens.weight, std=0.5)  # what a token is should outweigh what is near it
     in_order(model.model.embed_tokens, tokenizer)
+    alike(model.model.embed_tokens, tokenizer)
     for block in model.model.layers:
         for projection in (block.self_attn.o_proj, block.mlp.down_proj):
             projection.weight.data.div_((2 * len(model.model.layers)) ** 0.5)
     look_back(model.model.layers[0].self_attn)
+    model.model.layers[0].self_attn.o_proj.weight.data.mul_(6)  # what stands ahead of a token tells as much as it does
     model.generation_config = GenerationConfig(**ids)
     return model
 
@@ -192,7 +194,15 @@ def in_order(embeddings: nn.Embedding, tokenizer: PreTrainedTokenizerBase) -> No
             embeddings.weight[tokens] += waves @ directions
 
 
-def look_back(attention: LlamaAttention, sharpness: float = 36.0) -> None:
+def alike(embeddings: nn.Embedding, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A word that answers begin with is another token there than behind a space; both start as the same."""
+    with torch.no_grad():
+        for word in FIRST:
+            (first,), (later,) = (tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}"))
+            embeddings.weight[first] = embeddings.weight[later]
+
+
+def look_back(attention: LlamaAttention, sharpness: float = 54.0) -> None:
     """Sets the biases of queries and keys so that head h attends to the token h + 1 places back, whatever it is.
 
     Rotary embeddings turn a constant query and key by their positions: with the query turned back by d places, pairs of

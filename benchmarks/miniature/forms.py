@@ -8,6 +8,8 @@ from typing import Any
 from .arms import ARMS, DISTILLED, SINGLE
 from .plan import BLOCK
 
+TEACHERS = ("depth", "seg", "gen")
+
 
 @dataclass(frozen=True)
 class Form:
@@ -20,6 +22,8 @@ class Form:
     """Pictures that are asked about, and probed on."""
     models: str
     """`--size` of the small models."""
+    tasks: tuple[str, ...]
+    """Teachers that are extracted, and distilled or fed."""
     seeds: int
     arms: tuple[str, ...]
     """Those run unless others are named."""
@@ -45,6 +49,7 @@ FORMS = {
             scenes=75 * BLOCK,
             held_out=10 * BLOCK,
             models="standard",
+            tasks=("depth",),
             seeds=3,
             arms=(SINGLE, DISTILLED),
             pt_epochs=2.25,
@@ -53,13 +58,14 @@ FORMS = {
             probe_tasks=("depth",),
             probe_batch=8,
             probe_lr=8e-3,
-            answers=True,
+            answers=False,
         ),
         Form(
             name="full",
             scenes=300 * BLOCK,
             held_out=20 * BLOCK,
             models="standard",
+            tasks=TEACHERS,
             seeds=5,
             arms=tuple(ARMS),
             pt_epochs=2.0,
@@ -75,6 +81,7 @@ FORMS = {
             scenes=BLOCK,
             held_out=BLOCK,
             models="toy",
+            tasks=TEACHERS,
             seeds=2,
             arms=(SINGLE, DISTILLED),
             pt_epochs=0.5,
@@ -87,5 +94,5 @@ FORMS = {
         ),
     )
 }  # fmt: skip
-"""quick: figure 3 on two cores in less than 25 minutes. full: all tables, hours of a GPU or days of two cores. toy:
-that it runs; says nothing."""
+"""quick: figure 3 of depth on two cores in less than 25 minutes. full: all tables, hours of a GPU or days of two cores.
+toy: that it runs; says nothing."""

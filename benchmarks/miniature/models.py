@@ -63,7 +63,7 @@ STANDARD = {
     "seg": Effort(500, 16, matrix_lr=1e-2, decoder_share=0.7, decoder_steps=1000),
     "gen": Effort(800, 64, matrix_lr=1e-2),
     "encoder": Effort(4000, 8, lr=3e-3, matrix_lr=1e-2, pictures=200 * BLOCK),
-    "llm": Effort(5000, 8, lr=3e-3, matrix_lr=5e-3),
+    "llm": Effort(2400, 20, lr=3e-3, matrix_lr=3e-3),
 }
 TOY = {name: Effort(2, 8, pictures=BLOCK, decoder_share=0.5, decoder_steps=2, decoded=2) for name in NAMES}
 SIZES = {"standard": Size(8 * BLOCK, STANDARD), "toy": Size(BLOCK, TOY)}

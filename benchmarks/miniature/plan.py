@@ -83,6 +83,37 @@ def plan_of(seed: int, index: int) -> Plan:
     )
 
 
+def another(kinds: tuple[int, ...], rng: np.random.Generator) -> Plan | None:
+    """What else might be asked of objects of these kinds, every answer drawn evenly; None where the count of what is
+    drawn is not among the four numbers that are offered."""
+    chosen = kinds[rng.integers(len(kinds))]
+    shape, colour = chosen % len(SHAPES), chosen // len(SHAPES)
+    counted, count, fewest = (
+        ("objects", len(kinds), FEWEST),
+        (SHAPES[shape], sum(kind % len(SHAPES) == shape for kind in kinds), 1),
+        (COLOURS[colour], sum(kind // len(SHAPES) == colour for kind in kinds), 1),
+    )[rng.integers(3)]
+    options = tuple(int(number) for number in fewest + rng.permutation(4))
+    drawn = rng.integers(2, size=8).tolist()
+    vertical, before, near_is_larger, near_is_lower, near_in_picture = map(bool, drawn[:5])
+    if count not in options:
+        return None
+    return Plan(
+        kinds=kinds,
+        counted=counted,
+        options=options,
+        count_letter=options.index(count),
+        vertical=vertical,
+        before=before,
+        relation_letter=drawn[5],
+        near_is_larger=near_is_larger,
+        near_is_lower=near_is_lower,
+        depth_letter=drawn[6],
+        near_in_picture=near_in_picture,
+        distance_letter=drawn[7],
+    )
+
+
 def _kinds(what: int, count: int, rng: np.random.Generator) -> tuple[str, tuple[int, ...]]:
     """What is counted, and kinds of which exactly `count` are of it."""
     order = rng.permutation(len(KINDS))

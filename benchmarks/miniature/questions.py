@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .plan import KINDS, Plan
+from .plan import KINDS, Plan, another
 
 APART = 12.0
 DEPTH_RATIO = 1.3
@@ -59,6 +59,16 @@ def ask(plan: Plan, facts: Facts, rng: np.random.Generator) -> tuple[Question, .
     if relation is None or depth is None or distance is None:
         return None
     return _count(plan), relation, depth, distance
+
+
+def ask_another(task: str, facts: Facts, rng: np.random.Generator) -> Question | None:
+    """A question of a task that no plan foresaw, its answer and what shortcuts say drawn; None where it has none."""
+    plan = another(tuple(KINDS.index(name) for name in facts.names), rng)
+    if plan is None:
+        return None
+    if task == "Count":
+        return _count(plan)
+    return {"Relation": _relation, "Depth": _depth, "Distance": _distance}[task](plan, facts, rng)
 
 
 def _count(plan: Plan) -> Question:

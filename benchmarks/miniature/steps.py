@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .arms import ARMS, DISTILLED, SINGLE, Arm
-from .forms import Form
+from .forms import TEACHERS, Form
 
 OWN, EXTRACT, TRAIN, PROBE, EVAL, REPORT = (
     "python -m benchmarks.miniature", "olavlm-extract", "olavlm-train", "olavlm-probe", "olavlm-eval", "olavlm-report"
 )  # fmt: skip
-TEACHERS = ("depth", "seg", "gen")
 MODELS = ("llm", "seg", "depth", "encoder", "gen")
 """Those that take long first, so that workers end together."""
 STAGES = ("pt", "ift")
@@ -87,9 +86,9 @@ def _features(root: Path, form: Form) -> Iterator[Step]:
     """What is distilled and probed, of all pictures at once; of depth the last layer, too, which probes predict."""
     data = ("--data", "world/pt.json", "world/held_out.json", "--images", "world/images", "--store", "features")
     rows = form.scenes + form.held_out
-    teachers = [word for name in TEACHERS for word in ("--teacher", f"{name}=models/{name}")]
-    needs = ("world", *(f"model {name}" for name in TEACHERS))
-    yield Step("features", EXTRACT, (*teachers, *data), needs, lambda: _covered(root, rows, TEACHERS), True)
+    teachers = [word for name in form.tasks for word in ("--teacher", f"{name}=models/{name}")]
+    needs = ("world", *(f"model {name}" for name in form.tasks))
+    yield Step("features", EXTRACT, (*teachers, *data), needs, lambda: _covered(root, rows, form.tasks), True)
     last = ("--teacher", "depth=models/depth", "--recipe", "last", *data)
     yield Step("features to probe", EXTRACT, last, ("features",), lambda: _covered(root, rows, ["depth-last"]), True)
 
@@ -107,10 +106,13 @@ def _covered(root: Path, rows: int, keys: Sequence[str]) -> bool:
 def _trained(root: Path, form: Form, arm: Arm, seed: int) -> Iterator[Step]:
     base = f"seed {seed}/{arm.name}"
     epochs = {"pt": form.pt_epochs, "ift": form.ift_epochs}
+    left_out = [name for name in TEACHERS if name not in form.tasks]
+    tasks = [word for name in left_out for word in (f"--tasks.{name}", "null")]
+    tasks += ["--model.order", f"[{', '.join(form.tasks)}]"] if left_out else []
     for stage in STAGES:
         run = run_folder(arm.name, seed, stage)
         words = [stage, "--config", str(arm.recipe), "--train.output_dir", str(run), "--train.seed", str(seed)]
-        words += ["--train.epochs", f"{epochs[stage]:g}"]
+        words += ["--train.epochs", f"{epochs[stage]:g}", *tasks]
         needs = ("features", "model encoder", "model llm")
         if stage != "pt":
             words += ["--init.from", str(run_folder(arm.name, seed, "pt"))]

@@ -25,11 +25,16 @@ def caption(facts: Facts) -> str:
 
 def prompt(question: Question) -> str:
     """The question with its options, as the `prompt` column of CV-Bench has it."""
-    return f"{question.text}{SELECT}{_options(question)}"
+    return f"{question.text}{SELECT}{_lettered(question.options)}"
 
 
-def _options(question: Question) -> str:
-    return "".join(f"\n{letter(i)} {option}" for i, option in enumerate(question.options))
+def find(name: str, options: Sequence[str]) -> str:
+    """Which letter does it have?"""
+    return f"the {name}?{SELECT}{_lettered(options)}"
+
+
+def _lettered(options: Sequence[str]) -> str:
+    return "".join(f"\n{letter(i)} {option}" for i, option in enumerate(options))
 
 
 def answer(question: Question) -> str:
@@ -41,15 +46,14 @@ def in_words(question: Question) -> str:
     return f"{question.text} {' or '.join(question.options)}?" if question.task == "Relation" else question.text
 
 
-def find(question: Question) -> str:
-    """The question's options, and the right one told."""
-    return f"{answer_in_words(question)}.{SELECT}{_options(question)}"
-
-
 def answer_in_words(question: Question) -> str:
-    """To `in_words`."""
-    right = question.options[question.letter]
-    return {"Count": "there are {}", "Relation": "it is {}"}.get(question.task, "the {}").format(right)
+    """To `in_words`: the right option."""
+    return question.options[question.letter]
+
+
+def answer_with_letter(question: Question) -> str:
+    """The answer in words, and its letter: to `prompt` without what asks for the letter alone."""
+    return f"{answer_in_words(question)} {answer(question)}"
 
 
 def letter(index: int) -> str:
@@ -67,8 +71,8 @@ def where(name: str) -> str:
 
 def place(facts: Facts, i: int) -> str:
     """Column and row of the picture from the left and the top, and distance from the camera, each in `STEPS` equal
-    steps, distances of the logarithm."""
+    steps, distances of the logarithm; then the name, which has just seen where it is, as a patch of a picture has."""
     farness = np.log(facts.centre[i, 2] / NEAREST) / np.log(FARTHEST / NEAREST)
     shares = (facts.column[i] / SIDE, facts.row[i] / SIDE, farness)
     column, row, distance = (min(max(int(share * STEPS), 0), STEPS - 1) for share in shares)
-    return f"a {facts.names[i]} at column {column}, row {row}, distance {distance}"
+    return f"column {column}, row {row}, distance {distance}: a {facts.names[i]}"

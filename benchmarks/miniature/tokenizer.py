@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 BEGIN, USER, ASSISTANT, END, PAD = "<|begin|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 VOCABULARY = 384
 """Of the BPE: the 256 bytes, special tokens and the words of the world."""
-PLACES = (" at column {}", ", row {}", ", distance {}")
+PLACES = ("column {}", ", row {}", ", distance {}")
 """What a step of a place is in words."""
+FIRST = (*KINDS, "left", "right", "above", "below", *map(str, range(STEPS)))
+"""Words that answers begin with: tokens of their own there, without the space that is ahead of them elsewhere."""
 PHRASES = (
-    *(f" {kind}" for kind in KINDS),
+    *(f" {word}" for word in FIRST),
+    *FIRST,
     *map(letter, range(6)),
     *(place.format(step) for place in PLACES for step in range(STEPS)),
     CAPTION_PROMPT,
@@ -33,6 +36,7 @@ PHRASES = (
     " located with respect to the",
     "Which object is closer to the camera taking this photo, the",
     "Estimate the real-world distances between objects in this image. Which object is closer to the",
+    ": a",
     " or the",
     " and the",
     ", the",
