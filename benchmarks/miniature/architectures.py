@@ -129,8 +129,8 @@ def base_encoder() -> CLIPVisionModel:
     (positions,) = (p for name, p in model.named_parameters() if name.endswith("position_embedding.weight"))
     with torch.no_grad():
         # Real encoders tell where a patch is, and one that only learns what is in a picture has no need to learn it:
-        # with the library's positions a linear reader found 3 % of 64 places in its features, with these 78 %.
-        positions[1:] = 2 * waves(config.hidden_size)
+        # with the library's positions a linear reader found 3 % of 64 places in its features, with these 45 %.
+        positions[1:] = 4 * waves(config.hidden_size)
     return model
 
 
