@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -166,10 +167,21 @@ def test_told_scenes_say_what_is_asked(module):
     text, world = module("text"), module("world")
     for facts, questions in world.described_scenes(1, range(48)):
         lines = text.told(facts, range(len(facts.names))).splitlines()
-        steps = {line.partition(" at ")[0].removeprefix("a "): int(line.rpartition(" ")[2]) for line in lines}
-        depth = questions[2]
+        told = [re.fullmatch(r"column \d+, row \d+, distance (\d+): a (.+)", line).groups() for line in lines]
+        steps, depth = {name: int(distance) for distance, name in told}, questions[2]
         assert steps[depth.options[depth.letter]] < steps[depth.options[1 - depth.letter]]
         assert text.caption(facts).count("a ") == len(lines)
+
+
+def test_what_answers_begin_with_is_one_token_that_starts_like_the_other(module):
+    tokenizer, first = module("tokenizer").world_tokenizer(), module("tokenizer").FIRST
+    weights = module("architectures").language_model(tokenizer).model.embed_tokens.weight
+    ids = [tokenizer([word, f" {word}"], add_special_tokens=False)["input_ids"] for word in first]
+    assert {len(tokens) for pair in ids for tokens in pair} == {1}
+    ahead, behind = (torch.tensor([pair[i][0] for pair in ids]) for i in (0, 1))
+    assert not set(ahead.tolist()) & set(behind.tolist())
+    assert torch.equal(weights[ahead], weights[behind])
+    assert torch.cdist(weights[ahead], weights[ahead]).fill_diagonal_(torch.inf).min() > 1
 
 
 def test_pixels_are_pillows(module, photograph):
