@@ -207,6 +207,25 @@ def test_the_files_are_llavas(written, pictures):
     assert turns[0]["value"].startswith("<image>\nHow many")
 
 
+def test_dialogues_answer_in_words_and_by_letters(module, written, pictures):
+    """Every answer is the right one of a question of the picture; half of them are a letter alone, as is asked for."""
+    forms: collections.Counter[str] = collections.Counter()
+    for sample, picture in zip(json.loads((written / "ift.json").read_text()), pictures[:48], strict=True):
+        said = [turn["value"].removeprefix("<image>\n") for turn in sample["conversations"]]
+        right = {question.text: question for question in picture.questions}
+        for asked, answered in zip(said[::2], said[1::2], strict=True):
+            question = next(right.pop(text) for text in list(right) if asked.startswith(text))
+            letter, words = f"({'ABCD'[question.letter]})", question.options[question.letter]
+            form = {letter: "letter", words: "words", f"{words} {letter}": "both"}[answered]
+            assert asked.endswith("answer (A).") == (form == "letter")
+            assert ("Select from" in asked) == (form != "words")
+            forms[form] += 1
+        assert not right
+    assert sum(forms.values()) == 48 * 4
+    assert forms["letter"] == pytest.approx(96, abs=3 * 7)
+    assert forms["words"] == pytest.approx(48, abs=3 * 6)
+
+
 def test_the_held_out_table_is_cv_benchs(module, written):
     truth = np.load(written / "truth.npz")
     assert truth["depth"].shape == truth["objects"].shape == (48, 96, 96)

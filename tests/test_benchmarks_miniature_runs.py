@@ -4,6 +4,7 @@ after a death, its statistics are right, and its page says what was measured."""
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import importlib
 import json
@@ -76,8 +77,8 @@ def test_layers_are_the_papers_scaled(module):
 def test_every_step_parses_and_comes_behind_what_it_needs(module, tmp_path):
     steps, forms = module("miniature.steps"), module("miniature.forms").FORMS
     full = steps.plan(tmp_path, forms["full"], forms["full"].arms, range(5))
-    # 1 world, 5 models, 2 extractions; of 10 arms and 5 seeds 2 stages, each with probes and their scores, and answers
-    assert len(full) == 1 + 5 + 2 + 10 * 5 * (2 * 3 + 1) + 1
+    # 1 world, 5 models, 2 extractions; of 10 arms and 5 seeds 2 stages and answers; of 2 arms probes and their scores
+    assert len(full) == 1 + 5 + 2 + 10 * 5 * (2 + 1) + 2 * 5 * (2 * 2) + 1
     assert len({step.name for step in full}) == len(full)
     seen: set[str] = set()
     for step in full:
@@ -114,6 +115,20 @@ def test_quick_is_figure_3_of_depth_with_three_seeds(module, tmp_path):
         *[(["depth"], [], [])] * 2, *[(["depth"], ["depth"], ["pt"])] * 2
     ]  # fmt: skip
     assert not any(command == "olavlm-eval" for command, _ in lines)
+
+
+def test_what_is_measured_can_be_chosen(module, tmp_path):
+    run, steps = module("miniature.run"), module("miniature.steps")
+    arguments = argparse.ArgumentParser()
+    run.add_arguments(arguments)
+    counts = {}
+    for measured in (["answers"], ["probes"], ["answers", "probes"]):
+        args = arguments.parse_args(["--form", "full", "--arms", "single", "n4", "--measure", *measured])
+        form, arms, seeds = run.chosen(args)
+        run.check_form(tmp_path, form)  # which may be added to
+        kinds = collections.Counter(step.kind for step in steps.plan(tmp_path, form, arms, seeds))
+        counts[tuple(measured)] = kinds["answers"], kinds["pt probes"], kinds["ift probed"], kinds["report"]
+    assert counts == {("answers",): (10, 0, 0, 1), ("probes",): (0, 5, 5, 1), ("answers", "probes"): (10, 5, 5, 1)}
 
 
 FAKE = '''
@@ -226,6 +241,25 @@ def test_a_folder_is_of_one_form_and_one_run(module, tmp_path):
     assert (form.name, arms, seeds) == ("quick", ["single", "distilled"], [0, 1])
     with pytest.raises(run.RunError, match="--seeds 0"):
         run.chosen(arguments.parse_args(["--seeds", "0"]))
+
+
+def test_a_page_is_made_of_what_is_done(module, made, tmp_path, capsys):
+    """Without running anything; an empty folder has none."""
+    run = module("miniature.run")
+    arguments = argparse.ArgumentParser()
+    run.add_arguments(arguments)
+    with pytest.raises(run.RunError, match="nothing is done there"):
+        run.run(arguments.parse_args(["--dir", str(tmp_path / "empty"), "--page"]))
+    for seed in range(3):
+        for name in ("single", "distilled"):
+            for stage in ("pt", "ift"):
+                folder = made / "runs" / name / f"seed-{seed}" / stage
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "stage.json").write_text('{"finished": true}')
+    before = (made / "journal.jsonl").read_text()
+    run.run(arguments.parse_args(["--dir", str(made), "--page"]))
+    assert (made / "journal.jsonl").read_text() == before
+    assert "Probes of depth after PT" in (made / "index.html").read_text()
 
 
 def test_the_base_encoder_tells_places_and_is_scaled_exactly(module):

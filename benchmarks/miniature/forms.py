@@ -9,6 +9,7 @@ from .arms import ARMS, DISTILLED, SINGLE
 from .plan import BLOCK
 
 TEACHERS = ("depth", "seg", "gen")
+PROBES, ANSWERS = "probes", "answers"
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class Form:
     probe_tasks: tuple[str, ...]
     probe_batch: int
     probe_lr: float
-    answers: bool
-    """Whether models are asked the held-out questions."""
+    measured: tuple[str, ...] = (PROBES, ANSWERS)
+    """Of trained models: probes of the two arms of figure 3, answers to the held-out questions of all."""
 
     def settings(self) -> dict[str, Any]:
-        """What two runs in one folder must have in common; seeds and arms may be added to."""
-        return {name: value for name, value in asdict(self).items() if name not in ("seeds", "arms")}
+        """What two runs in one folder must have in common; seeds, arms and what is measured may be added to."""
+        added = ("seeds", "arms", "measured")
+        return {name: value for name, value in asdict(self).items() if name not in added}
 
 
 FORMS = {
@@ -54,11 +56,11 @@ FORMS = {
             arms=(SINGLE, DISTILLED),
             pt_epochs=2.25,
             ift_epochs=0.75,
-            probe_epochs=1.5,
+            probe_epochs=2.0,
             probe_tasks=("depth",),
             probe_batch=8,
             probe_lr=8e-3,
-            answers=False,
+            measured=(PROBES,),
         ),
         Form(
             name="full",
@@ -68,13 +70,12 @@ FORMS = {
             tasks=TEACHERS,
             seeds=5,
             arms=tuple(ARMS),
-            pt_epochs=2.0,
-            ift_epochs=4.0,
-            probe_epochs=2.0,
+            pt_epochs=0.45,
+            ift_epochs=0.6,
+            probe_epochs=1.0,
             probe_tasks=("depth", "seg", "gen"),
             probe_batch=16,
             probe_lr=8e-3,
-            answers=True,
         ),
         Form(
             name="toy",
@@ -90,9 +91,8 @@ FORMS = {
             probe_tasks=("depth",),
             probe_batch=32,
             probe_lr=8e-3,
-            answers=True,
         ),
     )
 }  # fmt: skip
-"""quick: figure 3 of depth on two cores in less than 25 minutes. full: all tables, hours of a GPU or days of two cores.
+"""quick: figure 3 of depth on two cores in less than 25 minutes. full: all tables, eight hours of two cores.
 toy: that it runs; says nothing."""

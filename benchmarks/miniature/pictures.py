@@ -36,6 +36,9 @@ class Shown:
 
 def draw_pictures(root: Path, arms: Sequence[str], seed: int) -> list[Shown]:
     """Of the arms' probes that are there; nothing without any."""
+    found = list(_probes(root, arms, seed))
+    if not found:
+        return []
     from olavlm.cache import FeatureStore, ImageRoots
     from olavlm.student.probing.predictions import ProbePredictions
     from olavlm.teachers.decoders import load_decoder
@@ -55,7 +58,7 @@ def draw_pictures(root: Path, arms: Sequence[str], seed: int) -> list[Shown]:
     store, roots = FeatureStore(root / "features"), ImageRoots([str(root / "world" / "images")])
     teacher = {words: decoded(store[key].read(names)[0]) for key, words in KEYS.items() if key in store.teachers}
     by_run: dict[str, dict[str, list[Image.Image]]] = {}
-    for stage, arm, probes in _probes(root, arms, seed):
+    for stage, arm, probes in found:
         predict = ProbePredictions(probes, roots, torch.device("cpu"))
         tasks = [task for task in predict.run.tasks if task.name == TASK]
         layers, _ = predict(names, tasks)
@@ -70,7 +73,6 @@ def draw_pictures(root: Path, arms: Sequence[str], seed: int) -> list[Shown]:
             {run: {layer: maps[place] for layer, maps in layers.items()} for run, layers in by_run.items()},
         )
         for place, (name, row) in enumerate(zip(names, rows, strict=True))
-        if by_run
     ]
 
 

@@ -17,7 +17,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import connection
 from pathlib import Path
 from statistics import median
@@ -26,7 +26,7 @@ from time import perf_counter, time
 from olavlm.teachers import miniature
 
 from .arms import ARMS, DISTILLED, SINGLE
-from .forms import FORMS, Form
+from .forms import ANSWERS, FORMS, PROBES, Form
 from .models import NAMES, RECORD, SIZES
 from .steps import Step, plan
 from .workers import Worker
@@ -49,10 +49,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--form", choices=list(FORMS), default="quick", help="how large (%(default)s)")
     p.add_argument("--seeds", type=int, metavar="N", help="so many, from 0 (default: the form's)")
     p.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
+    p.add_argument("--measure", nargs="+", choices=[PROBES, ANSWERS], help="of trained models (default: the form's)")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core, if memory allows)")
     p.add_argument("--train-models", action="store_true", help="train the small models even if they come ready")
     p.add_argument("--name", help="keep the figures as results/NAME.json, and render README.md")
     p.add_argument("--list", action="store_true", help="print the commands, done or not, and run nothing")
+    p.add_argument("--page", action="store_true", help="make the page of what is done, and run nothing")
 
 
 def chosen(args: argparse.Namespace) -> tuple[Form, list[str], list[int]]:
@@ -61,6 +63,8 @@ def chosen(args: argparse.Namespace) -> tuple[Form, list[str], list[int]]:
     seeds = form.seeds if args.seeds is None else args.seeds
     if seeds < 1:
         raise RunError(f"--seeds {seeds}: at least 1")
+    if args.measure:
+        form = replace(form, measured=tuple(args.measure))
     return form, [name for name in ARMS if name in (args.arms or form.arms)], list(range(seeds))
 
 
@@ -80,9 +84,13 @@ def run(args: argparse.Namespace) -> None:
     steps = plan(root, form, arms, seeds)
     with _held(root):
         check_form(root, form)
-        if not args.train_models:
-            lend_models(root, form)
-        execute(root, steps, args.workers or default_workers())
+        if args.page:
+            if not any(step.done() for step in steps):
+                raise RunError(f"{root}: nothing is done there yet; run it without --page")
+        else:
+            if not args.train_models:
+                lend_models(root, form)
+            execute(root, steps, args.workers or default_workers())
         lines = [step.line.replace(f"{FOLDER.parents[1]}/", "") for step in steps]  # recipes from the repository's root
         publish(root, form, arms, seeds, lines, args.name)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .arms import ARMS, DISTILLED, SINGLE, Arm
-from .forms import TEACHERS, Form
+from .forms import ANSWERS, PROBES, TEACHERS, Form
 
 OWN, EXTRACT, TRAIN, PROBE, EVAL, REPORT = (
     "python -m benchmarks.miniature", "olavlm-extract", "olavlm-train", "olavlm-probe", "olavlm-eval", "olavlm-report"
@@ -63,15 +63,20 @@ def run_folder(arm: str, seed: int, stage: str) -> Path:
 def plan(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -> list[Step]:
     """All steps, in an order in which each comes behind what it needs: seed by seed, so that whole seeds are done."""
     steps = [*_world(root, form), *_features(root, form)]
+    shown = [arm for arm in (SINGLE, DISTILLED) if arm in arms] or list(arms[:1])
     for seed in seeds:
         for arm in arms:
             steps += _trained(root, form, ARMS[arm], seed)
-    shown = [arm for arm in (SINGLE, DISTILLED) if arm in arms] or list(arms[:1])
+        if PROBES in form.measured:
+            for arm in shown:
+                steps += _probed(root, form, arm, seed)
     runs = [run_folder(arm, seeds[0], stage) for arm in shown for stage in STAGES]
-    folders = [str(folder) for run in runs for folder in (run, run / "probes")]
-    needs = tuple(f"seed {seeds[0]}/{arm}/{stage}{of}" for arm in shown for stage in STAGES for of in ("", " probed"))
-    words = (*folders, "--output", "report.html")
-    return [*steps, Step("report", REPORT, words, needs, (root / "report.html").is_file)]
+    needs = [f"seed {seeds[0]}/{arm}/{stage}" for arm in shown for stage in STAGES]
+    if PROBES in form.measured:
+        runs = [folder for run in runs for folder in (run, run / "probes")]
+        needs += [f"{name} probed" for name in needs]
+    words = (*map(str, runs), "--output", "report.html")
+    return [*steps, Step("report", REPORT, words, tuple(needs), (root / "report.html").is_file)]
 
 
 def _world(root: Path, form: Form) -> Iterator[Step]:
@@ -118,8 +123,7 @@ def _trained(root: Path, form: Form, arm: Arm, seed: int) -> Iterator[Step]:
             words += ["--init.from", str(run_folder(arm.name, seed, "pt"))]
             needs = (f"{base}/pt",)
         yield Step(f"{base}/{stage}", TRAIN, tuple(words), needs, _finished(root / run))
-        yield from _probed(root, form, f"{base}/{stage}", run, seed)
-    if form.answers:
+    if ANSWERS in form.measured:
         run = run_folder(arm.name, seed, "ift")
         words = (str(run), "--tasks", BENCHMARK, "--data", f"{BENCHMARK}=world/cv_bench", "--batch-size", "64")
         yield Step(f"{base}/answers", EVAL, words, (f"{base}/ift",), (root / run / "benchmarks/scores.json").is_file)
@@ -133,14 +137,17 @@ def _finished(run: Path) -> Callable[[], bool]:
     return finished
 
 
-def _probed(root: Path, form: Form, base: str, run: Path, seed: int) -> Iterator[Step]:
+def _probed(root: Path, form: Form, arm: str, seed: int) -> Iterator[Step]:
     data = ("--images", "world/images", "--store", "features", "--workers", "0")
-    probes = run / "probes"
-    words = ("train", "--model", str(run), "--data", "world/pt.json", *data, "--tasks", ",".join(form.probe_tasks))
-    words += ("--output", str(probes), "--seed", str(seed), "--epochs", f"{form.probe_epochs:g}")
-    words += ("--batch-size", str(form.probe_batch), "--micro-batch", str(form.probe_batch))
-    words += ("--lr", f"{form.probe_lr:g}", "--save-every", "100")
-    yield Step(f"{base} probes", PROBE, words, (base, "features to probe"), (root / probes / "probes.json").is_file)
-    words = ("eval", str(probes), "--data", "world/held_out.json", *data, "--batch-size", "32")
-    scores = root / probes / "eval" / "scores.json"
-    yield Step(f"{base} probed", PROBE, words, (f"{base} probes",), scores.is_file)
+    for stage in STAGES:
+        base, run = f"seed {seed}/{arm}/{stage}", run_folder(arm, seed, stage)
+        probes = run / "probes"
+        words = ("train", "--model", str(run), "--data", "world/pt.json", *data, "--tasks", ",".join(form.probe_tasks))
+        words += ("--output", str(probes), "--seed", str(seed), "--epochs", f"{form.probe_epochs:g}")
+        words += ("--batch-size", str(form.probe_batch), "--micro-batch", str(form.probe_batch))
+        words += ("--lr", f"{form.probe_lr:g}", "--save-every", "100")
+        needs = (base, "features to probe")
+        yield Step(f"{base} probes", PROBE, words, needs, (root / probes / "probes.json").is_file)
+        words = ("eval", str(probes), "--data", "world/held_out.json", *data, "--batch-size", "32")
+        scores = root / probes / "eval" / "scores.json"
+        yield Step(f"{base} probed", PROBE, words, (f"{base} probes",), scores.is_file)

@@ -20,15 +20,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from .dialogues import LETTER, NAMED, WORDS, turn
 from .plan import BLOCK, KINDS, MOST
 from .questions import TASKS
-from .text import CAPTION_PROMPT, SUFFIX, answer, caption, letter, prompt
+from .text import CAPTION_PROMPT, caption, letter, prompt
 from .world import Picture, stream
 
-VERSION = 1
+VERSION = 2
 HELD_OUT = 100_000_000
 """Index of the first held-out picture; those of teachers begin at `TEACHING`. A world's train pictures begin at 0."""
 TEACHING, TOLD = 200_000_000, 300_000_000
+FORMS = (LETTER, LETTER, WORDS, NAMED)
+"""Of answers in dialogues about pictures, each as likely: by letters alone, as CV-Bench asks, a model learns to look at
+a picture far later than from names."""
 _SOURCES = {"Count": ("ADE20K", "COCO"), "Relation": ("ADE20K", "COCO"), "Depth": ("Omni3D",), "Distance": ("Omni3D",)}
 
 
@@ -83,10 +87,11 @@ def write_world(folder: Path, settings: WorldSettings, processes: int | None = N
 def turns(picture: Picture) -> list[dict[str, str]]:
     """A dialogue of its questions. Counting comes first: the objects that other questions name would help to count."""
     first, *others = picture.questions
-    order = np.random.default_rng([picture.index, len(KINDS)]).permutation(len(others))
+    rng = np.random.default_rng([picture.index, len(KINDS)])
     said = []
-    for question in (first, *(others[i] for i in order)):
-        said += [{"from": "human", "value": prompt(question) + SUFFIX}, {"from": "gpt", "value": answer(question)}]
+    for question in (first, *(others[i] for i in rng.permutation(len(others)))):
+        asked, answered, _ = turn(question, FORMS[rng.integers(len(FORMS))])
+        said += [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
     said[0]["value"] = f"<image>\n{said[0]['value']}"
     return said
 
