@@ -79,8 +79,8 @@ def _dialogue(seed: int, index: int, facts: Facts, forms: Sequence[int]) -> Told
             turns.append(turn(question, forms[rng.integers(len(forms))]))
     there = int(rng.integers(len(facts.names)))
     turns.append((where(facts.names[there]), place(facts, there), PLACE))
-    options, index = [KINDS[i] for i in rng.permutation(len(KINDS))[:_OPTIONS]], int(rng.integers(_OPTIONS))
-    turns.append((find(options[index], options), letter(index), FOUND))
+    options, right = [KINDS[i] for i in rng.permutation(len(KINDS))[:_OPTIONS]], int(rng.integers(_OPTIONS))
+    turns.append((find(options[right], options), letter(right), FOUND))
     turns = [turns[i] for i in rng.permutation(len(turns))]
     turns.insert(int(rng.integers(2)) * len(turns), (CAPTION_PROMPT, caption(facts), CAPTION))
     return Told(told(facts, rng.permutation(len(facts.names))), tuple(turns))

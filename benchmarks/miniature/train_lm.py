@@ -103,17 +103,20 @@ def score(
 ) -> dict[str, float]:
     """Share of single questions about told scenes whose answer's tokens are the likeliest, by letters and in words, and
     of captions."""
-    scores = {}
-    for form, name in ((LETTER, "{}"), (WORDS, "{} in words"), (CAPTION, "Caption")):
-        for position, task in enumerate(TASKS if form != CAPTION else [""]):
-            asked = []
-            for row, (facts, questions) in enumerate(scenes):
-                order = np.random.default_rng([row, len(TASKS)]).permutation(len(facts.names))
-                caption_asked = (CAPTION_PROMPT, caption(facts), CAPTION)
-                one = caption_asked if form == CAPTION else turn(questions[position], form)
-                asked.append(Told(told(facts, order), (one,)))
-            scores[name.format(task)] = _right(model, tokenizer, asked, device)
-    return scores
+    lines = []
+    for row, (facts, _) in enumerate(scenes):
+        order = np.random.default_rng([row, len(TASKS)]).permutation(len(facts.names))
+        lines.append(told(facts, order))
+
+    def right(turns: Sequence[tuple[str, str, int]]) -> float:
+        return _right(model, tokenizer, [Told(*one) for one in zip(lines, zip(turns), strict=True)], device)
+
+    scores = {
+        task + of: right([turn(questions[position], form) for _, questions in scenes])
+        for form, of in ((LETTER, ""), (WORDS, " in words"))
+        for position, task in enumerate(TASKS)
+    }
+    return scores | {"Caption": right([(CAPTION_PROMPT, caption(facts), CAPTION) for facts, _ in scenes])}
 
 
 def _right(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, asked: Sequence[Told], device: str) -> float:
