@@ -70,8 +70,8 @@ FORMS = {
             tasks=TEACHERS,
             seeds=5,
             arms=tuple(ARMS),
-            pt_epochs=0.35,
-            ift_epochs=0.5,
+            pt_epochs=0.7,
+            ift_epochs=2.0,
             probe_epochs=1.0,
             probe_tasks=("depth", "seg", "gen"),
             probe_batch=16,
@@ -94,5 +94,5 @@ FORMS = {
         ),
     )
 }  # fmt: skip
-"""quick: figure 3 of depth on two cores in less than 25 minutes. full: all tables, six hours of two cores.
+"""quick: figure 3 of depth on two cores in less than 25 minutes. full: all tables, ten hours of two cores.
 toy: that it runs; says nothing."""
