@@ -356,7 +356,8 @@ def drop(args: argparse.Namespace) -> Answer:
 
 def _opened(args: argparse.Namespace) -> FeatureStore:
     store = FeatureStore(args.store)
-    for key in args.teacher or []:
+    moved = [text.partition("=")[0] for text in getattr(args, "model", []) if "=" in text]
+    for key in [*(args.teacher or []), *moved]:
         if key not in store.teachers:
             raise MissingFeatures(f"{args.store} has no features '{key}'; it has {', '.join(store.teachers) or 'none'}")
     return store

@@ -61,8 +61,21 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, file: str | Path) -> None:
     """Puts a file's Jinja template into the tokenizer, which keeps it when it is saved. RecipeError without one."""
+    tokenizer.chat_template = _read(file)
+
+
+def check_template_file(tokenizer: PreTrainedTokenizerBase, file: str | Path, run: str | Path) -> None:
+    """RecipeError if the file's template is another than the one that `run` was trained with, its tokenizer's."""
+    if _read(file) != tokenizer.chat_template:
+        raise RecipeError(
+            f"model.chat_template {str(file)!r} is another template than the one that {run} was trained with, which "
+            "its tokenizer keeps; leave it out"
+        )
+
+
+def _read(file: str | Path) -> str:
     try:
-        tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"model.chat_template {str(file)!r} cannot be read: {error}; name a Jinja file") from error
 

@@ -49,6 +49,7 @@ from olavlm.student.lora import add_lora, lora_parameters, merge_lora, save_lora
 from olavlm.student.model import OlaVLM
 from olavlm.student.stages import PartRow, apply_stage, trains_llm
 from olavlm.student.task import DistillTask
+from olavlm.student.text.chat_template import check_template_file
 from olavlm.student.text.conversation import load_tokenizer
 from olavlm.student.tokens import TaskSpec
 from olavlm.student.vision.encoder_name import EncoderName
@@ -258,6 +259,15 @@ def start_model(
 
     `specs` are the tasks with tokens or losses, `fused` the teachers of a fusion baseline.
     """
+    model, tokenizer = _start_model(recipe, stage, specs, fused, distil)
+    if recipe.init.from_ is not None and recipe.model.chat_template is not None:
+        check_template_file(tokenizer, recipe.model.chat_template, recipe.init.from_)
+    return model, tokenizer
+
+
+def _start_model(
+    recipe: Recipe, stage: Stage, specs: list[TaskSpec], fused: list[FusedTeacher], distil: bool
+) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
     m = recipe.model
     settings = build_settings(recipe, stage) | {"fused_teachers": [teacher.to_dict() for teacher in fused]}
     if recipe.init.from_ is None:

@@ -186,6 +186,8 @@ class TestVerify:
         assert main([str(w) for w in [*words, "--model", f"gen={other}"]]) == 1
         assert "is not the teacher that filled" in capsys.readouterr().err
         assert main([str(w) for w in [*words, "--model", "gen"]]) == 2
+        assert main([str(w) for w in [*words, "--model", f"gem={tiny['gen']}"]]) == 1
+        assert "has no features 'gem'; it has " in capsys.readouterr().err
         assert main([str(w) for w in [*words, "--model", f"gen={tiny['gen']}"]]) == 0
 
 
