@@ -18,11 +18,12 @@ from .errors import (
     PlanError,
     StoreError,
 )
+from .features import Coverage, TeacherFeatures
 from .images import ImageRoots, decode_rgb
 from .local_cache import LocalCache
 from .plan import Plan
 from .shard import Layout
-from .store import Coverage, FeatureStore, TeacherFeatures
+from .store import FeatureStore
 from .transfer import Transfer, convert, merge
 from .verify import Finding, verify
 

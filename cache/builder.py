@@ -19,12 +19,13 @@ import pyarrow as pa
 from . import files
 from .commit import ShardWriter
 from .errors import CorruptFeatures, PlanError, StoreError
+from .features import TeacherFeatures, card_checksum
 from .lease import is_live, leased
 from .ledger import write_index
 from .plan import Plan, segment_name
 from .records import canonical_json
 from .shard import Layout, read_metadata, same_array
-from .store import FORMAT, RESERVED, FeatureStore, TeacherFeatures, card_checksum
+from .store import FORMAT, RESERVED, FeatureStore
 
 DEFAULT_SHARD_ROWS = 128
 DEFAULT_SHARD_ROWS_ONE_TOKEN = 4096  # a shard of rows of 2 KB would be a small file

@@ -19,7 +19,8 @@ from .errors import CacheError
 from .preview import row_and_image, visible, why
 
 if TYPE_CHECKING:
-    from .store import FeatureStore, TeacherFeatures
+    from .features import TeacherFeatures
+    from .store import FeatureStore
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,7 +46,8 @@ from .preview import (
 )
 
 if TYPE_CHECKING:
-    from .store import FeatureStore, TeacherFeatures
+    from .features import TeacherFeatures
+    from .store import FeatureStore
 
 __all__ = [
     "NEGATIVE",

@@ -17,7 +17,8 @@ from .errors import BadImage, CacheError, MissingExtra
 if TYPE_CHECKING:
     import pandas
 
-    from .store import FeatureStore, TeacherFeatures
+    from .features import TeacherFeatures
+    from .store import FeatureStore
 
 MISSING_IMAGE = "missing image"
 """How `plan_frame` says the reason `missing` (no such file under the image root): there, "missing" is not extracted."""

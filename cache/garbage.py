@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from . import files
 from .builder import StoreBuilder
 from .errors import LeaseHeld, StoreError
+from .features import TeacherFeatures
 from .files import Location
 from .lease import is_live, leased
 from .records import latest_records, revisions_of
 from .shard import read_metadata
-from .store import RESERVED, FeatureStore, TeacherFeatures
+from .store import RESERVED, FeatureStore
 from .verify import shards_to_verify
 
 YOUNG_SECONDS = 3600.0  # a private name younger than this may be a writer's at work

@@ -24,7 +24,8 @@ from .errors import BadImage, CacheError, CorruptFeatures, DatasetError, Missing
 from .images import ImageRoots
 
 if TYPE_CHECKING:
-    from .store import FeatureStore, TeacherFeatures
+    from .features import TeacherFeatures
+    from .store import FeatureStore
 
 SIDE = 280  # of a panel, in pixels
 _MARGIN, _LINE, _FONT_SIZE, _PANELS_A_LINE = 16, 19, 13, 4

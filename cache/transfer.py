@@ -13,9 +13,10 @@ from .builder import StoreBuilder
 from .codec import CODECS
 from .commit import ShardWriter
 from .errors import CorruptFeatures, LeaseHeld, LeaseLost, StoreError
+from .features import TeacherFeatures
 from .plan import Plan
 from .records import Record
-from .store import FeatureStore, TeacherFeatures
+from .store import FeatureStore
 
 
 @dataclass

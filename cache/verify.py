@@ -21,10 +21,11 @@ import numpy as np
 
 from . import files
 from .errors import CorruptFeatures, StoreError
+from .features import TeacherFeatures
 from .lease import is_live, leased
 from .records import Record, latest_records, record_name, revisions_of, valid_record
 from .shard import CRC_BYTES, ArrayLayout, crc32c, read_metadata
-from .store import RESERVED, FeatureStore, TeacherFeatures
+from .store import RESERVED, FeatureStore
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -29,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from olavlm.student.answering import Answering
 from olavlm.student.assembly import (
     AssembledBatch,
     assemble,
@@ -54,10 +54,8 @@ from olavlm.student.predictor import EmbeddingPredictor
 from olavlm.student.projector import as_input_of, make_projector, num_image_tokens
 from olavlm.student.text.conversation import (
     IMAGE_TOKEN,
-    encode_prompt,
     load_tokenizer,
     prepare_tokenizer,
-    terminator_id,
 )
 from olavlm.student.text.templates import check_template
 from olavlm.student.tokens import TaskSpec, TaskTokens
@@ -85,7 +83,7 @@ class OlaVLMOutput(ModelOutput):
     """long [B, L] of the assembled sequence."""
 
 
-class OlaVLM(PreTrainedModel):
+class OlaVLM(Answering, PreTrainedModel):
     """The multimodal language model. `build` starts one from base checkpoints, `from_pretrained` reads a saved one.
 
     Args:
@@ -401,99 +399,6 @@ class OlaVLM(PreTrainedModel):
         placement = self._place(input_ids, attention_mask, cut=False, padding_side="left")
         batch = self._assemble(input_ids, placement, pixel_values, teacher_features)
         return self.llm.generate(inputs_embeds=batch.embeds, attention_mask=placement.attention_mask, **kwargs)
-
-    def answer(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        image: Image.Image | None,
-        prompt: str,
-        max_new_tokens: int = 128,
-        **kwargs: Any,
-    ) -> str:
-        """The answer to a question about an image (or about none), in the template the model was trained with.
-
-        Further arguments go to `generate`; decoding is greedy unless they say otherwise.
-        """
-        text = prompt if image is None else f"{IMAGE_TOKEN}\n{prompt}"
-        return self.reply(tokenizer, [{"from": "human", "value": text}], image, max_new_tokens, **kwargs)
-
-    def reply(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        turns: Sequence[Mapping[str, str]],
-        image: Image.Image | None = None,
-        max_new_tokens: int = 128,
-        **kwargs: Any,
-    ) -> str:
-        """The next answer of a dialogue of LLaVA turns that ends with a human one; `answer` for the rest.
-
-        A fusion baseline runs its teachers on the image (`encode_teachers`).
-
-        Raises:
-            SampleError: turns that make no prompt, `<image>` in them without an image, or features that are not finite.
-            ModelError: teachers that cannot be loaded.
-        """
-        return self.replies(tokenizer, [(turns, image)], max_new_tokens, **kwargs)[0]
-
-    def replies(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        dialogues: Sequence[tuple[Sequence[Mapping[str, str]], Image.Image | None]],
-        max_new_tokens: int = 128,
-        **kwargs: Any,
-    ) -> list[str]:
-        """The next answer of each of several dialogues, as `reply` has them, in one pass over all of them."""
-        prompts = [torch.tensor(encode_prompt(tokenizer, turns, self.config.template)) for turns, _ in dialogues]
-        ids = pad_sequence(prompts, batch_first=True, padding_side="left")
-        mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
-        pixels, features = self._seen([image for _, image in dialogues])
-        was_training = self.training
-        self.eval()
-        try:
-            new_ids = self.generate(
-                ids.to(self.device),
-                mask.to(self.device),
-                pixel_values=pixels,
-                teacher_features=features,
-                **{
-                    "max_new_tokens": max_new_tokens,
-                    "do_sample": False,
-                    "eos_token_id": self._stop_ids(tokenizer),
-                    "pad_token_id": tokenizer.pad_token_id,
-                    "suppress_tokens": self._never_said(),
-                    "tokenizer": tokenizer,  # for `stop_strings`
-                }
-                | kwargs,
-            )
-        finally:
-            self.train(was_training)
-        return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new_ids]
-
-    def _seen(self, images: Sequence[Image.Image | None]) -> tuple[torch.Tensor | None, dict[str, torch.Tensor] | None]:
-        """Pixels (B, 3, S, S) and features of fused teachers (B, n, D) of pictures; zeros in a row without one."""
-        present = [row for row, image in enumerate(images) if image is not None]
-        if not present:
-            return None, None
-
-        def spread(values: Sequence[torch.Tensor]) -> torch.Tensor:
-            rows = values[0].new_zeros(len(images), *values[0].shape, device=self.device)
-            rows[present] = torch.stack(list(values)).to(self.device)
-            return rows
-
-        features = [self.encode_teachers(images[row]) for row in present]
-        pixels = [torch.from_numpy(self.config.image_transform(images[row])) for row in present]
-        return spread(pixels), {name: spread([f[name][0] for f in features]) for name in features[0]}
-
-    def _stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """What ends an answer: the LLM's own end tokens and the template's terminator."""
-        own = self.llm.generation_config.eos_token_id
-        ids = set(own if isinstance(own, list) else [own])
-        ids |= {tokenizer.eos_token_id, terminator_id(tokenizer, self.config.template)}
-        return sorted(ids - {None})
-
-    def _never_said(self) -> list[int]:
-        """What is no part of an answer: what the LLM's own settings say, and `<image>`, which stands for a picture."""
-        return sorted({*(self.llm.generation_config.suppress_tokens or ()), self.config.image_token_id})
 
     def _place(
         self,

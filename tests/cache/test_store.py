@@ -315,7 +315,7 @@ def test_a_file_that_is_gone(store):
 
 
 def test_many_shards_few_descriptors(small, monkeypatch):
-    monkeypatch.setattr("olavlm.cache.store._OPEN_FILES", 4)
+    monkeypatch.setattr("olavlm.cache.features._OPEN_FILES", 4)
     store = small(rows=60, shard_rows=2).fill()
     depth = store.group
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
@@ -331,7 +331,7 @@ def test_too_many_open_files_is_not_damage(store, monkeypatch):
         raise OSError(errno.EMFILE, "Too many open files")
 
     depth = store.group
-    monkeypatch.setattr("olavlm.cache.store._OpenFile", refuse)
+    monkeypatch.setattr("olavlm.cache.features._OpenFile", refuse)
     with pytest.raises(OSError, match="Too many open files"):
         depth[0]
 
@@ -342,7 +342,7 @@ def read_all(group: TeacherFeatures, rows: np.ndarray) -> bytes:
 
 def test_threads_read_one_teacher(small, rng, monkeypatch):
     """Few descriptors, so that threads push each other's out; and one forgets everything again and again."""
-    monkeypatch.setattr("olavlm.cache.store._OPEN_FILES", 2)
+    monkeypatch.setattr("olavlm.cache.features._OPEN_FILES", 2)
     store = small(rows=60, shard_rows=4).fill()
     for _ in range(3):
         depth, stop = store.group, threading.Event()

@@ -294,6 +294,11 @@ def test_training_with_a_chat_template(recipe, tmp_path):
     other = tmp_path / "other.jinja"
     other.write_text(file.read_text().replace("assistant: ", "answer: "))
     for start in (run, whole):
-        changed = {**settings, "model.chat_template": other, "init.from": str(start), "train.output_dir": tmp_path / "x"}
+        changed = {
+            **settings,
+            "model.chat_template": other,
+            "init.from": str(start),
+            "train.output_dir": tmp_path / "x",
+        }
         with pytest.raises(RecipeError, match=rf"other.jinja' is another template than the one that {start} was"):
             train(recipe("ift", **changed), "ift", {})
