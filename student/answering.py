@@ -94,14 +94,15 @@ class Answering:
         if not present:
             return None, None
 
-        def spread(values: Sequence[torch.Tensor]) -> torch.Tensor:
-            rows = values[0].new_zeros(len(images), *values[0].shape, device=self.device)
-            rows[present] = torch.stack(list(values)).to(self.device)
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            rows = values.new_zeros(len(images), *values.shape[1:], device=self.device)
+            rows[present] = values.to(self.device)
             return rows
 
-        features = [self.encode_teachers(images[row]) for row in present]
-        pixels = [torch.from_numpy(self.config.image_transform(images[row])) for row in present]
-        return spread(pixels), {name: spread([f[name][0] for f in features]) for name in features[0]}
+        shown = [images[row] for row in present]
+        features = self.encode_teachers(*shown)
+        pixels = [torch.from_numpy(self.config.image_transform(image)) for image in shown]
+        return spread(torch.stack(pixels)), {name: spread(values) for name, values in features.items()}
 
     def _stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """What ends an answer: the LLM's own end tokens and the template's terminator."""

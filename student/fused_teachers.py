@@ -16,6 +16,9 @@ from PIL import Image
 
 from olavlm.student.errors import ModelError, SampleError, TargetsError
 
+_AT_ONCE = 8
+"""Pictures that a teacher sees in one pass, whatever the batch that is answered."""
+
 
 @dataclass(frozen=True)
 class FusedTeacher:
@@ -118,12 +121,16 @@ def load_fused(
     return {teacher.name: teacher.load(places[teacher.name], device) for teacher in teachers}
 
 
-def encode_fused(teachers: Mapping[str, Any], image: Image.Image, device: torch.device) -> dict[str, torch.Tensor]:
-    """Features of a picture by each teacher, float32 (1, n, D). SampleError for features that are not finite."""
-    features = {name: teacher.encode([image]).to(device) for name, teacher in teachers.items()}
-    for name, values in features.items():
-        if not values.isfinite().all():
-            raise SampleError(f"teacher {name}: its features of this image are not finite; ask about another image")
+def encode_fused(
+    teachers: Mapping[str, Any], images: Sequence[Image.Image], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Features of pictures by each teacher, float32 (B, n, D). SampleError for features that are not finite."""
+    features = {}
+    for name, teacher in teachers.items():
+        parts = [teacher.encode(images[i : i + _AT_ONCE]).to(device) for i in range(0, len(images), _AT_ONCE)]
+        features[name] = torch.cat(parts)
+        if not features[name].isfinite().all():
+            raise SampleError(f"teacher {name}: its features of an image are not finite; ask about another image")
     return features
 
 

@@ -289,8 +289,8 @@ class OlaVLM(Answering, PreTrainedModel):
         """
         self._teachers = load_fused(self.fused_teachers, models or {}, self.device)
 
-    def encode_teachers(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        """What the teachers of a fusion baseline see in a picture, as `forward` takes it: float32 (1, n, D) by name.
+    def encode_teachers(self, *images: Image.Image) -> dict[str, torch.Tensor]:
+        """What the teachers of a fusion baseline see in pictures, as `forward` takes it: float32 (B, n, D) by name.
 
         Empty without fusion. Loads them first unless `load_teachers` has.
 
@@ -300,7 +300,7 @@ class OlaVLM(Answering, PreTrainedModel):
         """
         if self.fused_teachers and not self._teachers:
             self.load_teachers()
-        return encode_fused(self._teachers, image, self.device)
+        return encode_fused(self._teachers, images, self.device)
 
     @property
     def num_image_tokens(self) -> int:

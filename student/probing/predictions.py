@@ -72,8 +72,7 @@ class ProbePredictions:
         """What a fusion baseline reads: its teachers are run. An image that cannot be read is black, and not valid."""
         if not self.model.fused_teachers:
             return None
-        by_image = [self.model.encode_teachers(self._open(image)) for image in images]
-        return {name: torch.cat([features[name] for features in by_image]) for name in by_image[0]}
+        return self.model.encode_teachers(*map(self._open, images))
 
     def _open(self, image: str) -> Image.Image:
         try:

@@ -208,6 +208,23 @@ def test_teachers_at_inference_give_what_the_cache_gives(run, fusion, mixed, sto
         again(ids, pixel_values=pixels, teacher_features={**stored, "gen": torch.zeros(1, 2, 48)})
 
 
+def test_several_pictures_at_once_are_as_one_by_one(run, monkeypatch):
+    """In whatever parts the teachers see them; rows of dialogues without a picture stay zero."""
+    folder, _ = run("token_concat", **{"train.max_steps": 1})
+    model, _ = load_checkpoint(folder)
+    monkeypatch.setattr("olavlm.student.fused_teachers._AT_ONCE", 2)
+    pictures = [Image.new("RGB", (60, 40), colour) for colour in ("green", "red", "blue")]
+    together = model.encode_teachers(*pictures)
+    assert set(together) == set(ORDER)
+    for row, picture in enumerate(pictures):
+        for name, alone in model.encode_teachers(picture).items():
+            torch.testing.assert_close(together[name][row : row + 1], alone, atol=1e-5, rtol=0)
+    _, seen = model._seen([pictures[2], None, pictures[0]])
+    for name, values in seen.items():
+        torch.testing.assert_close(values[[0, 2]], together[name][[2, 0]], atol=1e-5, rtol=0)
+        assert not values[1].any()
+
+
 def test_which_teachers_a_checkpoint_takes(run, tiny, teachers_moved, tmp_path):
     folder, _ = run("token_concat", **{"train.max_steps": 1})
     record = json.loads((folder / "adapter.json").read_text())["config"]["fused_teachers"]
