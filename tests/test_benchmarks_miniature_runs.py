@@ -131,6 +131,35 @@ def test_what_is_measured_can_be_chosen(module, tmp_path):
     assert counts == {("answers",): (10, 0, 0, 1), ("probes",): (0, 5, 5, 1), ("answers", "probes"): (10, 5, 5, 1)}
 
 
+def test_another_language_model(module, tiny, tmp_path):
+    """The paper's rates and layers, scaled to its blocks; the world's own model is neither trained nor needed."""
+    run, steps = module("miniature.run"), module("miniature.steps")
+    arguments = argparse.ArgumentParser()
+    run.add_arguments(arguments)
+    form, arms, _ = run.chosen(arguments.parse_args(["--form", "full", "--llm", str(tiny["llm"])]))
+    blocks = json.loads((tiny["llm"] / "config.json").read_text())["num_hidden_layers"]
+    assert (form.llm, form.blocks) == (str(tiny["llm"]), blocks)
+    planned = steps.plan(tmp_path, form, arms, [0])
+    seen: set[str] = set()
+    for step in planned:
+        assert seen.issuperset(step.needs), step.name
+        seen.add(step.name)
+    assert "model llm" not in seen
+    for step in planned:
+        command, words = words_of(step.line)
+        if command == "olavlm-train":
+            recipe = load_recipe(words[2], words[3:], words[0])
+            assert (recipe.model.llm, recipe.train.lr) == (form.llm, 1e-3 if words[0] == "pt" else 2e-5)
+            for name, task in recipe.tasks.items():
+                theirs = load_recipe("llama3-8b-clip-l", [], "pt").tasks[name]
+                assert task.layers == [round(layer * blocks / 32) for layer in theirs.layers]
+    run.check_form(tmp_path, form)
+    with pytest.raises(run.RunError, match="holds a run with llm "):
+        run.check_form(tmp_path, module("miniature.forms").FORMS["full"])
+    with pytest.raises(run.RunError, match="--llm nowhere: no language model can be read there"):
+        run.chosen(arguments.parse_args(["--llm", "nowhere"]))
+
+
 FAKE = '''
 """Commands that note that they were called, and do what their first word says."""
 import os, signal, sys
@@ -384,7 +413,7 @@ def test_scores_are_collected_by_seed(module, results):
 
 def test_findings_say_what_the_intervals_do(module, results):
     seeds = module("figures").Seeds
-    told = module("miniature.findings").findings(results["figures"])
+    told = module("miniature.findings").findings(results["figures"], 6)
     assert told == [
         "Probes of depth after PT, distilled minus single encoder over 3 seeds: layer 2 +0.1000 [+0.1000, +0.1000], "
         "layer 4 +0.1000 [+0.1000, +0.1000]. The interval lies above 0 at 2 of the 2 distilled layers, and at 6 of all "
@@ -394,10 +423,10 @@ def test_findings_say_what_the_intervals_do(module, results):
     over = {"distilled": "single encoder"}
     worse = {"single encoder": {"Depth": [60.0, 61.0, 62.0], "Overall": [5.0, 6.0, 5.0]},
              "distilled": {"Depth": [50.0, 50.5, 52.0], "Overall": [6.0, 5.0, 5.5]}}  # fmt: skip
-    (sentence,) = module("miniature.findings").findings({"table 1": [seeds("t", worse, over, 1)]})
+    (sentence,) = module("miniature.findings").findings({"table 1": [seeds("t", worse, over, 1)]}, 6)
     assert sentence.endswith("That is fewer in Depth.")
     alike = {arm: {"Depth": columns["Overall"]} for arm, columns in worse.items()}
-    (sentence,) = module("miniature.findings").findings({"table 1": [seeds("t", alike, over, 1)]})
+    (sentence,) = module("miniature.findings").findings({"table 1": [seeds("t", alike, over, 1)]}, 6)
     assert sentence.endswith("That is no difference that these seeds can tell from none.")
 
 

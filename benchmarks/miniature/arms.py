@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from olavlm.student.recipes import load_recipe
+
 RECIPES = Path(__file__).parent / "recipes"
+_PAPERS_BLOCKS = 32
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ ARMS = {
     )
 }  # fmt: skip
 """By name, in the order of tables. `distilled` has 8 tokens a task, and losses in PT alone."""
+
+
+def distilled_layers(task: str, blocks: int) -> list[int]:
+    """At which of so many blocks a task is distilled: the paper's layers, scaled."""
+    paper = load_recipe("llama3-8b-clip-l", [], "pt").tasks[task].layers
+    return [round(layer * blocks / _PAPERS_BLOCKS) for layer in paper]
 
 
 def arms_of(table: str) -> list[Arm]:

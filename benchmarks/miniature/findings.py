@@ -5,30 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from olavlm.student.recipes import load_recipe
-
 from ..figures import Figures, Seeds
 from ..intervals import Interval
-from .arms import ARMS, DISTILLED, SINGLE
+from .arms import ARMS, DISTILLED, SINGLE, distilled_layers
 from .shortcuts import CHANCE
 
 _TITLE = {name: arm.title for name, arm in ARMS.items()}
 
 
-def distilled_layers(task: str) -> list[str]:
+def distilled_columns(task: str, blocks: int) -> list[str]:
     """Columns of figure 3 at whose layers the task is distilled."""
-    return [f"layer {layer}" for layer in load_recipe(str(ARMS[DISTILLED].recipe), [], "pt").tasks[task].layers]
+    return [f"layer {layer}" for layer in distilled_layers(task, blocks)]
 
 
-def findings(figures: Mapping[str, Sequence[Figures]]) -> list[str]:
-    """Of figure 3 and table 1; empty where nothing is compared."""
-    found = [sentence for chart in figures.get("figure 3", ()) for sentence in _of_probes(chart)]
+def findings(figures: Mapping[str, Sequence[Figures]], blocks: int) -> list[str]:
+    """Of figure 3 and table 1 of a language model of so many blocks; empty where nothing is compared."""
+    found = [sentence for chart in figures.get("figure 3", ()) for sentence in _of_probes(chart, blocks)]
     for table in figures.get("table 1", ()):
         found += [*_of_baselines(table), *_of_answers(table)]
     return found
 
 
-def _of_probes(chart: Any) -> Iterator[str]:
+def _of_probes(chart: Any, blocks: int) -> Iterator[str]:
     if not isinstance(chart, Seeds) or _TITLE[DISTILLED] not in chart.over:
         return
     task, stage = chart.title.split()[2], chart.title.split()[4].rstrip(",")
@@ -37,7 +35,7 @@ def _of_probes(chart: Any) -> Iterator[str]:
     if seeds < 2:
         yield f"{task} after {stage}: of one seed alone nothing is said."
         return
-    at = [column for column in distilled_layers(task) if column in differences]
+    at = [column for column in distilled_columns(task, blocks) if column in differences]
     told = ", ".join(f"{column} {signed(differences[column], chart.digits)}" for column in at)
     above = [column for column, d in differences.items() if d.low > 0]
     below = [column for column, d in differences.items() if d.high < 0]

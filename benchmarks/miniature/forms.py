@@ -36,6 +36,10 @@ class Form:
     probe_lr: float
     measured: tuple[str, ...] = (PROBES, ANSWERS)
     """Of trained models: probes of the two arms of figure 3, answers to the held-out questions of all."""
+    llm: str = ""
+    """A language model in place of the world's own: a hub id, or a folder by its full path."""
+    blocks: int = 6
+    """Of the language model."""
 
     def settings(self) -> dict[str, Any]:
         """What two runs in one folder must have in common; seeds, arms and what is measured may be added to."""

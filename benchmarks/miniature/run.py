@@ -49,6 +49,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--form", choices=list(FORMS), default="quick", help="how large (%(default)s)")
     p.add_argument("--seeds", type=int, metavar="N", help="so many, from 0 (default: the form's)")
     p.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
+    p.add_argument("--llm", metavar="MODEL", help="another language model, such as HuggingFaceTB/SmolLM2-135M-Instruct")
     p.add_argument("--measure", nargs="+", choices=[PROBES, ANSWERS], help="of trained models (default: the form's)")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core, if memory allows)")
     p.add_argument("--train-models", action="store_true", help="train the small models even if they come ready")
@@ -63,9 +64,22 @@ def chosen(args: argparse.Namespace) -> tuple[Form, list[str], list[int]]:
     seeds = form.seeds if args.seeds is None else args.seeds
     if seeds < 1:
         raise RunError(f"--seeds {seeds}: at least 1")
+    if args.llm:
+        form = replace(form, **_other_llm(args.llm))
     if args.measure:
         form = replace(form, measured=tuple(args.measure))
     return form, [name for name in ARMS if name in (args.arms or form.arms)], list(range(seeds))
+
+
+def _other_llm(model: str) -> dict[str, str | int]:
+    """Its place and its blocks. RunError for one that cannot be read."""
+    from transformers import AutoConfig
+
+    place = str(Path(model).absolute()) if Path(model).is_dir() else model
+    try:
+        return {"llm": place, "blocks": AutoConfig.from_pretrained(place).num_hidden_layers}
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunError(f"--llm {model}: no language model can be read there: {error}") from None
 
 
 def run(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arms import ARMS, DISTILLED, SINGLE, Arm
+from .arms import ARMS, DISTILLED, SINGLE, Arm, distilled_layers
 from .forms import ANSWERS, PROBES, TEACHERS, Form
 
 OWN, EXTRACT, TRAIN, PROBE, EVAL, REPORT = (
@@ -27,6 +27,8 @@ OWN, EXTRACT, TRAIN, PROBE, EVAL, REPORT = (
 MODELS = ("llm", "seg", "depth", "encoder", "gen")
 """Those that take long first, so that workers end together."""
 STAGES = ("pt", "ift")
+RATES = {"pt": "1e-3", "ift": "2e-5"}
+"""Learning rates of the paper, for a language model that is not the world's own."""
 BENCHMARK = "cv_bench"
 
 
@@ -82,7 +84,7 @@ def plan(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -> l
 def _world(root: Path, form: Form) -> Iterator[Step]:
     sizes = ("--scenes", str(form.scenes), "--held-out", str(form.held_out))
     yield Step("world", OWN, ("world", "--dir", "world", *sizes), (), (root / "world" / "world.json").is_file, True)
-    for name in MODELS:
+    for name in MODELS if not form.llm else MODELS[1:]:
         words = ("models", "--dir", "models", "--size", form.models, "--only", name)
         yield Step(f"model {name}", OWN, words, (), (root / "models" / name / "miniature.json").is_file)
 
@@ -116,9 +118,10 @@ def _trained(root: Path, form: Form, arm: Arm, seed: int) -> Iterator[Step]:
     tasks += ["--model.order", f"[{', '.join(form.tasks)}]"] if left_out else []
     for stage in STAGES:
         run = run_folder(arm.name, seed, stage)
+        own = ("model llm",) if not form.llm else ()
         words = [stage, "--config", str(arm.recipe), "--train.output_dir", str(run), "--train.seed", str(seed)]
-        words += ["--train.epochs", f"{epochs[stage]:g}", *tasks]
-        needs = ("features", "model encoder", "model llm")
+        words += ["--train.epochs", f"{epochs[stage]:g}", *tasks, *_of_llm(form, arm, stage)]
+        needs = ("features", "model encoder", *own)
         if stage != "pt":
             words += ["--init.from", str(run_folder(arm.name, seed, "pt"))]
             needs = (f"{base}/pt",)
@@ -127,6 +130,14 @@ def _trained(root: Path, form: Form, arm: Arm, seed: int) -> Iterator[Step]:
         run = run_folder(arm.name, seed, "ift")
         words = (str(run), "--tasks", BENCHMARK, "--data", f"{BENCHMARK}=world/cv_bench", "--batch-size", "64")
         yield Step(f"{base}/answers", EVAL, words, (f"{base}/ift",), (root / run / "benchmarks/scores.json").is_file)
+
+
+def _of_llm(form: Form, arm: Arm, stage: str) -> Iterator[str]:
+    """What another language model changes: its place, its rates, which are the paper's, and the layers to distil at."""
+    if form.llm:
+        yield from ("--model.llm", form.llm, "--train.lr", RATES[stage])
+        for task in form.tasks if arm.name != SINGLE else ():  # which has no tasks
+            yield from (f"--tasks.{task}.layers", str(distilled_layers(task, form.blocks)))
 
 
 def _finished(run: Path) -> Callable[[], bool]:
