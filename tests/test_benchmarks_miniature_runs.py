@@ -154,8 +154,11 @@ def test_another_language_model(module, tiny, tmp_path):
                 theirs = load_recipe("llama3-8b-clip-l", [], "pt").tasks[name]
                 assert task.layers == [round(layer * blocks / 32) for layer in theirs.layers]
     run.check_form(tmp_path, form)
-    with pytest.raises(run.RunError, match="holds a run with llm "):
-        run.check_form(tmp_path, module("miniature.forms").FORMS["full"])
+    with pytest.raises(run.RunError, match="holds a run with name full, not quick"):
+        run.check_form(tmp_path, module("miniature.forms").FORMS["quick"])
+    elsewhere = dataclasses.replace(form, llm="elsewhere")
+    with pytest.raises(run.RunError, match=f"holds a run with llm {form.llm}, not elsewhere"):
+        run.check_form(tmp_path, elsewhere)
     with pytest.raises(run.RunError, match="--llm nowhere: no language model can be read there"):
         run.chosen(arguments.parse_args(["--llm", "nowhere"]))
 
@@ -268,8 +271,10 @@ def test_a_folder_is_of_one_form_and_one_run(module, tmp_path):
     run.add_arguments(arguments)
     form, arms, seeds = run.chosen(arguments.parse_args(["--arms", "distilled", "single", "--seeds", "2"]))
     assert (form.name, arms, seeds) == ("quick", ["single", "distilled"], [0, 1])
-    with pytest.raises(run.RunError, match="--seeds 0"):
-        run.chosen(arguments.parse_args(["--seeds", "0"]))
+    assert run.chosen(arguments.parse_args(["--seeds", "2", "--first-seed", "3"]))[2] == [3, 4]
+    for words, why in ((["--seeds", "0"], "--seeds 0"), (["--first-seed", "-1"], "--first-seed -1")):
+        with pytest.raises(run.RunError, match=why):
+            run.chosen(arguments.parse_args(words))
 
 
 def test_a_page_is_made_of_what_is_done(module, made, tmp_path, capsys):
@@ -409,6 +414,43 @@ def test_scores_are_collected_by_seed(module, results):
     assert (results["seconds"], results["machine"]["load"]) == (90, 1.5)
     lines = after_pt.markdown().splitlines()
     assert lines[-3].startswith("| distilled minus single encoder | 3 | 0.1000 [0.1000, 0.1000] |")
+
+
+def test_runs_of_other_seeds_are_put_together(module):
+    joined, figures = module("miniature.joining").joined, module("figures")
+
+    def run(seeds: list[int], arms=("single encoder", "distilled"), have: int | None = None, **changed) -> dict:
+        n = len(seeds) if have is None else have
+        values = {arm: {"Depth": [10.0 * i + s for s in seeds[:n]]} for i, arm in enumerate(arms)}
+        table = figures.Seeds("t", values, {"distilled": "single encoder"}, 1)
+        pairs = figures.ItemPairs("p", "a", "b", {"Depth": [[960, s, 0] for s in seeds]}, {"Depth": [0.5] * len(seeds)})
+        models = figures.Count("llm", {"": {"Depth": 0.8}})
+        found = {"models": [models], "table 1": [table], "item by item": [pairs]}
+        found = {name: figures.to_json(parts) for name, parts in found.items()}
+        about = {"form": {"name": "full"}, "seeds": seeds, "seconds": 60.0, "figures": found}
+        return about | {"machine": {"commit": f"c{seeds[0]}", "date": "now"}} | changed
+
+    all_five = joined(joined(run([0]), run([1, 2])), run([3, 4]))
+    assert (all_five["seeds"], all_five["seconds"]) == ([0, 1, 2, 3, 4], 180)
+    (table,) = figures.from_json(all_five["figures"]["table 1"])
+    assert table.values == {"single encoder": {"Depth": [0, 1, 2, 3, 4]}, "distilled": {"Depth": [10, 11, 12, 13, 14]}}
+    assert table.notes == [
+        "Of several runs: seeds 0 in 1 minutes, commit c0, now; seeds 1, 2 in 1 minutes, commit c1, now; "
+        "seeds 3, 4 in 1 minutes, commit c3, now."
+    ]
+    (pairs,) = figures.from_json(all_five["figures"]["item by item"])
+    assert [row[1] for row in pairs.counts["Depth"]] == [0, 1, 2, 3, 4]
+    assert len(pairs.p["Depth"]) == 5
+    assert joined(run([0, 1]), run([0, 1, 2])) == run([0, 1, 2])  # the same seeds again take their place
+    for other, why in (
+        (run([1, 2]), "seeds 1 are there already"),
+        (run([2], form={"name": "quick"}), "of another form"),
+        (run([2, 3], have=1), "of 2 and 2 seeds 2 and 1 are there"),
+        (run([2], arms=("single encoder", "distilled", "n4")), "run the same arms"),
+        (run([2], figures={"table 1": []}), "other small models"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            joined(run([0, 1]), other)
 
 
 def test_findings_say_what_the_intervals_do(module, results):

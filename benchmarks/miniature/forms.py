@@ -43,7 +43,7 @@ class Form:
 
     def settings(self) -> dict[str, Any]:
         """What two runs in one folder must have in common; seeds, arms and what is measured may be added to."""
-        added = ("seeds", "arms", "measured")
+        added = ("seeds", "arms", "measured") if self.llm else ("seeds", "arms", "measured", "llm", "blocks")
         return {name: value for name, value in asdict(self).items() if name not in added}
 
 

@@ -25,6 +25,7 @@ from olavlm.pipelines.reporting.page import (
 from ..figures import Count, Figures, ItemPairs, Seeds, from_json, number
 from .arms import ARMS, DISTILLED, SINGLE
 from .findings import distilled_columns, findings, signed
+from .forms import Form
 from .pictures import Shown
 
 LEAD = (
@@ -65,7 +66,7 @@ def page_of(run: Mapping[str, Any], shown: Sequence[Shown], commands: Sequence[s
         f"<h1>The paper in miniature</h1><p class=lead>{escape(LEAD)}</p>",
         note(TOY) if run["size"] == "toy" else "",
         _tiles(figures, run),
-        block("What was found", _sentences(findings(figures, run["form"]["blocks"]))),
+        block("What was found", _sentences(findings(figures, run["form"].get("blocks", Form.blocks)))),
         _probes(figures),
         *(_answers(figures, name) for name in ("table 1", "table 4", "table 5")),
         _items(figures),
@@ -84,7 +85,7 @@ def _tiles(figures: Mapping[str, list[Figures]], run: Mapping[str, Any]) -> str:
     for chart in figures.get("figure 3", ()):
         if isinstance(chart, Seeds) and distilled in chart.over and "depth" in chart.title:
             stage = "PT" if "after PT" in chart.title else "IFT"
-            for column in distilled_columns("depth", run["form"]["blocks"]):
+            for column in distilled_columns("depth", run["form"].get("blocks", Form.blocks)):
                 found = chart.difference(distilled, column)
                 name = f"depth, {column}, after {stage}"
                 triples.append((name, f"{found.mean:+.4f}", f"distilled minus single: {signed(found, 4)}"))

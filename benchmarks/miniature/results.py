@@ -47,7 +47,8 @@ def collect(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -
         figures["figure 3"][-1].notes += notes
     return {
         "size": form.name,
-        "form": form.settings(),
+        "form": json.loads(json.dumps(form.settings())),  # as it is read again
+        "seeds": list(seeds),
         "machine": machine,
         "seconds": round(sum(run["seconds"] for run in runs), 1),
         "figures": {name: found for name, found in figures.items() if found},

@@ -47,13 +47,14 @@ class RunError(ValueError):
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dir", type=Path, default=Path("miniature_run"), help="folder of everything (%(default)s)")
     p.add_argument("--form", choices=list(FORMS), default="quick", help="how large (%(default)s)")
-    p.add_argument("--seeds", type=int, metavar="N", help="so many, from 0 (default: the form's)")
+    p.add_argument("--seeds", type=int, metavar="N", help="how many (default: the form's)")
+    p.add_argument("--first-seed", type=int, default=0, metavar="N", help="the others follow it (%(default)s)")
     p.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     p.add_argument("--llm", metavar="MODEL", help="another language model, such as HuggingFaceTB/SmolLM2-135M-Instruct")
     p.add_argument("--measure", nargs="+", choices=[PROBES, ANSWERS], help="of trained models (default: the form's)")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core, if memory allows)")
     p.add_argument("--train-models", action="store_true", help="train the small models even if they come ready")
-    p.add_argument("--name", help="keep the figures as results/NAME.json, and render README.md")
+    p.add_argument("--name", help="keep the figures as results/NAME.json, beside its other seeds; render README.md")
     p.add_argument("--list", action="store_true", help="print the commands, done or not, and run nothing")
     p.add_argument("--page", action="store_true", help="make the page of what is done, and run nothing")
 
@@ -64,11 +65,14 @@ def chosen(args: argparse.Namespace) -> tuple[Form, list[str], list[int]]:
     seeds = form.seeds if args.seeds is None else args.seeds
     if seeds < 1:
         raise RunError(f"--seeds {seeds}: at least 1")
+    if args.first_seed < 0:
+        raise RunError(f"--first-seed {args.first_seed}: at least 0")
     if args.llm:
         form = replace(form, **_other_llm(args.llm))
     if args.measure:
         form = replace(form, measured=tuple(args.measure))
-    return form, [name for name in ARMS if name in (args.arms or form.arms)], list(range(seeds))
+    arms = [name for name in ARMS if name in (args.arms or form.arms)]
+    return form, arms, list(range(args.first_seed, args.first_seed + seeds))
 
 
 def _other_llm(model: str) -> dict[str, str | int]:
@@ -118,6 +122,7 @@ def publish(
 
     from ..figures import to_json
     from ..readme import rendered
+    from .joining import joined
     from .page import page_of
     from .pictures import draw_pictures
     from .results import collect
@@ -130,9 +135,12 @@ def publish(
     (root / PAGE).write_text(page_of(found, shown, commands), encoding="utf-8")
     print(f"{root / RESULTS}, {root / PAGE}")
     if name:
-        (FOLDER / "results").mkdir(exist_ok=True)
-        for file, suffix in ((RESULTS, "json"), (PAGE, "html")):
-            shutil.copy(root / file, FOLDER / "results" / f"{name}.{suffix}")
+        kept = FOLDER / "results" / f"{name}.json"
+        kept.parent.mkdir(exist_ok=True)
+        if kept.is_file():
+            found = joined(json.loads(kept.read_text()), found)
+        kept.write_text(json.dumps(found, indent=1) + "\n")
+        kept.with_suffix(".html").write_text(page_of(found, shown, commands), encoding="utf-8")
         (FOLDER / "README.md").write_text(rendered(FOLDER))
 
 
@@ -142,7 +150,8 @@ def check_form(root: Path, form: Form) -> None:
     if not file.is_file():
         file.write_text(json.dumps(now, indent=1) + "\n")
     elif (there := json.loads(file.read_text())) != now:
-        changed = ", ".join(f"{k} {there.get(k)}, not {v}" for k, v in now.items() if there.get(k) != v)
+        keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+        changed = ", ".join(f"{key} {there.get(key)}, not {now.get(key)}" for key in keys)
         raise RunError(f"{root} holds a run with {changed}; name another folder with --dir")
 
 
