@@ -98,14 +98,13 @@ def run(args: argparse.Namespace) -> None:
         for step in plan(root, form, arms, seeds):
             print(f"{'done' if step.done() else '    '}  {step.line}")
         return
-    root.mkdir(parents=True, exist_ok=True)
     steps = plan(root, form, arms, seeds)
+    if args.page and not any(step.done() for step in steps):
+        raise RunError(f"{root}: nothing is done there yet; run it without --page")
+    root.mkdir(parents=True, exist_ok=True)
     with _held(root):
         check_form(root, form)
-        if args.page:
-            if not any(step.done() for step in steps):
-                raise RunError(f"{root}: nothing is done there yet; run it without --page")
-        else:
+        if not args.page:
             if not args.train_models:
                 lend_models(root, form)
             execute(root, steps, args.workers or default_workers())
