@@ -8,7 +8,7 @@ from pathlib import Path
 from olavlm.student.recipes import load_recipe
 
 RECIPES = Path(__file__).parent / "recipes"
-_PAPERS_BLOCKS = 32
+_PAPER, _PAPERS_BLOCKS = "llama3-8b-clip-l", 32
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,13 @@ ARMS = {
 
 def distilled_layers(task: str, blocks: int) -> list[int]:
     """At which of so many blocks a task is distilled: the paper's layers, scaled."""
-    paper = load_recipe("llama3-8b-clip-l", [], "pt").tasks[task].layers
+    paper = load_recipe(_PAPER, [], "pt").tasks[task].layers
     return [round(layer * blocks / _PAPERS_BLOCKS) for layer in paper]
+
+
+def papers_rate(stage: str) -> float:
+    """The paper's learning rate, for a language model that is not the world's own."""
+    return load_recipe(_PAPER, [], stage).train.lr
 
 
 def arms_of(table: str) -> list[Arm]:

@@ -38,8 +38,8 @@ def joined(before: Run, now: Run) -> dict[str, Any]:
         f"seeds {_listed(part['seeds'])} in {part['seconds'] / 60:.0f} minutes, commit {part['commit']}, {part['date']}"
         for part in parts
     )
-    first = next(figure for found in figures.values() for figure in found if figure["kind"] == "seeds")
-    first["notes"] = [*first["notes"], f"Of several runs: {told}."]
+    for figure in [figure for found in figures.values() for figure in found if figure["kind"] == "seeds"][:1]:
+        figure["notes"] = [*figure["notes"], f"Of several runs: {told}."]
     seconds = round(before["seconds"] + now["seconds"], 1)
     return {**now, "seeds": [*there, *here], "seconds": seconds, "figures": figures, "parts": parts}
 

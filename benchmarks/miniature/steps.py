@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arms import ARMS, DISTILLED, SINGLE, Arm, distilled_layers
+from .arms import ARMS, DISTILLED, SINGLE, Arm, distilled_layers, papers_rate
 from .forms import ANSWERS, PROBES, TEACHERS, Form
 
 OWN, EXTRACT, TRAIN, PROBE, EVAL, REPORT = (
@@ -27,8 +27,6 @@ OWN, EXTRACT, TRAIN, PROBE, EVAL, REPORT = (
 MODELS = ("llm", "seg", "depth", "encoder", "gen")
 """Those that take long first, so that workers end together."""
 STAGES = ("pt", "ift")
-RATES = {"pt": "1e-3", "ift": "2e-5"}
-"""Learning rates of the paper, for a language model that is not the world's own."""
 BENCHMARK = "cv_bench"
 
 
@@ -84,7 +82,7 @@ def plan(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -> l
 def _world(root: Path, form: Form) -> Iterator[Step]:
     sizes = ("--scenes", str(form.scenes), "--held-out", str(form.held_out))
     yield Step("world", OWN, ("world", "--dir", "world", *sizes), (), (root / "world" / "world.json").is_file, True)
-    for name in MODELS if not form.llm else MODELS[1:]:
+    for name in MODELS if not form.llm else [name for name in MODELS if name != "llm"]:
         words = ("models", "--dir", "models", "--size", form.models, "--only", name)
         yield Step(f"model {name}", OWN, words, (), (root / "models" / name / "miniature.json").is_file)
 
@@ -135,7 +133,7 @@ def _trained(root: Path, form: Form, arm: Arm, seed: int) -> Iterator[Step]:
 def _of_llm(form: Form, arm: Arm, stage: str) -> Iterator[str]:
     """What another language model changes: its place, its rates, which are the paper's, and the layers to distil at."""
     if form.llm:
-        yield from ("--model.llm", form.llm, "--train.lr", RATES[stage])
+        yield from ("--model.llm", form.llm, "--train.lr", f"{papers_rate(stage):g}")
         for task in form.tasks if arm.name != SINGLE else ():  # which has no tasks
             yield from (f"--tasks.{task}.layers", str(distilled_layers(task, form.blocks)))
 
