@@ -36,7 +36,7 @@ def train_chain(recipes: Mapping[Stage, Recipe], versions: dict[str, str], on_st
             say(f"stage {number}/{len(recipes)}: {stage} is finished: {last}")
             continue
         say(f"stage {number}/{len(recipes)}: {stage}")
-        train(recipe, stage, versions, on_step)
+        train(recipe, stage, versions, on_step, more=number < len(recipes))
     return last
 
 

@@ -79,13 +79,17 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 """Called on the main process after each step with its number, the number of steps and the metrics."""
 
 
-def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnStep = lambda *_: None) -> Path:
+def train(
+    recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnStep = lambda *_: None, *, more: bool = False
+) -> Path:
     """Run one stage; returns the run folder. Resumes what an earlier call with the same recipe left unfinished.
+
+    `more`: another stage is to follow in these processes, so that a signal in the last step stops them too.
 
     Raises:
         StudentError, CacheError: what the user can mend, before any model is loaded where that is possible.
         TrainingError: a loss that is not finite, an embedding loss of exactly zero, or a stop by SIGINT or SIGTERM
-            (after a checkpoint).
+            (after a checkpoint, or the result).
     """
     distil = recipe.distils(stage)
     reads_features = distil or recipe.fuses
@@ -170,6 +174,7 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
         pin_memory=accelerator.device.type == "cuda",
     )
     watch = DataWatch(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    stopped_by = ""
     with ExitStack() as leaving, stop_requests() as stop:
         for tracker in trackers:
             leaving.callback(tracker.close)
@@ -199,10 +204,12 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
             stopping = bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device)) > 0)
             if last or stopping or (step + 1) % recipe.train.save_every == 0:
                 save_step(run, step + 1, parallel, identity, recipe.train.keep)
+            if stopping:
+                stopped_by = stop[0] if stop else "another process"
             if stopping and not last:
                 raise TrainingError(
-                    f"stopped by {stop[0] if stop else 'another process'} after step {step + 1}, which is saved; run "
-                    "the same command again to finish"
+                    f"stopped by {stopped_by} after step {step + 1}, which is saved; run the same command again to "
+                    "finish"
                 )
     parallel.gather()
     if accelerator.is_main_process:
@@ -211,6 +218,8 @@ def train(recipe: Recipe, stage: Stage, versions: dict[str, str], on_step: OnSte
     accelerator.wait_for_everyone()  # the next stage, on another process, reads the result
     accelerator.print(f"{stage} finished: {run}")
     accelerator.free_memory()
+    if stopped_by and more:
+        raise TrainingError(f"stopped by {stopped_by} after {stage}; run the same command again to go on with the next")
     return run
 
 

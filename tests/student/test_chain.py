@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -87,7 +88,7 @@ def test_vpt_and_ift_see_the_padded_picture(finished):
 def test_a_finished_stage_is_skipped_and_an_unfinished_one_goes_on(finished, recipe_file, monkeypatch, capsys):
     before = {stage: (run / "metrics.jsonl").stat().st_mtime_ns for stage, run in finished.items()}
     ran = []
-    monkeypatch.setattr(chain_module, "train", lambda recipe, stage, *_: ran.append(stage))
+    monkeypatch.setattr(chain_module, "train", lambda recipe, stage, *_, more: ran.append(stage))
     recipes = load_chain(recipe_file, [])
     assert train_chain(recipes, {}) == finished["ift"]
     assert ran == []
@@ -104,6 +105,22 @@ def test_a_finished_stage_is_skipped_and_an_unfinished_one_goes_on(finished, rec
     assert not is_finished(recipes["vpt"], "vpt"), "as when it was stopped while it wrote its result"
     record.write_text(whole)
     assert is_finished(recipes["vpt"], "vpt")
+
+
+def test_a_signal_in_a_stages_last_step_finishes_it_and_leaves_the_next(finished, recipe_file, tmp_path):
+    recipes = load_chain(recipe_file, [f"--train.output_dir={tmp_path}/{{stage}}"])
+
+    def signal_at_the_end(step: int, total: int, values: dict[str, float]) -> None:
+        if step == total:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(TrainingError, match="stopped by SIGTERM after pt; run the same command again"):
+        train_chain(recipes, {}, signal_at_the_end)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pt"]
+    assert is_finished(recipes["pt"], "pt")
+    assert (tmp_path / "pt" / "adapter.safetensors").read_bytes() == (
+        finished["pt"] / "adapter.safetensors"
+    ).read_bytes()
 
 
 def test_another_recipe_is_refused(finished, recipe_file):
