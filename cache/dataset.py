@@ -8,6 +8,7 @@ share them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ import pyarrow.parquet as pq
 
 from .errors import DatasetError
 
-_TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
-SCHEMA = pa.schema([("id", pa.string()), ("image", pa.large_string()), ("conversations", pa.large_list(_TURN))])
+_TEXT = pa.large_string()  # the buffers of a dataset may exceed 2 GiB
+_TURN = pa.struct([("from", _TEXT), ("value", _TEXT)])
+SCHEMA = pa.schema([("id", _TEXT), ("image", _TEXT), ("conversations", pa.large_list(_TURN))])
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,24 @@ class Dataset:
         if not len(images):
             raise DatasetError(f"{', '.join(map(str, self.files))}: no sample has an image")
         conversation = pa.scalar(list(turns), SCHEMA.field("conversations").type)
-        columns = [images.cast(pa.string()), images, pa.repeat(conversation, len(images))]
+        columns = [images, images, pa.repeat(conversation, len(images))]
         made = Dataset.__new__(Dataset)
         made.files, made.table = self.files, pa.table(columns, schema=SCHEMA)
         return made
+
+    def digest(self) -> str:
+        """sha256 of the samples in their order, by image and conversation, wherever and however their files lie."""
+        digest = hashlib.sha256()
+        turns = self.table.column("conversations").combine_chunks()
+        digest.update(np.ascontiguousarray(pc.list_value_length(turns), np.int64))
+        flat = pc.list_flatten(turns)
+        texts = [pc.struct_field(flat, name) for name in ("from", "value")]
+        for column in (self.table.column("image").combine_chunks(), *texts):
+            digest.update(np.ascontiguousarray(pc.fill_null(pc.binary_length(column), -1), np.int64))
+            _, offsets, values = column.buffers()
+            ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+            digest.update(memoryview(values)[ends[0] : ends[-1]] if values is not None and len(ends) else b"")
+        return digest.hexdigest()
 
     def images(self) -> pa.LargeStringArray:
         """The distinct image paths, in order of first appearance: the rows of a plan."""

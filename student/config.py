@@ -306,15 +306,19 @@ class Recipe:
         resolved["init"] = {"from": resolved["init"]["from_"]}
         return resolved
 
-    def hash(self) -> str:
-        """sha256 of the resolved recipe, without where it writes, when it stops, how it loads, and how the global batch
-        is cut: a run is resumed on any number of processes as long as its global batch stays."""
+    def identity(self) -> dict[str, Any]:
+        """The resolved recipe, without where it writes, when it stops, how it loads, and how the global batch is cut: a
+        run is resumed on any number of processes as long as its global batch stays."""
         content = self.to_dict()
         for key in _NOT_THE_RESULT:
             del content["train"][key]
         del content["model"]["packing"], content["data"]["workers"], content["data"]["held_out"]
         del content["targets"]["local_cache"], content["targets"]["local_cache_gb"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return content
+
+    def hash(self) -> str:
+        """sha256 of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
 def _is_attention(name: str) -> bool:

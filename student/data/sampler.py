@@ -6,6 +6,7 @@ the same order, and a resumed run needs no state but its step.
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -53,14 +54,15 @@ class GlobalBatchSampler:
 
         With lengths the longest samples come first. Padded, a micro-batch takes as long as its longest sample makes it,
         so that it has samples of like lengths; ranks take one each in turn, there and back again, to have equal sums of
-        longest ones. Packed, each sample is dealt out in turn, and all ranks have as many tokens.
+        longest ones. Packed, each sample goes where there are the fewest tokens yet: every micro-batch of every rank
+        has nearly as many.
         """
         batch = self.batch(step)
         if self.lengths is None:
             return list(batch.reshape(world_size, accumulation, -1)[rank])
         batch = batch[np.argsort(-self.lengths[batch], kind="stable")]
         if self.packed:
-            return list(batch.reshape(accumulation, -1, world_size)[:, :, rank])
+            return _dealt(batch, self.lengths[batch], accumulation * world_size)[rank::world_size]
         blocks = batch.reshape(accumulation, world_size, -1)
         return [of[rank if turn % 2 == 0 else world_size - 1 - rank] for turn, of in enumerate(blocks)]
 
@@ -99,3 +101,21 @@ class GlobalBatchSampler:
     @cached_property
     def _text_samples(self) -> np.ndarray:
         return np.flatnonzero(~self.has_image)
+
+
+def _dealt(members: np.ndarray, lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:
+    """Parts of equally many members and nearly equal sums of lengths; members come longest first.
+
+    Each goes to the part that is shortest so far and has room (LPT, Graham 1969). What all have in common, such as an
+    image's tokens, is not counted: parts of one size have it alike, and counted it would send each round to all parts.
+    """
+    size = len(members) // num_parts
+    lengths = lengths - lengths.min()
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    open_parts = [(0, number) for number in range(num_parts)]
+    for member, length in zip(members.tolist(), lengths.tolist(), strict=True):
+        total, number = heapq.heappop(open_parts)
+        parts[number].append(member)
+        if len(parts[number]) < size:
+            heapq.heappush(open_parts, (total + length, number))
+    return [np.array(part, members.dtype) for part in parts]

@@ -100,7 +100,7 @@ class ProbeRun:
     model: str
     """Where the model that they read lies."""
     weights: str
-    """Names its weights (`trainer.start_digest`)."""
+    """Names its weights (`identity.start_digest`)."""
     template: str | None
     """Prompt template of a stock LLaVA, where one was named."""
     dtype: str

@@ -13,7 +13,8 @@ from PIL import Image
 from olavlm.cache import BadImage, ImageRoots, Sample
 from olavlm.student.errors import ModelError
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.training.trainer import DTYPES, start_digest
+from olavlm.student.training.identity import start_digest
+from olavlm.student.training.trainer import DTYPES
 
 from .bank import ProbeRun
 from .model import TURNS, check_layout, load_probed, probe_collator

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -120,13 +118,9 @@ class ProbeSettings:
         """The fields as plain types."""
         return asdict(self) | {"tasks": dict(self.tasks)}
 
-    def identity(self, layers: tuple[int, ...], start: str) -> str:
-        """Of what a run's numbers follow from: it is resumed under the same one alone.
-
-        `start` names the weights of the model that is probed.
-        """
-        content = self.to_dict() | {"layers": layers}
+    def identity(self, layers: tuple[int, ...]) -> dict[str, Any]:
+        """Of what a run's numbers follow from, what is set: it is resumed under the same settings alone."""
+        content = self.to_dict() | {"layers": list(layers)}
         for name in ("output", "max_steps", "micro_batch", "workers", "save_every", "keep", "num_processes"):
             del content[name]
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return f"probe-{digest}-{start}"
+        return content

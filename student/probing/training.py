@@ -38,11 +38,12 @@ from olavlm.student.losses.fused import smooth_l1_and_cosines
 from olavlm.student.model import OlaVLM
 from olavlm.student.tokens import TaskSpec
 from olavlm.student.training.checkpoint import latest_step, load_trained, save_step, write_json
+from olavlm.student.training.identity import features_digest, start_digest
 from olavlm.student.training.metrics import open_trackers
 from olavlm.student.training.parallel import Replicated, launched_with, make_optimizer
 from olavlm.student.training.signals import stop_requests
 from olavlm.student.training.step import NAMED_SAMPLES
-from olavlm.student.training.trainer import DTYPES, OnStep, Schedule, start_digest
+from olavlm.student.training.trainer import DTYPES, OnStep, Schedule
 
 from .bank import BYTES_A_PARAMETER, ProbeBank, ProbedTeacher, ProbeRun
 from .model import TURNS, chosen_layers, load_probed, probe_collator, token_layout
@@ -88,7 +89,16 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
     layout = token_layout(model)
     tasks = [TaskSpec(spec.name, spec.tokens, spec.dim, layers) for spec in rows.specs]
     rows.feed(model.fused_teachers, dataset)
-    run, identity = Path(settings.output), settings.identity(layers, start_digest(settings.model))
+    start = start_digest(settings.model)
+    run, identity = (
+        Path(settings.output),
+        {
+            "recipe": settings.identity(layers),
+            "start": start,
+            "samples": dataset.digest(),
+            "features": features_digest(rows.cards),
+        },
+    )
     resumed_from, first_step = latest_step(run, identity)
     bank = ProbeBank(tasks, layout["width"], settings.seed)
     if resumed_from is not None:
@@ -152,7 +162,7 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
     if accelerator.is_main_process:
         result = ProbeRun(
             model=str(Path(settings.model).absolute()) if Path(settings.model).exists() else settings.model,
-            weights=start_digest(settings.model),
+            weights=start,
             template=settings.template,
             dtype=settings.dtype,
             layout=layout,

@@ -5,6 +5,7 @@ The templates are those of LLaVA, and `chat`, the tokenizer's own (`chat_templat
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -104,8 +105,9 @@ def encode(
     text, spans = _mark_chat(tokenizer, parsed, sample_id) if template == CHAT else _mark(parsed, template, sample_id)
     ids, extents = _tokenise(tokenizer, text, template)
     labels = [IGNORE_INDEX] * len(ids)
+    ends = [end for _, end in spans]  # ascending
     for index, extent in enumerate(extents):
-        if extent is not None and _is_answer(text, extent, spans, sample_id):
+        if extent is not None and _is_answer(text, extent, spans[bisect_right(ends, extent[0]) :], sample_id):
             labels[index] = ids[index]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
@@ -299,9 +301,12 @@ def _tokenise(
 
 
 def _is_answer(text: str, extent: tuple[int, int], spans: Sequence[tuple[int, int]], sample_id: Any) -> bool:
-    """Whether a token belongs to an answer; SampleError when it belongs to an answer and to other visible text."""
+    """Whether a token belongs to one of the answers, given in order; SampleError when it belongs to other visible text
+    beside it."""
     start, end = extent
     for span_start, span_end in spans:
+        if span_start >= max(end, start + 1):
+            return False
         if span_start <= start < span_end and end <= span_end:
             return True
         inside = text[max(start, span_start) : min(end, span_end)]

@@ -64,7 +64,7 @@ def is_finished(recipe: Recipe, stage: Stage) -> bool:
     finished = json.loads((run / STAGE_FILE).read_text()).get("finished", 0)
     global_batch = recipe.train.batch_size * recipe.train.accumulation * num_processes()
     dataset, _ = open_data(recipe)
-    latest_step(run, run_identity(recipe, stage, global_batch))  # or it is another recipe's
+    latest_step(run, run_identity(recipe, stage, global_batch, dataset))  # or it is another recipe's
     return finished >= Schedule(recipe, math.ceil(len(dataset) / global_batch)).total_steps
 
 

@@ -31,6 +31,7 @@ from olavlm.student.stages import ADAPTER
 from olavlm.student.text.conversation import load_tokenizer
 from olavlm.student.tokens import TaskSpec
 
+from .identity import Identity, difference
 from .parallel import Replicated
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -44,7 +45,7 @@ class Adapter:
     llm: str
     encoder: str
     config: dict[str, Any]
-    """Keyword arguments of `OlaVLM.build`."""
+    """Keyword arguments of `OlaVLM.build`, with `dtype` by its name."""
     tasks: list[TaskSpec]
     recipe_hash: str
     whole: str | None = None
@@ -58,6 +59,8 @@ class Adapter:
         """
         tokenizer = load_tokenizer(str(self.folder))
         arguments = {**self.config, **overrides}
+        if isinstance(arguments.get("dtype"), str):
+            arguments["dtype"] = getattr(torch, arguments["dtype"])
         llm, encoder = arguments.pop("llm", self.llm), arguments.pop("encoder", self.encoder)
         if self.whole is None:
             model = OlaVLM.build(llm, encoder, tokenizer, self.tasks, with_predictors=with_predictors, **arguments)
@@ -175,7 +178,7 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype | None = None) -> tuple
     return model, model.tokenizer or load_tokenizer(str(path))  # which says why there is none
 
 
-def save_step(run: Path, step: int, parallel: Replicated, recipe_hash: str, keep: int) -> None:
+def save_step(run: Path, step: int, parallel: Replicated, identity: Identity, keep: int) -> None:
     """Write `checkpoints/step-...`, which appears whole or not at all, and remove all but the newest `keep`.
 
     Every process takes part; the main one writes.
@@ -194,7 +197,7 @@ def save_step(run: Path, step: int, parallel: Replicated, recipe_hash: str, keep
     parallel.save_optimizer(private)
     wait()
     if writes:
-        write_json(private / "state.json", {"step": step, "recipe_sha256": recipe_hash})
+        write_json(private / "state.json", {"step": step, "identity": identity})
         shutil.rmtree(folder, ignore_errors=True)
         private.rename(folder)
         for old in sorted(folder.parent.glob("step-*"))[:-keep]:
@@ -202,26 +205,24 @@ def save_step(run: Path, step: int, parallel: Replicated, recipe_hash: str, keep
     wait()
 
 
-def latest_step(run: Path, recipe_hash: str) -> tuple[Path | None, int]:
+def latest_step(run: Path, identity: Identity) -> tuple[Path | None, int]:
     """The newest checkpoint of a run and its step, (None, 0) if there is none.
 
     Raises:
-        TrainingError: the checkpoint is another recipe's.
+        TrainingError: the checkpoint is of a run with another identity; says what differs.
     """
     folders = sorted((run / "checkpoints").glob("step-*"))
     if not folders:
         return None, 0
     try:
         state = json.loads((folders[-1] / "state.json").read_text())
-        step, written_by = state["step"], state["recipe_sha256"]
-    except (OSError, KeyError, ValueError) as e:
+        step, written_by = state["step"], dict(state["identity"])
+    except (OSError, KeyError, TypeError, ValueError) as e:
         raise TrainingError(
             f"checkpoint {folders[-1]} is damaged: {e}; remove it to resume from the one before"
         ) from None
-    if written_by != recipe_hash:
-        raise TrainingError(
-            f"{run} holds a run of another recipe (see its recipe.yaml); use another output folder or remove it"
-        )
+    if (differs := difference(written_by, identity)) is not None:
+        raise TrainingError(f"{run} holds {differs}; go back to that to resume it, or use another output folder")
     return folders[-1], step
 
 

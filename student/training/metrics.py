@@ -38,7 +38,9 @@ class JsonLines:
                     continue  # the line that a kill cut short
                 if step <= resume_step:
                     kept.append(line)
-        file.write_text("".join(f"{line}\n" for line in kept))
+        whole = file.with_name(f".{file.name}")
+        whole.write_text("".join(f"{line}\n" for line in kept))
+        whole.replace(file)  # at once: a kill here loses no history
         self._file = file.open("a", buffering=1)
 
     def log(self, step: int, values: dict[str, float]) -> None:

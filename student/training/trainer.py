@@ -8,7 +8,6 @@ A step (`step.py`) takes the global batch of the sampler, cut into `accumulation
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from transformers import PreTrainedTokenizerBase
 
 from olavlm.cache import Dataset, ImageRoots
@@ -65,6 +65,7 @@ from .checkpoint import (
     write_json,
 )
 from .data_watch import DataWatch
+from .identity import Identity, features_digest, start_digest
 from .metrics import check_trackers, open_trackers
 from .parallel import launched_with, spread
 from .pictures import HeldOutPictures, held_out
@@ -72,6 +73,8 @@ from .signals import stop_requests
 from .step import OptimizerStep
 
 STAGE_FILE = "stage.json"
+PATIENCE = timedelta(hours=1)
+"""That processes wait for one: an 8B model and its optimizer take longer to write than the ten minutes of NCCL."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -107,7 +110,11 @@ def train(
 
     AcceleratorState._reset_state()  # a stage before this one may have had another precision; processes stay joined
     # Without `cpu`, accelerate would take several processes on a machine without an accelerator for one each.
-    accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, cpu=not torch.accelerator.is_available())
+    accelerator = Accelerator(
+        mixed_precision=recipe.train.mixed_precision,
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "processes do not see each other"
     source = open_targets(recipe, accelerator.device) if reads_features else None
     set_seed(recipe.train.seed)
@@ -135,8 +142,11 @@ def train(
         checkpoint_activations(model.llm)
     run = Path(recipe.train.output_dir)
     global_batch = recipe.train.batch_size * recipe.train.accumulation * accelerator.num_processes
-    identity = run_identity(recipe, stage, global_batch)
+    identity = run_identity(recipe, stage, global_batch, dataset)
+    if source is not None:
+        identity = {**identity, "features": features_digest(source.cards)}
     resumed_from, first_step = latest_step(run, identity)
+    check_agreed(first_step, run, accelerator)
     if resumed_from is not None:
         load_trained(resumed_from, model)
     if accelerator.is_main_process:
@@ -331,22 +341,25 @@ def check_start(recipe: Recipe, start: dict[str, Any], tasks: list[TaskSpec], fu
             raise RecipeError(f"{key} is {here}, and {recipe.init.from_} was trained with {there}; use the same")
 
 
-def run_identity(recipe: Recipe, stage: Stage, global_batch: int) -> str:
-    """Of what a run's numbers follow from; a run is resumed under the same one alone."""
-    return f"{stage}-{recipe.hash()}-{global_batch}-{start_digest(recipe.init.from_)}"
+def run_identity(recipe: Recipe, stage: Stage, global_batch: int, dataset: Dataset) -> Identity:
+    """Of everything but the features, which are known once their teachers are."""
+    return {
+        "stage": stage,
+        "recipe": recipe.identity(),
+        "global_batch": global_batch,
+        "start": start_digest(recipe.init.from_),
+        "samples": dataset.digest(),
+    }
 
 
-def start_digest(path: str | None) -> str:
-    """Names the weights that a run starts from, by the ends of their files: no resume on top of other ones."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("*.safetensors")) if path else ():
-        with file.open("rb") as f:
-            size = f.seek(0, os.SEEK_END)
-            for offset in (0, max(0, size - 2**20)):
-                f.seek(offset)
-                digest.update(f.read(2**20))
-            digest.update(f"{file.name} {size}".encode())
-    return digest.hexdigest()[:16]
+def check_agreed(first_step: int, run: Path, accelerator: Accelerator) -> None:
+    """TrainingError if processes would go on from different steps: a run folder that not all nodes share."""
+    steps = accelerator.gather(torch.tensor([first_step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise TrainingError(
+            f"processes found different checkpoints in {run}, of steps {sorted(set(steps))}: put train.output_dir on a "
+            "file system that all nodes share"
+        )
 
 
 def build_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
@@ -401,8 +414,8 @@ def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenize
         model.vision.restore_tower()
         model.save_pretrained(run, tokenizer=tokenizer, with_predictors=False)
         return
-    config = {k: v for k, v in build_settings(recipe, stage).items() if k not in ("dtype", "attn_implementation")}
-    config["fused_teachers"] = model.config.fused_teachers
+    config = {k: v for k, v in build_settings(recipe, stage).items() if k != "attn_implementation"}
+    config |= {"dtype": recipe.model.dtype, "fused_teachers": model.config.fused_teachers}
     m = recipe.model
     save_adapter(
         run,

@@ -89,6 +89,44 @@ def test_take_keeps_the_order_asked_for(tmp_path):
     assert part.has_image().to_pylist() == [True, False, True, True]
 
 
+def test_the_digest_is_of_what_samples_say_in_their_order(tmp_path):
+    digest = Dataset([write(tmp_path, ".json", RECORDS)]).digest()
+    for kind in (".jsonl", ".parquet"):
+        assert Dataset([write(tmp_path, kind, RECORDS)]).digest() == digest
+    halves = [write(tmp_path, ".json", RECORDS[:1]), write(tmp_path, ".jsonl", RECORDS[1:])]
+    assert Dataset(halves).digest() == digest
+    order = np.arange(len(RECORDS))
+    assert Dataset(halves).take(order).digest() == digest
+    assert Dataset(halves).take(order[::-1]).digest() != digest
+    assert Dataset(halves).take(order[1:]).digest() != digest
+
+    def changed(**fields) -> str:
+        return Dataset([write(tmp_path, ".json", [{**RECORDS[0], **fields}, *RECORDS[1:]])]).digest()
+
+    question, answer = TALK
+    moved = [{**question, "value": question["value"] + "W"}, {**answer, "value": answer["value"][1:]}]
+    others = [
+        changed(),
+        changed(image=None),
+        changed(conversations=[question]),
+        changed(conversations=[question, {**answer, "value": "No."}]),
+        changed(conversations=moved),
+    ]
+    assert others[0] == changed(id="another") == digest
+    assert len(set(others)) == len(others)
+
+
+def test_its_buffers_may_exceed_2_gib(tmp_path):
+    def leaves(kind: pa.DataType) -> list[pa.DataType]:
+        inner = [kind.field(i).type for i in range(kind.num_fields)]
+        return [kind] if not inner else [leaf for part in inner for leaf in leaves(part)]
+
+    schema = Dataset([write(tmp_path, ".json", RECORDS)]).table.schema
+    found = [leaf for name in schema.names for leaf in leaves(schema.field(name).type)]
+    assert set(found) == {pa.large_string()}
+    assert schema.field("conversations").type.equals(pa.large_list(schema.field("conversations").type.value_type))
+
+
 DAMAGED = {
     "no object": ("a text", "a record is an object"),
     "no conversations": ({"id": "x"}, "'conversations' is missing or empty"),

@@ -190,7 +190,7 @@ class TestStart:
 
         shutil.rmtree(pt)
         run(name="pt", **{"train.seed": 5})
-        with pytest.raises(Exception, match="another recipe"):
+        with pytest.raises(Exception, match="started from other weights than lie there now"):
             run("ift", **ift)
 
 

@@ -280,8 +280,58 @@ def test_a_finished_run_is_not_trained_again(recipe):
 
 def test_another_recipe_does_not_resume_a_run(recipe):
     run(recipe(**{"train.max_steps": 1}))
-    with pytest.raises(TrainingError, match="another recipe"):
-        run(recipe(**{"train.max_steps": 2, "train.lr": 0.5}))
+    for changed, keys in (
+        ({"train.lr": 0.5}, r"train\.lr was 0\.\d+, here 0\.5\); go back to that"),
+        ({"train.lr": 0.5, "train.seed": 7, "train.epochs": 9, "train.warmup": 0.5}, r"train\..*; and 1 more\)"),
+    ):
+        with pytest.raises(TrainingError, match=rf"a run of another recipe \({keys}"):
+            run(recipe(**{"train.max_steps": 2, **changed}))
+
+
+def test_another_global_batch_does_not_resume_a_run(recipe):
+    run(recipe(**{"train.max_steps": 1, "train.batch_size": 2, "train.accumulation": 2}))
+    with pytest.raises(TrainingError, match="batches of 4 samples, and this launch makes 2: choose train"):
+        run(recipe(**{"train.max_steps": 2, "train.batch_size": 2, "train.accumulation": 1}))
+    run(recipe(**{"train.max_steps": 2, "train.batch_size": 1, "train.accumulation": 4}))
+
+
+def test_other_samples_in_the_same_file_do_not_resume_a_run(recipe, pt_json, tmp_path):
+    """Without one sample every epoch is another permutation: a fifth would be seen twice, and a fifth never."""
+    file = tmp_path / "pt.json"
+    file.write_bytes(pt_json.read_bytes())
+    run(recipe(**{"train.max_steps": 1, "data.file": file}))
+    file.write_text(json.dumps(json.loads(file.read_text())[1:]))
+    with pytest.raises(TrainingError, match="a run on other samples: what its dataset files say has changed"):
+        run(recipe(**{"train.max_steps": 2, "data.file": file}))
+    file.write_text(json.dumps(json.loads(pt_json.read_text()), indent=3))
+    _, metrics = run(recipe(**{"train.max_steps": 2, "data.file": file}))
+    assert [line["step"] for line in metrics] == [1, 2]
+
+
+def test_features_of_another_teacher_do_not_resume_a_run(recipe, small_targets, monkeypatch):
+    run(recipe(**{"train.max_steps": 1}))
+    opened = trainer_module.open_targets
+
+    def filled_anew(*arguments):
+        source = opened(*arguments)
+        source.cards = {name: {**card, "fingerprint": "0" * 64} for name, card in source.cards.items()}
+        return source
+
+    monkeypatch.setattr(trainer_module, "open_targets", filled_anew)
+    with pytest.raises(TrainingError, match="a run on other features: the store was filled anew by other teachers"):
+        run(recipe(**{"train.max_steps": 2}))
+
+
+def test_processes_that_found_different_checkpoints_do_not_train(tmp_path):
+    class Two:
+        device = torch.device("cpu")
+
+        def gather(self, step: torch.Tensor) -> torch.Tensor:
+            return torch.cat([step, torch.tensor([0])])
+
+    with pytest.raises(TrainingError, match=r"of steps \[0, 200\]: put train\.output_dir on a file system that all"):
+        trainer_module.check_agreed(200, tmp_path, Two())
+    trainer_module.check_agreed(0, tmp_path, Two())
 
 
 def test_losses_fall(recipe):
@@ -341,6 +391,14 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_samples(recipe, monkeypat
     with pytest.raises(TrainingError, match=r"step 1: .* is nan; samples of process 0: ") as error:
         run(recipe(**{"train.max_steps": 1}))
     assert any(s["id"] in str(error.value) for s in json.loads(pt_json.read_text()))
+
+
+def test_an_adapter_comes_back_in_the_dtype_it_was_trained_on(recipe):
+    folder, _ = run(recipe(**{"train.max_steps": 1, "model.dtype": "bfloat16", "train.mixed_precision": "bf16"}))
+    for model in (load_checkpoint(folder)[0], OlaVLM.from_pretrained(folder)):
+        assert {p.dtype for p in model.llm.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in model.vision.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_checkpoint(folder, torch.float32)[0].llm.parameters()} == {torch.float32}
 
 
 def test_adapter_builds_the_trained_model_again(recipe):
