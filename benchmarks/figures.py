@@ -243,14 +243,14 @@ class ItemPairs:
     title: str
     first: str
     second: str
+    seeds: list[int]
     counts: dict[str, list[list[int]]]  # figure -> a seed: items, right by the first alone, right by the second alone
     p: dict[str, list[float]]  # figure -> a seed
     notes: list[str] = field(default_factory=list)
     kind: str = "item pairs"
 
     def markdown(self) -> str:
-        seeds = len(next(iter(self.counts.values())))
-        header = ["", "items", *(f"seed {i}: only {self.first}, only {self.second}, p" for i in range(seeds))]
+        header = ["", "items", *(f"seed {i}: only {self.first}, only {self.second}, p" for i in self.seeds)]
         lines = [
             [name, str(rows[0][0]), *(f"{a}, {b}, {p:.2g}" for (_, a, b), p in zip(rows, self.p[name], strict=True))]
             for name, rows in self.counts.items()

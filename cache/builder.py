@@ -163,10 +163,7 @@ class StoreBuilder:
         the difference, or with `replace` dropped and made anew.
         """
         plan = self.plan()
-        if not _is_key(key):
-            raise StoreError(
-                f"store key {key!r} is not usable: letters, digits and ._+=@- are, and not {', '.join(RESERVED)}"
-            )
+        check_key(key)
         rows = shard_rows or (DEFAULT_SHARD_ROWS_ONE_TOKEN if card["tokens"] == 1 else DEFAULT_SHARD_ROWS)
         layout = Layout(rows, card["tokens"], card["dim"], dtype, compress)
         wanted = {"dtype": dtype, "compression": compress, **({"shard rows": shard_rows} if shard_rows else {})}
@@ -178,7 +175,8 @@ class StoreBuilder:
                 return group
             if not replace:
                 raise StoreError(
-                    f"{self.path / key} holds other features: {difference}; use another --store, --as KEY, or --replace"
+                    f"{self.path / key} holds other features: {difference}; take another store or key, or remove these "
+                    f"first (olavlm-cache drop {self.path} {key}; olavlm-extract: --as KEY, --replace)"
                 )
             self.drop(key)
         elif replace and self._is_left_over(key):
@@ -274,6 +272,14 @@ class StoreBuilder:
         """Bring every teacher's index of its records up to date; a job that has changed the store ends with it."""
         for group in self._groups(self.plan())[0]:
             write_index(group.folder, group.fingerprint, group.ledger())
+
+
+def check_key(key: str) -> None:
+    """StoreError for a name that a teacher's features cannot have in a store."""
+    if not _is_key(key):
+        raise StoreError(
+            f"store key {key!r} is not usable: letters, digits and ._+=@- are, and not {', '.join(RESERVED)}"
+        )
 
 
 def _is_key(key: str) -> bool:

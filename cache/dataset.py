@@ -130,7 +130,7 @@ def _read(file: Path) -> pa.Table:
 def _parse(text: str, where: str) -> object:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # also a number of more digits than Python takes
         raise DatasetError(f"{where}: not valid JSON: {e}") from None
 
 

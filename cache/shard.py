@@ -233,6 +233,6 @@ def read_metadata(folder: Location) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise StoreError(f"{file} is damaged: not JSON") from None
     sound = isinstance(metadata, dict) and isinstance(metadata.get("attributes", {}), dict)
-    if not sound or metadata.get("zarr_format") != 3:
+    if not sound or metadata.get("zarr_format") != 3 or metadata.get("node_type") not in ("group", "array"):
         raise StoreError(f"{file} is not Zarr v3 metadata")
     return metadata

@@ -19,7 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from olavlm.cache import Dataset, FeatureStore, ImageRoots, LeaseHeld, ShardTask, StoreBuilder, pending
+from olavlm.cache import Dataset, FeatureStore, ImageRoots, LeaseHeld, ShardTask, StoreBuilder, StoreError, pending
+from olavlm.cache.builder import check_key
 from olavlm.cache.codec import CODECS
 from olavlm.cache.files import location
 from olavlm.cache.lease import leased
@@ -120,6 +121,11 @@ def teacher_specs(args: argparse.Namespace) -> list[TeacherSpec]:
         specs.append(
             TeacherSpec(args.key or key, name, model, args.revision, args.recipe, args.geometry, args.compute_dtype)
         )
+    if args.key is not None:
+        try:
+            check_key(args.key)
+        except StoreError as e:
+            raise UsageError(f"--as: {e}") from None
     if len({s.key for s in specs}) < len(specs):
         raise UsageError(f"two teachers want the same store key: {', '.join(s.key for s in specs)}")
     return specs

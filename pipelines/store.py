@@ -37,6 +37,10 @@ from .extraction.record import Running, running_extractions
 RATE_SECONDS = 900.0  # a running job's rate is that of its shards committed in this time
 SHOWN = 20  # findings and failures printed a teacher; --json has them all
 
+_LINES = [line.partition("  ")[0] for line in __doc__.splitlines() if line.startswith("olavlm-cache ")]
+EXAMPLES = {line.split()[1]: line for line in _LINES}
+"""By subcommand, of the text above."""
+
 Answer = tuple[dict, str, bool]
 """What a command found as JSON and as text, and whether all is well."""
 
@@ -45,12 +49,12 @@ def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="olavlm-cache",
         description="Make a plan, look into a feature store, and keep it sound.",
-        epilog="example: olavlm-cache verify features --live 16 --json",
+        epilog=f"example: {EXAMPLES['verify']}",
     )
     commands = p.add_subparsers(dest="command", required=True)
 
     def add(name: str, text: str, run: Callable[[argparse.Namespace], Answer]) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+        sub = commands.add_parser(name, help=text, description=text, epilog=f"example: {EXAMPLES[name]}")
         sub.add_argument("store", metavar="STORE", help="folder or fsspec URL")
         sub.add_argument("--json", action="store_true", help="machine-readable output")
         sub.set_defaults(run=run)
@@ -70,7 +74,11 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("--data", nargs="+", action="extend", metavar="FILE", help="LLaVA files; without, show the plan")
     add("status", "coverage, failures by reason, bytes, and rate and ETA of a running job", status)
     add("info", "cards, shapes, dtypes, codecs, sizes, statistics, plan", info)
-    sub = add("verify", "find every byte that is not what was written; exit status 1 if there is one", verify_store)
+    sub = add(
+        "verify",
+        "find what is not as it was written: features to the byte, plan and metadata by content; exit status 1 if so",
+        verify_store,
+    )
     teachers(sub)
     sub.add_argument("--fast", action="store_true", help="records and sizes only, not every checksum")
     sub.add_argument("--live", type=_count, default=0, metavar="N",

@@ -11,7 +11,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from olavlm.student.errors import ModelError, RecipeError, SampleError, StudentError, TargetsError, TrainingError
+from olavlm.student.errors import (
+    ModelError,
+    RecipeError,
+    RecipeFileError,
+    SampleError,
+    StudentError,
+    TargetsError,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
     from olavlm.student.config import Recipe
@@ -35,6 +43,7 @@ __all__ = [
     "OlaVLMConfig",
     "Recipe",
     "RecipeError",
+    "RecipeFileError",
     "SampleError",
     "StudentError",
     "TargetsError",

@@ -229,7 +229,8 @@ class Recipe:
             if not ok:
                 raise RecipeError(f"{key} is {value}: {text}")
 
-        t, d = self.train, self.data
+        t, d, order = self.train, self.data, self.model.order
+        rule(len(set(order)) == len(order), "model.order", order, "each task once")
         rule(t.batch_size >= 1, "train.batch_size", t.batch_size, "at least 1")
         rule(t.accumulation >= 1, "train.accumulation", t.accumulation, "at least 1")
         rule(t.max_steps is None or t.max_steps >= 1, "train.max_steps", t.max_steps, "at least 1")

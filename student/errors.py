@@ -9,6 +9,10 @@ class RecipeError(StudentError, ValueError):
     """A recipe key or value that cannot be used."""
 
 
+class RecipeFileError(StudentError, ValueError):
+    """A recipe file that is missing, or no YAML."""
+
+
 class ModelError(StudentError, ValueError):
     """A model folder, hub id or checkpoint that cannot be used."""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import types
 import typing
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ import yaml
 
 from olavlm.student.choices import Stage
 from olavlm.student.config import STAGES, Recipe
-from olavlm.student.errors import RecipeError
+from olavlm.student.errors import RecipeError, RecipeFileError
 
 SHIPPED = "olavlm.pipelines"
 TABLES = "tables.yaml"
@@ -56,10 +57,12 @@ def load_recipe(config: str, overrides: Sequence[str], stage: Stage) -> Recipe:
 
     Args:
         config: path of a YAML file, or the name of a shipped recipe.
-        overrides: command line words, `--section.field value` or `--section.field=value`; values are YAML.
+        overrides: command line words, `--section.field value` or `--section.field=value`; values are YAML, but those of
+            keys that hold text are taken as they stand.
 
     Raises:
-        RecipeError: a file that is missing or no YAML, a key or value that is not valid.
+        RecipeFileError: a file that is missing or no YAML.
+        RecipeError: a name that is no recipe's, a key or value that is not valid.
     """
     return _Source(config, overrides).recipe(stage)
 
@@ -89,6 +92,7 @@ class _Source:
         self.config = str(config)
         self.common = _read(config)
         self.by_stage = self._sections(self.common.pop("stages", None) or {}, self.config)
+        _check_keys(self.common, Recipe, (), self.config)
         self.said, by_stage = {}, {}
         for key, value in _parse_overrides(overrides):
             nested: Any = value
@@ -100,19 +104,21 @@ class _Source:
                 _check_keys(nested, Recipe, (), "command line")
                 self.said = _merge(self.said, nested)
         self.said_by_stage = self._sections(by_stage, "command line")
-        _check_keys(self.common, Recipe, (), self.config)
 
     def _sections(self, by_stage: Any, where: str) -> dict[str, dict[str, Any]]:
         if not isinstance(by_stage, dict) or set(by_stage) - set(STAGES):
-            raise RecipeError(f"{where}: 'stages' holds {', '.join(STAGES)}, got {', '.join(map(str, by_stage))}")
+            got = ", ".join(sorted(map(str, set(by_stage) - set(STAGES)))) if isinstance(by_stage, dict) else by_stage
+            raise RecipeError(f"{where}: 'stages' holds {', '.join(STAGES)}, got {got}")
         for name, section in by_stage.items():
-            _check_keys(section or {}, Recipe, (), f"{where}, stage {name}")
+            _check_keys(section, Recipe, (), f"{where}, stage {name}")
         return {name: section or {} for name, section in by_stage.items()}
 
     @property
     def stages(self) -> list[Stage]:
         """What `olavlm-train all` runs."""
         named = (_merge(self.common, self.said).get("train") or {}).get("stages")
+        if named is not None and (not isinstance(named, list) or not all(stage in STAGES for stage in named)):
+            raise RecipeError(f"train.stages is {named!r}: a list of {', '.join(STAGES)}, such as [pt, ift]")
         return named or [stage for stage in STAGES if stage in self.by_stage] or ["pt", "ift"]
 
     def recipe(self, stage: Stage) -> Recipe:
@@ -189,16 +195,17 @@ def _read(config: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         names = [name for name in shipped_recipes() if name not in table_rows()]
         near = difflib.get_close_matches(str(config), table_rows(), 1, cutoff=0.7)
         names += [f"a row of the paper's tables, such as {(near or list(table_rows()))[0]} (olavlm-train recipes)"]
-        raise RecipeError(f"recipe {config} does not exist; give a file or one of {', '.join(names)}")
+        error = RecipeFileError if Path(config).suffix in (".yaml", ".yml", ".json") else RecipeError
+        raise error(f"recipe {config} does not exist; give a file or one of {', '.join(names)}")
     if any(path.samefile(file) for file in above):
         chain = " -> ".join(file.name for file in (*above, path))
         raise RecipeError(f"recipe {path} is a base of itself ({chain}); a chain of bases has to end")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise RecipeError(f"recipe {path} is not valid YAML: {e}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
+        raise RecipeFileError(f"recipe {path} is not valid YAML: {e}") from None
     if not isinstance(content, dict):
-        raise RecipeError(f"recipe {path} is a {type(content).__name__}, not a mapping of sections")
+        raise RecipeFileError(f"recipe {path} is a {type(content).__name__}, not a mapping of sections")
     base = content.pop("base", None)
     if base is None:
         return content
@@ -227,17 +234,45 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise RecipeError(f"--{key} lacks its value")
             text = rest.pop(0)
-        try:
-            pairs.append((key, yaml.safe_load(text)))
-        except yaml.YAMLError:
-            pairs.append((key, text))
+        pairs.append((key, _value(key, text)))
     return pairs
 
 
+def _value(key: str, text: str) -> Any:
+    """What a word on the command line says: YAML, except that a key of text takes it as it stands, such as a path with
+    ` #` in it or `2024`."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if value is None or text.strip()[:1] in ("'", '"'):
+        return value
+    hint = _hint(key.removeprefix("stages.").partition(".")[2] if key.startswith("stages.") else key)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return text if str in kinds and not (list[str] in kinds and isinstance(value, list)) else value
+
+
+def _hint(key: str) -> Any:
+    """The type of a recipe key, None for one that is a section or does not exist."""
+    hint: Any = Recipe
+    for part in key.split("."):
+        if dataclasses.is_dataclass(hint):
+            hint = {name.rstrip("_"): kind for name, kind in typing.get_type_hints(hint).items()}.get(part)
+        else:
+            hint = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    return hint
+
+
 def _check_keys(content: Any, cls: type, path: tuple[str, ...], where: str) -> None:
-    """RecipeError for the first key that the dataclass does not have, with the nearest of all valid ones."""
+    """RecipeError for what is no section where one belongs, and for the first key that the dataclass does not have,
+    with the nearest of all valid ones."""
+    if content is None and len(path) != 1:
+        return  # a stage without words of its own, a task that is taken out
+    if not isinstance(content, dict):
+        what, got = f"'{'.'.join(path)}'" if path else "a recipe", "nothing" if content is None else content
+        raise RecipeError(f"{where}: {what} holds keys with their values, got {got}")
     hints = typing.get_type_hints(cls)
-    for key, value in content.items() if isinstance(content, dict) else ():
+    for key, value in content.items():
         names = {f.name.rstrip("_"): f.name for f in dataclasses.fields(cls)}
         if key not in names:
             full = (*path, str(key))
@@ -251,7 +286,10 @@ def _check_keys(content: Any, cls: type, path: tuple[str, ...], where: str) -> N
         hint = hints[names[key]]
         if dataclasses.is_dataclass(hint):
             _check_keys(value, hint, (*path, key), where)
-        elif typing.get_origin(hint) is dict and isinstance(value, dict):
+        elif typing.get_origin(hint) is dict:
+            if not isinstance(value, dict):
+                got = "nothing" if value is None else value
+                raise RecipeError(f"{where}: '{'.'.join((*path, key))}' holds names with their keys, got {got}")
             for name, entry in value.items():
                 _check_keys(entry, typing.get_args(hint)[1], (*path, key, name), where)
 

@@ -184,6 +184,23 @@ def test_words_alone_are_at_chance(module):
     assert shortcuts.text_alone(*planted) > 0.9
 
 
+def test_places_and_sizes_together_are_weighed(module, pictures):
+    """A planted clue is found: the closer object is always the one that is seen larger by half."""
+    shortcuts = module("shortcuts")
+    found = {task: shortcuts.flat(pictures, pictures, task) for task in ("Depth", "Distance")}
+    assert all(0.5 <= accuracy < 0.8 for accuracy in found.values()), found
+
+    def larger_is_right(picture):
+        depth = picture.questions[TASKS.index("Depth")]
+        first, second = depth.about
+        letter = int(picture.facts.area[second] > picture.facts.area[first])
+        questions = [dataclasses.replace(q, letter=letter) if q is depth else q for q in picture.questions]
+        return dataclasses.replace(picture, questions=tuple(questions))
+
+    planted = [larger_is_right(picture) for picture in pictures]
+    assert shortcuts.flat(planted, planted, "Depth") > 0.95
+
+
 @pytest.fixture(scope="module")
 def written(module, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
@@ -270,9 +287,10 @@ def test_figures_are_kept_with_the_machine(module, tmp_path, monkeypatch, capsys
     assert main.main(["shortcuts", "--pictures", "48", "--processes", "1", "--name", "toy"]) == 0
     run = json.loads((tmp_path / "results" / "toy.json").read_text())
     assert run["machine"]["cores"] >= 1
-    words, rules = run["figures"]["shortcuts"]
+    words, rules, places = run["figures"]["shortcuts"]
     assert set(words["values"]) == set(TASKS)
     assert rules["values"]["larger is closer"]["accuracy"] == 0.5
+    assert set(places["values"]) == {"Depth", "Distance"}
     assert "larger is closer" in (tmp_path / "README.md").read_text()
     assert main.main(["world", "--dir", str(tmp_path / "w"), "--scenes", "50"]) == 1
     assert "--scenes 50: takes multiples of 48" in capsys.readouterr().err

@@ -122,13 +122,18 @@ def test_what_is_measured_can_be_chosen(module, tmp_path):
     arguments = argparse.ArgumentParser()
     run.add_arguments(arguments)
     counts = {}
-    for measured in (["answers"], ["probes"], ["answers", "probes"]):
+    for measured in (["answers"], ["answers", "probes"]):
         args = arguments.parse_args(["--form", "full", "--arms", "single", "n4", "--measure", *measured])
         form, arms, seeds = run.chosen(args)
         run.check_form(tmp_path, form)  # which may be added to
         kinds = collections.Counter(step.kind for step in steps.plan(tmp_path, form, arms, seeds))
         counts[tuple(measured)] = kinds["answers"], kinds["pt probes"], kinds["ift probed"], kinds["report"]
-    assert counts == {("answers",): (10, 0, 0, 1), ("probes",): (0, 5, 5, 1), ("answers", "probes"): (10, 5, 5, 1)}
+    assert counts == {("answers",): (10, 0, 0, 1), ("answers", "probes"): (10, 5, 5, 1)}
+    with pytest.raises(run.RunError, match="n4: trained, and not probed as figure 3 is; add --measure answers"):
+        run.chosen(arguments.parse_args(["--form", "full", "--arms", "single", "n4", "--measure", "probes"]))
+    form, arms, seeds = run.chosen(arguments.parse_args(["--form", "full", "--arms", "single", "--measure", "probes"]))
+    kinds = collections.Counter(step.kind for step in steps.plan(tmp_path, form, arms, seeds))
+    assert (kinds["answers"], kinds["pt probes"], kinds["ift probed"]) == (0, 5, 5)
 
 
 def test_another_language_model(module, tiny, tmp_path):
@@ -219,11 +224,27 @@ def test_a_run_goes_on_where_it_died(module, fake, tmp_path, capsys):
     assert "4 steps, 4 of them done" in capsys.readouterr().out
     assert (root / "calls").read_text().split() == ["a", "b", "b", "c", "d"]
     journal = module("miniature.run").Journal(root)
-    assert [line["name"] for line in journal.lines("step")] == ["a", "b", "c", "d"]
-    assert len(journal.lines("run")) == 3
+    assert [step["name"] for step in journal.steps()] == ["a", "b", "c", "d"]
+    runs = journal.runs()
+    assert [run["steps"] for run in runs] == [1, 3, 0]
+    assert all(run["seconds"] > 0 and run["workers"] == 2 and run["machine"]["cores"] for run in runs)
     with journal.file.open("a") as file:
         file.write('{"step": {"na')  # a kill in the middle of a line
-    assert len(journal.lines("step")) == 4
+    assert len(journal.steps()) == 4
+
+
+def test_a_run_that_was_killed_counts_until_its_last_step(module, tmp_path):
+    journal = module("miniature.run").Journal(tmp_path)
+    for line in (
+        {"began": {"began": 100.0, "workers": 2, "machine": {"commit": "a"}}},
+        {"step": {"name": "x", "kind": "x", "seconds": 50, "ended": 160.0}},
+        {"began": {"began": 1000.0, "workers": 2, "machine": {"commit": "b"}}},
+        {"step": {"name": "y", "kind": "y", "seconds": 7, "ended": 1007.0}},
+        {"run": {"began": 1000.0, "seconds": 9.0}},
+        {"began": {"began": 2000.0, "workers": 2, "machine": {"commit": "c"}}},
+    ):
+        journal.add(line)
+    assert [(run["seconds"], run["steps"]) for run in journal.runs()] == [(60, 1), (9, 1), (0, 0)]
 
 
 @pytest.mark.parametrize(("what", "said"), [("fails", "ended with status 3"), ("forgets", "left something undone")])
@@ -272,8 +293,8 @@ def test_a_folder_is_of_one_form_and_one_run(module, tmp_path):
     form, arms, seeds = run.chosen(arguments.parse_args(["--arms", "distilled", "single", "--seeds", "2"]))
     assert (form.name, arms, seeds) == ("quick", ["single", "distilled"], [0, 1])
     assert run.chosen(arguments.parse_args(["--seeds", "2", "--first-seed", "3"]))[2] == [3, 4]
-    for words, why in ((["--seeds", "0"], "--seeds 0"), (["--first-seed", "-1"], "--first-seed -1")):
-        with pytest.raises(run.RunError, match=why):
+    for words in (["--seeds", "0"], ["--first-seed", "-1"], ["--workers", "0"]):
+        with pytest.raises(run.RunError, match=" ".join(words)):
             run.chosen(arguments.parse_args(words))
 
 
@@ -291,7 +312,8 @@ def test_a_page_is_made_of_what_is_done(module, made, tmp_path, capsys):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "stage.json").write_text('{"finished": true}')
     before = (made / "journal.jsonl").read_text()
-    run.run(arguments.parse_args(["--dir", str(made), "--page"]))
+    with run._held(made):  # a run that is at work
+        run.run(arguments.parse_args(["--dir", str(made), "--page"]))
     assert (made / "journal.jsonl").read_text() == before
     assert "Probes of depth after PT" in (made / "index.html").read_text()
 
@@ -335,6 +357,61 @@ def test_models_of_the_same_efforts_are_lent(module, tmp_path):
     assert run.lend_models(tmp_path / "run", forms["quick"], ready) == []  # a folder is left alone
     assert run.lend_models(tmp_path / "other", forms["full"], ready) == ["depth"]
     assert run.lend_models(tmp_path / "toy", forms["toy"], ready) == []
+    with pytest.raises(run.RunError, match=r"--train-models: .*depth came ready; name a new folder with --dir"):
+        run.refuse_lent(tmp_path / "run", ready)
+    run.refuse_lent(tmp_path / "toy", ready)
+
+
+def test_a_model_is_lent_whole_or_not_at_all(module, tmp_path, monkeypatch):
+    """A folder with a record counts as a model that is done, and its record may be the first file to be copied."""
+    run, quick = module("miniature.run"), module("miniature.forms").FORMS["quick"]
+    copied = run.shutil.copytree
+
+    def killed(source, target):
+        target.mkdir(parents=True)
+        run.shutil.copy(source / "miniature.json", target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.shutil, "copytree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.lend_models(tmp_path, quick)
+    monkeypatch.setattr(run.shutil, "copytree", copied)
+    names = module("miniature.models").NAMES
+    assert set(run.lend_models(tmp_path, quick)) == set(names)
+    assert {path.name for path in (tmp_path / "models").iterdir()} == set(names)
+
+
+def test_a_model_of_the_hub_is_fetched_ahead_of_workers_that_are_offline(module, tiny, monkeypatch):
+    run, asked = module("miniature.run"), []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, **_: asked.append(model))
+    run.fetch_llm(str(tiny["llm"]))
+    run.fetch_llm("somebody/a-model")
+    assert asked == ["somebody/a-model"]
+
+    def offline(model: str, **_):
+        raise OSError("no way there")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(run.RunError, match="--llm somebody/a-model: it cannot be fetched: no way there"):
+        run.fetch_llm("somebody/a-model")
+
+
+def test_a_report_is_made_again_when_a_run_ended_behind_it(module, tmp_path):
+    steps, toy = module("miniature.steps"), module("miniature.forms").FORMS["toy"]
+    *_, report = steps.plan(tmp_path, toy, ["single"], [0])
+    assert report.name == "report"
+    ends = [tmp_path / "runs/single/seed-0" / stage / end
+            for stage in ("pt", "ift") for end in ("stage.json", "probes/eval/scores.json")]  # fmt: skip
+    for end in ends:
+        end.parent.mkdir(parents=True, exist_ok=True)
+        end.touch()
+        os.utime(end, (100, 100))
+    (tmp_path / "report.html").touch()
+    assert report.done()
+    os.utime(ends[-1], (2e9, 2e9))
+    assert not report.done()
+    ends[-1].unlink()
+    assert not report.done()
 
 
 @pytest.mark.parametrize("form", ["quick", "full"])
@@ -377,10 +454,16 @@ def answers(folder: Path, right: dict[str, float]) -> None:
 @pytest.fixture
 def made(tmp_path):
     """A folder with the scores of runs that never were: three seeds of single, of distilled, and one of a baseline."""
-    (tmp_path / "journal.jsonl").write_text(
-        '{"step": {"name": "seed 0/single/pt", "kind": "pt", "seconds": 60}}\n'
-        '{"run": {"began": 0, "seconds": 90, "load": 1.5, "workers": 2}}\n'
+    here = {"commit": "abc", "date": "then", "load": 1.5, "cpu": "x", "cores": 2, "memory_gb": 8, "versions": {}}
+    lines = (
+        {"began": {"began": 0, "workers": 2, "machine": here}},
+        {"step": {"name": "seed 0/single/pt", "kind": "pt", "seconds": 60, "ended": 65}},
+        {"run": {"began": 0, "seconds": 90}},
+        {"began": {"began": 200, "workers": 2, "machine": {**here, "commit": "def", "date": "later", "load": 0.5}}},
+        {"step": {"name": "seed 0/single/ift", "kind": "ift", "seconds": 10, "ended": 210}},
+        {"began": {"began": 300, "workers": 2, "machine": {**here, "commit": "of a run that did nothing"}}},
     )
+    (tmp_path / "journal.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     for seed in range(3):
         for arm, at in (("single", 0.8), ("distilled", 0.9)):
             run = tmp_path / "runs" / arm / f"seed-{seed}"
@@ -411,7 +494,9 @@ def test_scores_are_collected_by_seed(module, results):
     assert table.values["single encoder"]["Depth"] == pytest.approx([50, 51, 52])
     assert table.values["feature concat"]["Depth"] == [75.0]
     assert table.difference("feature concat", "Depth").mean == 25  # of the one seed that both have
-    assert (results["seconds"], results["machine"]["load"]) == (90, 1.5)
+    assert results["seeds"] == [0, 1, 2]
+    assert results["seconds"] == 90 + 10  # of the run that was killed until its last step
+    assert [results["machine"][name] for name in ("commit", "date", "load")] == ["abc, def", "then", 1.5]
     lines = after_pt.markdown().splitlines()
     assert lines[-3].startswith("| distilled minus single encoder | 3 | 0.1000 [0.1000, 0.1000] |")
 
@@ -423,34 +508,42 @@ def test_runs_of_other_seeds_are_put_together(module):
         n = len(seeds) if have is None else have
         values = {arm: {"Depth": [10.0 * i + s for s in seeds[:n]]} for i, arm in enumerate(arms)}
         table = figures.Seeds("t", values, {"distilled": "single encoder"}, 1)
-        pairs = figures.ItemPairs("p", "a", "b", {"Depth": [[960, s, 0] for s in seeds]}, {"Depth": [0.5] * len(seeds)})
+        counts, p = {"Depth": [[960, s, 0] for s in seeds]}, {"Depth": [0.5] * len(seeds)}
+        pairs = figures.ItemPairs("p", "a", "b", seeds, counts, p)
         models = figures.Count("llm", {"": {"Depth": 0.8}})
         found = {"models": [models], "table 1": [table], "item by item": [pairs]}
         found = {name: figures.to_json(parts) for name, parts in found.items()}
         about = {"form": {"name": "full"}, "seeds": seeds, "seconds": 60.0, "figures": found}
-        return about | {"machine": {"commit": f"c{seeds[0]}", "date": "now"}} | changed
+        return about | {"machine": {"commit": f"c{seeds[0]}", "date": "now", "cpu": "x", "cores": 2}} | changed
 
     all_five = joined(joined(run([0]), run([1, 2])), run([3, 4]))
     assert (all_five["seeds"], all_five["seconds"]) == ([0, 1, 2, 3, 4], 180)
     (table,) = figures.from_json(all_five["figures"]["table 1"])
     assert table.values == {"single encoder": {"Depth": [0, 1, 2, 3, 4]}, "distilled": {"Depth": [10, 11, 12, 13, 14]}}
     assert table.notes == [
-        "Of several runs: seeds 0 in 1 minutes, commit c0, now; seeds 1, 2 in 1 minutes, commit c1, now; "
-        "seeds 3, 4 in 1 minutes, commit c3, now."
+        "Of several runs: seeds 0 in 1 minutes on 2 cores of x, commit c0, now; "
+        "seeds 1, 2 in 1 minutes on 2 cores of x, commit c1, now; "
+        "seeds 3, 4 in 1 minutes on 2 cores of x, commit c3, now."
     ]
     (pairs,) = figures.from_json(all_five["figures"]["item by item"])
     assert [row[1] for row in pairs.counts["Depth"]] == [0, 1, 2, 3, 4]
     assert len(pairs.p["Depth"]) == 5
+    assert pairs.seeds == [0, 1, 2, 3, 4]
+    assert "| seed 4: only a, only b, p |" in pairs.markdown()
     assert joined(run([0, 1]), run([0, 1, 2])) == run([0, 1, 2])  # the same seeds again take their place
     for other, why in (
         (run([1, 2]), "seeds 1 are there already"),
         (run([2], form={"name": "quick"}), "of another form"),
+        (run([0, 1, 2], form={"name": "quick"}), "of another form"),
+        (run([0, 1, 2], arms=("distilled",)), "seeds 0, 1 are there already.* with all the arms"),
         (run([2, 3], have=1), "of 2 and 2 seeds 2 and 1 are there"),
         (run([2], arms=("single encoder", "distilled", "n4")), "run the same arms"),
         (run([2], figures={"table 1": []}), "other small models"),
     ):
         with pytest.raises(ValueError, match=why):
             joined(run([0, 1]), other)
+    with pytest.raises(ValueError, match="no run of the experiments"):
+        joined({"figures": {"shortcuts": []}}, run([0]))
 
 
 def test_findings_say_what_the_intervals_do(module, results):
@@ -474,7 +567,7 @@ def test_findings_say_what_the_intervals_do(module, results):
 
 def test_the_page_holds_what_was_found_and_asks_for_nothing(module, results):
     figures = module("figures")
-    pairs = figures.ItemPairs("a against b", "a", "b", {"Depth": [[96, 20, 10]]}, {"Depth": [0.0987]})
+    pairs = figures.ItemPairs("a against b", "a", "b", [3], {"Depth": [[96, 20, 10]]}, {"Depth": [0.0987]})
     results["figures"]["item by item"] = [pairs]
     assert "| Depth | 96 | 20, 10, 0.099 |" in pairs.markdown()
     results["figures"] = {name: figures.to_json(found) for name, found in results["figures"].items()}
@@ -484,6 +577,14 @@ def test_the_page_holds_what_was_found_and_asks_for_nothing(module, results):
     assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org", "")
     assert "None" not in html
     assert "inf" not in html.lower().replace("information", "")
+    assert ">seed 3<" in html
+    for found in results["figures"].values():  # of one seed
+        for figure in found:
+            for columns in figure.get("values", {}).values():
+                columns |= {name: values[:1] for name, values in columns.items() if isinstance(values, list)}
+    html = module("miniature.page").page_of(json.loads(json.dumps(results)), [])
+    assert "inf" not in html.lower().replace("information", "")
+    assert "distilled minus single: +0.1000<" in html
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,6 @@ def _of_answers(table: Seeds) -> Iterator[str]:
 
 
 def signed(interval: Interval, digits: int) -> str:
-    """+0.012 [+0.003, +0.021]."""
+    """+0.012 [+0.003, +0.021], and the mean alone of one value."""
     mean, low, high = (f"{x:+.{digits}f}" for x in (interval.mean, interval.low, interval.high))
-    return f"{mean} [{low}, {high}]"
+    return f"{mean} [{low}, {high}]" if interval.values > 1 else mean

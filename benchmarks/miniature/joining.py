@@ -14,19 +14,23 @@ Run = Mapping[str, Any]
 
 
 def joined(before: Run, now: Run) -> dict[str, Any]:
-    """`now`, behind the seeds of `before`; `now` alone where it has all of those itself.
+    """`now`, behind the seeds of `before`; `now` alone where it has all of those, and all their arms, itself.
 
     Raises:
-        ValueError: runs of another form, of other small models or arms, that share some of their seeds, or in which an
-            arm lacks a seed.
+        ValueError: what is kept is no run of this kind, is of another form, other small models or arms, shares some of
+            its seeds with this one, or an arm lacks a seed.
     """
-    there, here = before.get("seeds"), now["seeds"]
-    if there is None or set(here) >= set(there):
+    if not {"seeds", "form"} <= before.keys():
+        raise ValueError("what is there is no run of the experiments; give another --name")
+    if before["form"] != now["form"] or before["figures"].get("models") != now["figures"].get("models"):
+        raise ValueError("what is there is of another form or of other small models; remove it, or give another --name")
+    there, here = before["seeds"], now["seeds"]
+    if set(here) >= set(there) and _series(now).keys() >= _series(before).keys():
         return dict(now)
     if common := sorted(set(here) & set(there)):
-        raise ValueError(f"seeds {_listed(common)} are there already; run all of them again, or none: --first-seed")
-    if before["form"] != now["form"] or before["figures"].get("models") != now["figures"].get("models"):
-        raise ValueError("what is there is of another form or of other small models; give another --name")
+        raise ValueError(
+            f"seeds {_listed(common)} are there already; run all again, with all the arms, or none: --first-seed"
+        )
     if (kept := before["figures"].keys()) != now["figures"].keys():
         raise ValueError(f"what is there has {', '.join(kept)}, and this run {', '.join(now['figures'])}")
     figures = {
@@ -35,7 +39,8 @@ def joined(before: Run, now: Run) -> dict[str, Any]:
     }
     parts = [*before.get("parts", [_part(before)]), _part(now)]
     told = "; ".join(
-        f"seeds {_listed(part['seeds'])} in {part['seconds'] / 60:.0f} minutes, commit {part['commit']}, {part['date']}"
+        f"seeds {_listed(part['seeds'])} in {part['seconds'] / 60:.0f} minutes on {part['cores']} cores of "
+        f"{part['cpu']}, commit {part['commit']}, {part['date']}"
         for part in parts
     )
     for figure in [figure for found in figures.values() for figure in found if figure["kind"] == "seeds"][:1]:
@@ -44,16 +49,28 @@ def joined(before: Run, now: Run) -> dict[str, Any]:
     return {**now, "seeds": [*there, *here], "seconds": seconds, "figures": figures, "parts": parts}
 
 
+def _series(run: Run) -> dict[tuple[str, str, str], int]:
+    """By figure, title and arm, of how many seeds there are values."""
+    return {
+        (name, figure["title"], arm): len(next(iter(columns.values())))
+        for name, found in run["figures"].items()
+        for figure in found
+        if figure["kind"] == "seeds"
+        for arm, columns in figure["values"].items()
+    }
+
+
 def _part(run: Run) -> dict[str, Any]:
     machine = run["machine"]
-    return {"seeds": run["seeds"], "seconds": run["seconds"], "commit": machine["commit"], "date": machine["date"]}
+    about = {name: machine[name] for name in ("commit", "date", "cpu", "cores")}
+    return {"seeds": run["seeds"], "seconds": run["seconds"], **about}
 
 
 def _both(one: Run, two: Run, seeds: int, more: int) -> dict[str, Any]:
     """A figure's values a seed, one run's behind the other's; what has none is the later run's."""
     if one["title"] != two["title"]:
         raise ValueError(f"{one['title']} was measured there, {two['title']} here")
-    lists = {"seeds": ("values",), "item pairs": ("counts", "p")}.get(two["kind"], ())
+    lists = {"seeds": ("values",), "item pairs": ("seeds", "counts", "p")}.get(two["kind"], ())
     return {**two, **{name: _lists(two["title"], one[name], two[name], seeds, more) for name in lists}}
 
 

@@ -101,10 +101,10 @@ def make_models(
     return scores
 
 
-def scored(root: Path) -> list[Count]:
-    """Figures of the models that are in a folder."""
+def scored(root: Path, names: Sequence[str] = NAMES) -> list[Count]:
+    """Figures of the models, of these names, that are in a folder."""
     found, size = [], 0.0
-    for name in NAMES:
+    for name in names:
         if (record := root / name / RECORD).is_file():
             there = json.loads(record.read_text())
             size += there["megabytes"]

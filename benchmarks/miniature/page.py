@@ -37,9 +37,10 @@ LEAD = (
 TOY = "The toy form shows that everything runs. Nothing was trained long enough for its figures to mean anything."
 PROBES_ABOUT = (
     "A probe learns to read the teacher's features from the states of one layer of the frozen model; its cosine with "
-    "the truth on pictures that nothing was trained on says how well the layer represents them. Lines are means over "
+    "them on pictures that nothing was trained on says how well the layer represents them. Lines are means over "
     "seeds, bands their 95 % intervals (Student's t). What tells the arms apart is the paired difference below: the "
-    "arms of a seed share their data, its order, and what their probes start from."
+    "arms of a seed share their data, its order, and what their probes start from. World, questions, teachers and the "
+    "models that training starts from are the same in all seeds: intervals say nothing of other ones."
 )
 ANSWERS_ABOUT = (
     "Accuracy in percent on held-out questions, asked and judged by olavlm-eval as CV-Bench is. Means over seeds, 95 % "
@@ -47,9 +48,10 @@ ANSWERS_ABOUT = (
 )
 ITEMS_ABOUT = "Questions that only one of two models has right, a pair a seed, and McNemar's exact p value."
 PICTURES_ABOUT = (
-    "Pictures that nothing was trained on, first seed. Every map is drawn by the depth teacher's own decoder: of "
-    "the teacher's features above, below of what probes read in a layer. Red is close, and each map spans the colours "
-    "by itself. The decoder learned from four layers and is given one, four times."
+    "Pictures that nothing was trained on, first seed. Every map but the truth is drawn by the depth teacher's own "
+    "decoder: of the teacher's features above, below of what probes read in a layer. Red is close, and each map spans "
+    "the colours by itself. The decoder reads four layers, and is given one, four times; it learned from four, and in "
+    "some of the batches from their mean, four times."
 )
 
 
@@ -126,8 +128,7 @@ def _table(figure: Seeds, title: str) -> str:
         rows.append([arm, intervals[0].values, *map(figure.written, intervals)])
     for arm, other in figure.over.items():
         intervals = [figure.difference(arm, column) for column in figure.columns]
-        shown = [signed(i, figure.digits) if i.values > 1 else f"{i.mean:+.{figure.digits}f}" for i in intervals]
-        rows.append([f"{arm} minus {other}", intervals[0].values, *shown])
+        rows.append([f"{arm} minus {other}", intervals[0].values, *(signed(i, figure.digits) for i in intervals)])
     numbers = range(1, 2 + len(figure.columns))
     return table(title, ["", "seeds", *figure.columns], rows, numbers=numbers, shown=True)
 
@@ -150,7 +151,7 @@ def _items(figures: Mapping[str, list[Figures]]) -> str:
             [name, found[0][0], *(f"{a} : {b}, p {p:.2g}" for (_, a, b), p in zip(found, pairs.p[name], strict=True))]
             for name, found in pairs.counts.items()
         ]
-        head = ["", "questions", *(f"seed {i}" for i in range(len(rows[0]) - 2))]
+        head = ["", "questions", *(f"seed {seed}" for seed in pairs.seeds)]
         title = f"{pairs.title}: only {pairs.first} : only {pairs.second}"
         drawn.append(table(title, head, rows, numbers=range(1, len(head)), shown=True))
     return block("Question by question", "".join(drawn), ITEMS_ABOUT)
@@ -185,7 +186,7 @@ def _how(figures: Mapping[str, list[Figures]], run: Mapping[str, Any], commands:
         ("versions", ", ".join(f"{name} {version or 'absent'}" for name, version in machine["versions"].items())),
         *((name.replace("_", " "), _value(value)) for name, value in run["form"].items()),
     ]
-    notes = [note for found in figures.values() for figure in found for note in figure.notes]
+    notes = dict.fromkeys(note for found in figures.values() for figure in found for note in figure.notes)
     scores = "".join(_scores(figure) for figure in figures.get("models", ()) if isinstance(figure, Count))
     content = facts(pairs) + "".join(f"<p>{escape(text)}</p>" for text in notes)
     content += fold("What the small models score", scores) if scores else ""

@@ -19,11 +19,10 @@ from ..figures import Figures, ItemPairs, Seeds
 from ..machine import describe
 from .arms import ARMS, DISTILLED, SINGLE, arms_of
 from .forms import Form
-from .models import scored
-from .run import Journal
-from .steps import BENCHMARK, STAGES, run_folder
+from .models import NAMES, scored
+from .run import PACKAGES, Journal
+from .steps import BENCHMARK, STAGES, covered, run_folder
 
-PACKAGES = ("torch", "transformers", "accelerate", "ray", "zarr", "lmms-eval", "pillow", "numpy")
 TABLES = {"table 1": SINGLE, "table 4": "tokens_only", "table 5": "n0"}
 """By table, the arm that its others are compared with."""
 _AT_ONCE = 480
@@ -33,11 +32,9 @@ COLUMNS = ("Count", "Relation", "Depth", "Distance", "2D", "3D", "Overall")
 
 def collect(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """A run of a benchmark as results/*.json keeps it."""
-    runs = Journal(root).lines("run")
-    machine = describe(root, PACKAGES)
-    machine["load"] = round(max((run["load"] for run in runs), default=0.0), 2)
+    runs = Journal(root).runs()
     figures: dict[str, list[Figures]] = {
-        "models": scored(root / "models"),
+        "models": scored(root / "models", [name for name in NAMES if name != "llm" or not form.llm]),
         "figure 3": figure_3(root, form, arms, seeds),
         **{name: table(root, name, arms, seeds) for name in TABLES},
         "item by item": item_pairs(root, arms, seeds),
@@ -48,11 +45,26 @@ def collect(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -
     return {
         "size": form.name,
         "form": json.loads(json.dumps(form.settings())),  # as it is read again
-        "seeds": list(seeds),
-        "machine": machine,
+        "seeds": _measured(figures, seeds),
+        "machine": measured_on(root, runs),
         "seconds": round(sum(run["seconds"] for run in runs), 1),
         "figures": {name: found for name, found in figures.items() if found},
     }
+
+
+def measured_on(root: Path, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The machine of the runs that did something, as the last of them found it, with the commits of all, and the date
+    and load of the first."""
+    at_work = [run["machine"] for run in runs if run["steps"]] or [describe(root, PACKAGES)]
+    commits = dict.fromkeys(str(machine["commit"]) for machine in at_work)
+    return {**at_work[-1], "commit": ", ".join(commits), "date": at_work[0]["date"], "load": at_work[0]["load"]}
+
+
+def _measured(figures: Mapping[str, Sequence[Figures]], seeds: Sequence[int]) -> list[int]:
+    """Those of `seeds` of which there is a figure: the first so many."""
+    counts = [len(column) for found in figures.values() for figure in found if isinstance(figure, Seeds)
+              for columns in figure.values.values() for column in columns.values()]  # fmt: skip
+    return list(seeds)[: max(counts, default=0)]
 
 
 def figure_3(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -> list[Seeds]:
@@ -61,7 +73,8 @@ def figure_3(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) 
     for task in form.probe_tasks:
         notes = []
         if (same := blind_cosine(root, task, form)) is not None:
-            notes.append(f"A prediction that is the same for every picture, the training pictures' mean: {same:.4f}.")
+            told = "A prediction that is the same for every picture, the mean of those to train on"
+            notes.append(f"{told}, has a cosine of {same:.4f} with {task}'s features.")
         for stage in STAGES:
             values = {}
             for arm in arms:
@@ -74,13 +87,16 @@ def figure_3(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) 
 
 
 def blind_cosine(root: Path, task: str, form: Form) -> float | None:
-    """What probes are to be measured against: the mean cosine, over held-out pictures, of what needs no picture."""
+    """What probes are to be measured against: the mean cosine, over held-out pictures, of what needs no picture.
+
+    None until all features are there.
+    """
     from olavlm.cache import FeatureStore
     from olavlm.student.probing.settings import default_key
 
-    if not (root / "features" / "zarr.json").is_file():
+    if not covered(root, form.scenes + form.held_out, [key := default_key(task)]):
         return None
-    features = FeatureStore(root / "features")[default_key(task)]
+    features = FeatureStore(root / "features")[key]
     mean, rows = 0.0, range(form.scenes)  # in the plan, the pictures to train on come first
     for start in rows[::_AT_ONCE]:
         values, _ = features.read(list(rows[start : start + _AT_ONCE]))
@@ -130,7 +146,7 @@ def item_pairs(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[It
     """Every other arm of table 1 against the single encoder, on the same questions."""
     pairs = []
     for arm in arms_of("table 1"):
-        both = [s for s in seeds if all(_answered(root, name, s) for name in (arm.name, SINGLE))]
+        both = list(takewhile(lambda s: all(_answered(root, name, s) for name in (arm.name, SINGLE)), seeds))  # noqa: B023
         if arm.name != SINGLE and {arm.name, SINGLE} <= set(arms) and both:
             found = [_compared(root, arm.name, seed) for seed in both]
             counts = {
@@ -139,7 +155,7 @@ def item_pairs(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[It
             }
             p = {name: [f[name]["p"] for f in found] for name in found[0]}
             title = f"{arm.title} against {ARMS[SINGLE].title} on the same questions"
-            pairs.append(ItemPairs(title, arm.title, ARMS[SINGLE].title, counts, p))
+            pairs.append(ItemPairs(title, arm.title, ARMS[SINGLE].title, both, counts, p))
     return pairs
 
 
@@ -158,10 +174,10 @@ def _compared(root: Path, arm: str, seed: int) -> dict[str, dict[str, Any]]:
 def took(root: Path) -> str:
     """A sentence about what the steps took."""
     kinds: dict[str, list[float]] = {}
-    for line in Journal(root).lines("step"):
+    for line in Journal(root).steps():
         kinds.setdefault(line["kind"], []).append(line["seconds"])
     parts = [f"{kind} {median(s):.0f} s" + (f" x {len(s)}" if len(s) > 1 else "") for kind, s in kinds.items()]
-    workers = max((run["workers"] for run in Journal(root).lines("run")), default=0)
+    workers = max((run["workers"] for run in Journal(root).runs()), default=0)
     return f"Seconds a step took, medians, with {workers} at a time: {', '.join(parts)}."
 
 

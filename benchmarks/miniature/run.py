@@ -3,7 +3,7 @@
 python -m benchmarks.miniature run --form quick --dir mini      figure 3 with three seeds; `mini/index.html`
 
 DIR/form.json        sizes, which every run in the folder shares
-DIR/journal.jsonl    what was done, when and how long it took, a line a step and one a run
+DIR/journal.jsonl    what was done, when, where and how long it took: a line a step, and one where a run begins and ends
 DIR/logs/            what each command printed
 """
 
@@ -16,7 +16,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from multiprocessing import connection
 from pathlib import Path
@@ -25,6 +25,7 @@ from time import perf_counter, time
 
 from olavlm.teachers import miniature
 
+from ..machine import describe
 from .arms import ARMS, DISTILLED, SINGLE
 from .forms import ANSWERS, FORMS, PROBES, Form
 from .models import NAMES, RECORD, SIZES
@@ -36,6 +37,7 @@ FORM_FILE, JOURNAL, LOGS = "form.json", "journal.jsonl", "logs"
 RESULTS, PAGE = "results.json", "index.html"
 READY = {name: miniature.folder(name) if name in miniature.NAMES else FOLDER / "trained" / name for name in NAMES}
 """A run's models/, kept to be lent to others: the teachers with the package."""
+PACKAGES = ("torch", "transformers", "accelerate", "ray", "zarr", "lmms-eval", "pillow", "numpy")
 GB_A_WORKER = 3
 _TAIL = 12
 
@@ -53,10 +55,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--llm", metavar="MODEL", help="another language model, such as HuggingFaceTB/SmolLM2-135M-Instruct")
     p.add_argument("--measure", nargs="+", choices=[PROBES, ANSWERS], help="of trained models (default: the form's)")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core, if memory allows)")
-    p.add_argument("--train-models", action="store_true", help="train the small models even if they come ready")
+    p.add_argument(
+        "--train-models", action="store_true", help="train the small models, which come ready, in a new folder"
+    )
     p.add_argument("--name", help="keep the figures as results/NAME.json, beside its other seeds; render README.md")
     p.add_argument("--list", action="store_true", help="print the commands, done or not, and run nothing")
-    p.add_argument("--page", action="store_true", help="make the page of what is done, and run nothing")
+    p.add_argument("--page", action="store_true", help="make the page of what is done, also while a run is at work")
 
 
 def chosen(args: argparse.Namespace) -> tuple[Form, list[str], list[int]]:
@@ -67,11 +71,15 @@ def chosen(args: argparse.Namespace) -> tuple[Form, list[str], list[int]]:
         raise RunError(f"--seeds {seeds}: at least 1")
     if args.first_seed < 0:
         raise RunError(f"--first-seed {args.first_seed}: at least 0")
+    if args.workers is not None and args.workers < 1:
+        raise RunError(f"--workers {args.workers}: at least 1")
     if args.llm:
         form = replace(form, **_other_llm(args.llm))
     if args.measure:
         form = replace(form, measured=tuple(args.measure))
     arms = [name for name in ARMS if name in (args.arms or form.arms)]
+    if unmeasured := [name for name in arms if name not in (SINGLE, DISTILLED) and form.measured == (PROBES,)]:
+        raise RunError(f"{', '.join(unmeasured)}: trained, and not probed as figure 3 is; add --measure {ANSWERS}")
     return form, arms, list(range(args.first_seed, args.first_seed + seeds))
 
 
@@ -102,13 +110,20 @@ def run(args: argparse.Namespace) -> None:
     if args.page and not any(step.done() for step in steps):
         raise RunError(f"{root}: nothing is done there yet; run it without --page")
     root.mkdir(parents=True, exist_ok=True)
-    with _held(root):
+    with nullcontext() if args.page else _held(root):
         check_form(root, form)
         if not args.page:
-            if not args.train_models:
+            if args.train_models:
+                refuse_lent(root)
+            else:
                 lend_models(root, form)
+            if form.llm:
+                fetch_llm(form.llm)
             execute(root, steps, args.workers or default_workers())
-        lines = [step.line.replace(f"{FOLDER.parents[1]}/", "") for step in steps]  # recipes from the repository's root
+        lines = [
+            f"# REPO is the repository; in {root.name}/, with PYTHONPATH=$REPO",
+            *(step.line.replace(f"{FOLDER.parents[1]}/", "$REPO/") for step in steps),
+        ]
         publish(root, form, arms, seeds, lines, args.name)
 
 
@@ -161,11 +176,37 @@ def lend_models(root: Path, form: Form, ready: Mapping[str, Path] = READY) -> li
         record, folder = ready[name] / RECORD, root / "models" / name
         asked = {"size": form.models, "seed": 0, **asdict(SIZES[form.models].efforts[name])}
         if record.is_file() and json.loads(record.read_text())["trained"] == asked and not folder.exists():
-            shutil.copytree(ready[name], folder)
+            part = folder.with_name(f".{name}")  # a folder with a record is taken for whole, so it appears as one
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(ready[name], part)
+            part.rename(folder)
             lent.append(name)
     if lent:
-        print(f"{', '.join(lent)}: trained before, and kept here; --train-models would train them anew", flush=True)
+        print(
+            f"{', '.join(lent)}: trained before, and kept here; --train-models trains them in a new folder", flush=True
+        )
     return lent
+
+
+def refuse_lent(root: Path, ready: Mapping[str, Path] = READY) -> None:
+    """RunError if the folder has models that `lend_models` put there: they would not be trained anew."""
+    for name in NAMES:
+        here, kept = root / "models" / name / RECORD, ready[name] / RECORD
+        if here.is_file() and kept.is_file() and here.read_bytes() == kept.read_bytes():
+            raise RunError(f"--train-models: {here.parent} came ready; name a new folder with --dir")
+
+
+def fetch_llm(model: str) -> None:
+    """Put a model of the hub where workers, which are offline, find it. RunError if it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if Path(model).is_dir():
+        return
+    try:
+        snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise RunError(f"--llm {model}: it cannot be fetched: {error}") from None
 
 
 def default_workers() -> int:
@@ -179,7 +220,8 @@ def execute(root: Path, steps: Sequence[Step], count: int) -> None:
     (root / LOGS).mkdir(exist_ok=True)
     done = {step.name for step in steps if step.done()}
     print(f"{len(steps)} steps, {len(done)} of them done; {count} workers; commands are run in {root}", flush=True)
-    journal, began, load = Journal(root), time(), os.getloadavg()[0]
+    journal, began = Journal(root), time()
+    journal.add({"began": {"began": began, "workers": count, "machine": describe(root, PACKAGES)}})
     workers: list[Worker] = []
     try:
         with _stopped_as_by_ctrl_c():
@@ -188,8 +230,7 @@ def execute(root: Path, steps: Sequence[Step], count: int) -> None:
     finally:
         for worker in workers:
             worker.stop()
-        seconds = time() - began
-        journal.add({"run": {"began": began, "seconds": seconds, "load": load, "workers": count}})
+        journal.add({"run": {"began": began, "seconds": time() - began}})
 
 
 class Journal:
@@ -202,15 +243,32 @@ class Journal:
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def lines(self, kind: str) -> list[dict]:
-        """Of `step`, or of `run`; a line that a kill tore is left out."""
+    def lines(self) -> list[dict]:
+        """All, each under its kind; a line that a kill tore is left out."""
         found = []
         for text in self.file.read_text().splitlines() if self.file.is_file() else ():
             try:
                 found.append(json.loads(text))
             except ValueError:
                 continue
-        return [line[kind] for line in found if kind in line]
+        return found
+
+    def steps(self) -> list[dict]:
+        return [line["step"] for line in self.lines() if "step" in line]
+
+    def runs(self) -> list[dict]:
+        """When each began, with how many workers, on which machine, how many steps it did and how long it was at work:
+        one that was killed until its last step."""
+        runs: list[dict] = []
+        for line in self.lines():
+            if "began" in line:
+                runs.append({**line["began"], "steps": 0, "seconds": 0.0})
+            elif "step" in line and runs:
+                runs[-1]["steps"] += 1
+                runs[-1]["seconds"] = line["step"]["ended"] - runs[-1]["began"]
+            elif "run" in line and runs:
+                runs[-1]["seconds"] = line["run"]["seconds"]
+        return runs
 
 
 class _Schedule:
@@ -258,13 +316,14 @@ class _Schedule:
             raise RunError(f"{step.name} {how}; {self._log(step)} ends:\n{tail}\n\nits command: {step.line}")
         self.done.add(step.name)
         seconds = perf_counter() - began
-        self.journal.add({"step": {"name": step.name, "kind": step.kind, "seconds": round(seconds, 2)}})
+        done = {"name": step.name, "kind": step.kind, "seconds": round(seconds, 2), "ended": time()}
+        self.journal.add({"step": done})
         print(f"  {step.name}: {seconds:.0f} s; {len(self.done)} of {self.total}{self._left()}", flush=True)
 
     def _left(self) -> str:
         """When steps of all kinds that are to come have been timed, the time that they will take."""
         known: dict[str, list[float]] = {}
-        for line in self.journal.lines("step"):
+        for line in self.journal.steps():
             known.setdefault(line["kind"], []).append(line["seconds"])
         left = [*self.todo, *(step for step, _ in self.busy.values())]
         if not left or any(step.kind not in known for step in left):

@@ -1,8 +1,10 @@
-"""How far one gets in a world without seeing it, or by what is not depth: all of it must be near chance.
+"""How far one gets in a world without seeing it, or by what is not depth: words and fixed rules must be near chance.
 
 *Text*: a logistic regression for each task and option, on the words of question and options (and pairs of a word with
 its place among the options), trained on one set of pictures' questions and asked on another. *Size*, *height*,
-*picture*: fixed rules that choose the larger object, the lower one, and the one nearer in the picture.
+*picture*: fixed rules that choose the larger object, the lower one, and the one nearer in the picture. *Flat*: a
+logistic regression, too, on where objects are in the picture and how large they are seen, all of it together, which
+blocks do not balance: what answers to Depth and Distance have to exceed to tell of depth.
 """
 
 from __future__ import annotations
@@ -71,6 +73,34 @@ def by_rule(pictures: Sequence[Picture]) -> dict[str, float]:
     return {rule: float(np.mean(answers)) for rule, answers in right.items()}
 
 
+def flat(learnt: Sequence[Picture], asked: Sequence[Picture], task: str, steps: int = 20) -> float:
+    """Accuracy, on the `asked`, of places and seen sizes, weighed as the `learnt` say; `task` is Depth or Distance."""
+    (x, y), (told, truth) = _flat_facts(learnt, task), _flat_facts(asked, task)
+    size = x.std(axis=0)
+    x, told, weights = x / size, told / size, np.zeros(x.shape[1])
+    for _ in range(steps):  # Newton's, with a ridge
+        chance = 1 / (1 + np.exp(-x @ weights))
+        curvature = (x * (chance * (1 - chance))[:, None]).T @ x + np.eye(len(weights))
+        weights -= np.linalg.solve(curvature, x.T @ (chance - y) + weights)
+    return float(((told @ weights > 0) == truth).mean())
+
+
+def _flat_facts(pictures: Sequence[Picture], task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of each question, by how much the second option exceeds the first in what is seen of it, and the letter."""
+    rows, letters = [], []
+    for picture in pictures:
+        facts, question = picture.facts, picture.questions[TASKS.index(task)]
+        *others, first, second = question.about
+        seen = np.stack([facts.row, np.log(facts.area), facts.area], axis=1)
+        for other in others:
+            across, down = np.abs(facts.column - facts.column[other]), np.abs(facts.row - facts.row[other])
+            larger = np.abs(np.log(facts.area / facts.area[other]))
+            seen = np.column_stack([seen, across, down, np.hypot(across, down), larger])
+        rows.append(seen[second] - seen[first])
+        letters.append(question.letter)
+    return np.array(rows, float), np.array(letters)
+
+
 def interval(chance: float, asked: int) -> float:
     """Half of the 95% interval of the accuracy of guessing."""
     return 1.96 * float(np.sqrt(chance * (1 - chance) / asked))
@@ -85,9 +115,11 @@ def measured(seed: int, count: int, processes: int | None = None) -> list[Count]
         for i, task in enumerate(TASKS)
     }
     rules = {rule: _beside(accuracy, "Depth", count) for rule, accuracy in by_rule(asked).items()}
+    places = {task: _beside(flat(learnt, asked, task), task, count) for task in ("Depth", "Distance")}
     return [
         Count(f"Words alone, learnt from {count} pictures' questions, asked {count} others'", alone),
         Count(f"Rules that see no depth, {count} pictures", rules),
+        Count(f"Places and seen sizes, learnt from {count} pictures, asked of {count} others", places),
     ]
 
 

@@ -46,7 +46,7 @@ class Step:
 
     @property
     def line(self) -> str:
-        """As a user types it in the run's folder."""
+        """As a user types it in the run's folder, where Python finds this repository."""
         return f"{self.command} {shlex.join(self.words)}"
 
     @property
@@ -76,7 +76,15 @@ def plan(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -> l
         runs = [folder for run in runs for folder in (run, run / "probes")]
         needs += [f"{name} probed" for name in needs]
     words = (*map(str, runs), "--output", "report.html")
-    return [*steps, Step("report", REPORT, words, tuple(needs), (root / "report.html").is_file)]
+    return [*steps, Step("report", REPORT, words, tuple(needs), lambda: _shows(root / "report.html", root, runs))]
+
+
+def _shows(report: Path, root: Path, runs: Sequence[Path]) -> bool:
+    """Whether a report was made since all of its runs ended."""
+    ends = [root / run / ("eval/scores.json" if run.name == "probes" else "stage.json") for run in runs]
+    return report.is_file() and all(
+        end.is_file() and end.stat().st_mtime_ns <= report.stat().st_mtime_ns for end in ends
+    )
 
 
 def _world(root: Path, form: Form) -> Iterator[Step]:
@@ -93,12 +101,13 @@ def _features(root: Path, form: Form) -> Iterator[Step]:
     rows = form.scenes + form.held_out
     teachers = [word for name in form.tasks for word in ("--teacher", f"{name}=models/{name}")]
     needs = ("world", *(f"model {name}" for name in form.tasks))
-    yield Step("features", EXTRACT, (*teachers, *data), needs, lambda: _covered(root, rows, form.tasks), True)
+    yield Step("features", EXTRACT, (*teachers, *data), needs, lambda: covered(root, rows, form.tasks), True)
     last = ("--teacher", "depth=models/depth", "--recipe", "last", *data)
-    yield Step("features to probe", EXTRACT, last, ("features",), lambda: _covered(root, rows, ["depth-last"]), True)
+    yield Step("features to probe", EXTRACT, last, ("features",), lambda: covered(root, rows, ["depth-last"]), True)
 
 
-def _covered(root: Path, rows: int, keys: Sequence[str]) -> bool:
+def covered(root: Path, rows: int, keys: Sequence[str]) -> bool:
+    """Whether the run's store has these features of so many pictures, all of them."""
     from olavlm.cache import CacheError, FeatureStore
 
     try:

@@ -95,7 +95,7 @@ def summarise(
 ) -> int:
     """Print what was done and what is left; 0, or `JobFailed` if a wanted row is quarantined or missing."""
     opened = FeatureStore(store)
-    bad, missing = [], 0
+    bad, missing, lost = [], 0, []
     for spec in specs:
         group = opened[spec.key]
         rows = opened.rows.rows[:limit]
@@ -105,6 +105,7 @@ def summarise(
         wanted = set(rows.tolist())
         bad += [(spec.key, row, failure) for row, failure in group.failures() if row in wanted]
         missing += coverage.missing
+        lost += [(spec.key, row) for row in group.missing_rows(rows)[:NAMED_FAILURES].tolist()]
     if tally.workers:
         print(cost_words(tally, seconds))
     _name_failures(bad)
@@ -113,10 +114,12 @@ def summarise(
             f"stopped by {stopped}: {tally.total('shards')} shards were committed by this run, those in flight were "
             "dropped; run the same command again to finish"
         )
+    _name_missing(lost, missing)
     if tally.broken_off:
         raise JobFailed(f"{tally.broken_off}; when that is mended, run the same command again")
     if tally.given_up:
-        raise JobFailed(f"{len(tally.given_up)} shards were given up: {tally.given_up[0]}")
+        rest = f"; and {len(tally.given_up) - 1} more" if len(tally.given_up) > 1 else ""
+        raise JobFailed(f"{counted(len(tally.given_up), 'shard')} given up: {tally.given_up[0]}{rest}")
     if missing or bad:
         raise JobFailed(
             f"incomplete: {len(bad)} rows quarantined, {missing} missing; "
@@ -147,6 +150,13 @@ def cost_words(tally: Tally, seconds: float) -> str:
 
 def _pace(rows: int, size: int, seconds: float) -> str:
     return f"{rows} rows, {size / 1e6:.1f} MB, {rows / seconds:.2f} rows/s, {size / 1e6 / seconds:.2f} MB/s"
+
+
+def _name_missing(lost: list[tuple[str, int]], count: int) -> None:
+    for key, row in lost[:NAMED_FAILURES]:
+        print(f"{key} row {row}: missing", file=sys.stderr)
+    if lost and count > NAMED_FAILURES:
+        print(f"... and {count - NAMED_FAILURES} more rows are missing", file=sys.stderr)
 
 
 def _name_failures(bad: list[tuple[str, int, BadImage]]) -> None:

@@ -37,7 +37,7 @@ from olavlm.student.errors import RecipeError, TrainingError
 from olavlm.student.losses.fused import smooth_l1_and_cosines
 from olavlm.student.model import OlaVLM
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.training.checkpoint import latest_step, load_trained, save_step, write_json
+from olavlm.student.training.checkpoint import check_files, latest_step, load_trained, save_step, write_json
 from olavlm.student.training.identity import features_digest, start_digest
 from olavlm.student.training.metrics import open_trackers
 from olavlm.student.training.parallel import Replicated, launched_with, make_optimizer
@@ -102,6 +102,7 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
     resumed_from, first_step = latest_step(run, identity)
     bank = ProbeBank(tasks, layout["width"], settings.seed)
     if resumed_from is not None:
+        check_files(resumed_from)
         load_trained(resumed_from, bank)
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)

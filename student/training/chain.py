@@ -61,7 +61,10 @@ def is_finished(recipe: Recipe, stage: Stage) -> bool:
     run = Path(recipe.train.output_dir)
     if not (run / STAGE_FILE).is_file():
         return False
-    finished = json.loads((run / STAGE_FILE).read_text()).get("finished", 0)
+    try:
+        finished = int(json.loads((run / STAGE_FILE).read_bytes()).get("finished", 0))
+    except (ValueError, TypeError, AttributeError):
+        return False  # damaged: the stage goes on from its last checkpoint, and writes it anew
     global_batch = recipe.train.batch_size * recipe.train.accumulation * num_processes()
     dataset, _ = open_data(recipe)
     latest_step(run, run_identity(recipe, stage, global_batch, dataset))  # or it is another recipe's

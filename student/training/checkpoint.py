@@ -2,7 +2,7 @@
 
     RUN/recipe.yaml versions.json stage.json    the resolved recipe, versions, and what trained
     RUN/metrics.jsonl
-    RUN/checkpoints/step-000200/                trained parameters, optimizer state, step
+    RUN/checkpoints/step-000200/                trained parameters, optimizer state, step, checksums
     RUN/adapter.safetensors adapter.json        PT's result: projector, task tokens, predictors, logit scales
     RUN/config.json model.safetensors ...       VPT's and IFT's result: a whole model, for `OlaVLM.from_pretrained`
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from google_crc32c import extend as extend_crc32c
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -35,6 +36,7 @@ from .identity import Identity, difference
 from .parallel import Replicated
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
+_BLOCK = 2**24
 
 
 @dataclass
@@ -197,10 +199,11 @@ def save_step(run: Path, step: int, parallel: Replicated, identity: Identity, ke
     parallel.save_optimizer(private)
     wait()
     if writes:
-        write_json(private / "state.json", {"step": step, "identity": identity})
+        files = {file.name: _checksum(file) for file in sorted(private.iterdir())}
+        write_json(private / "state.json", {"step": step, "identity": identity, "files": files})
         shutil.rmtree(folder, ignore_errors=True)
         private.rename(folder)
-        for old in sorted(folder.parent.glob("step-*"))[:-keep]:
+        for old in _checkpoints(run)[:-keep]:
             shutil.rmtree(old)
     wait()
 
@@ -211,19 +214,58 @@ def latest_step(run: Path, identity: Identity) -> tuple[Path | None, int]:
     Raises:
         TrainingError: the checkpoint is of a run with another identity; says what differs.
     """
-    folders = sorted((run / "checkpoints").glob("step-*"))
+    folders = _checkpoints(run)
     if not folders:
         return None, 0
     try:
-        state = json.loads((folders[-1] / "state.json").read_text())
-        step, written_by = state["step"], dict(state["identity"])
-    except (OSError, KeyError, TypeError, ValueError) as e:
-        raise TrainingError(
-            f"checkpoint {folders[-1]} is damaged: {e}; remove it to resume from the one before"
-        ) from None
+        state = _state(folders[-1])
+        step, written_by = int(state["step"]), dict(state["identity"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise _damaged(folders[-1], f"state.json: {e}") from None
     if (differs := difference(written_by, identity)) is not None:
         raise TrainingError(f"{run} holds {differs}; go back to that to resume it, or use another output folder")
     return folders[-1], step
+
+
+def check_files(folder: Path) -> None:
+    """TrainingError for a checkpoint whose files are not byte for byte what was written."""
+    try:
+        files = {name: (int(size), int(crc)) for name, (size, crc) in _state(folder)["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise _damaged(folder, f"state.json: {e}") from None
+    for name, written in files.items():
+        try:
+            found = _checksum(folder / name)
+        except OSError as e:
+            raise _damaged(folder, f"{name}: {e.strerror}") from None
+        if found != written:
+            raise _damaged(folder, f"{name} is not what was written")
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """By step, ascending."""
+    steps = {path: path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / "state.json").read_bytes())
+    except OSError as e:
+        raise ValueError(e.strerror) from None
+
+
+def _damaged(checkpoint: Path, why: str) -> TrainingError:
+    return TrainingError(f"checkpoint {checkpoint} is damaged ({why}); remove it to resume from the one before")
+
+
+def _checksum(file: Path) -> tuple[int, int]:
+    """Size in bytes, and crc32c: a flipped bit in a tensor would load without a word."""
+    size = crc = 0
+    with file.open("rb") as f:
+        while block := f.read(_BLOCK):
+            size, crc = size + len(block), extend_crc32c(crc, block)
+    return size, crc
 
 
 def load_trained(folder: Path, model: nn.Module) -> None:

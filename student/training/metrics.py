@@ -31,13 +31,12 @@ class JsonLines:
     def __init__(self, file: Path, resume_step: int) -> None:
         kept = []
         if file.exists():
-            for line in file.read_text().splitlines():
+            for line in file.read_text(errors="replace").splitlines():
                 try:
-                    step = json.loads(line)["step"]
-                except (json.JSONDecodeError, KeyError):
-                    continue  # the line that a kill cut short
-                if step <= resume_step:
-                    kept.append(line)
+                    if json.loads(line)["step"] <= resume_step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line that a kill cut short, or damaged
         whole = file.with_name(f".{file.name}")
         whole.write_text("".join(f"{line}\n" for line in kept))
         whole.replace(file)  # at once: a kill here loses no history

@@ -55,6 +55,7 @@ from olavlm.student.tokens import TaskSpec
 from olavlm.student.vision.encoder_name import EncoderName
 
 from .checkpoint import (
+    check_files,
     is_adapter,
     latest_step,
     load_trained,
@@ -148,6 +149,7 @@ def train(
     resumed_from, first_step = latest_step(run, identity)
     check_agreed(first_step, run, accelerator)
     if resumed_from is not None:
+        check_files(resumed_from)
         load_trained(resumed_from, model)
     if accelerator.is_main_process:
         describe_run(run, recipe, stage, table, versions, accelerator.num_processes, model.packed)

@@ -2,7 +2,7 @@
 
 25 steps of the DPM-Solver from the same noise for every picture (seed 42), noise level 0, as OLA-VLM
 (arXiv 2412.09585) has it. What is drawn is a picture with that embedding, not the photograph: the embedding says what
-is there, hardly where. It needs diffusers (the extra `decode`) and the whole checkpoint, some 5 GB beside the image
+is there, hardly where. It needs diffusers (the extra `gen-decode`) and the whole checkpoint, some 5 GB beside the image
 encoder that the features need.
 """
 
@@ -71,7 +71,7 @@ def load_gen_decoder(*, name: str, model: str, revision: str | None, device: tor
     if find_spec("diffusers") is None:
         raise TeacherError(
             f"the decoder of {name} runs Stable Diffusion unCLIP, and the package diffusers is not installed; install "
-            "it with: pip install 'olavlm[decode]'"
+            "it with: pip install 'olavlm[gen-decode]'"
         )
     from diffusers import DPMSolverMultistepScheduler, StableUnCLIPImg2ImgPipeline
 

@@ -72,7 +72,7 @@ def test_other_features_are_refused_with_the_difference(small):
     def refused(card, **options) -> str:
         with pytest.raises(StoreError) as e:
             ensure("depth", card, **{"dtype": "float32", **options})
-        assert str(e.value).endswith("use another --store, --as KEY, or --replace")
+        assert "take another store or key, or remove these first (olavlm-cache drop" in str(e.value)
         return str(e.value)
 
     assert ensure("depth", {**store.card, "versions": {"numpy": "0"}}, dtype="float32").fingerprint

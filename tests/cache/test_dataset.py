@@ -116,6 +116,12 @@ def test_the_digest_is_of_what_samples_say_in_their_order(tmp_path):
     assert len(set(others)) == len(others)
 
 
+def test_a_number_beyond_pythons_digits_is_one_line(tmp_path):
+    (tmp_path / "x.json").write_text(f'[{{"id": 1{"0" * 5000}}}]')
+    with pytest.raises(DatasetError, match=r"x\.json: not valid JSON: Exceeds the limit"):
+        Dataset([tmp_path / "x.json"])
+
+
 def test_its_buffers_may_exceed_2_gib(tmp_path):
     def leaves(kind: pa.DataType) -> list[pa.DataType]:
         inner = [kind.field(i).type for i in range(kind.num_fields)]

@@ -606,6 +606,17 @@ def test_damaged_metadata(store, node, content):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(("node", "type_"), [("", "group"), ("depth", "group"), ("depth/features", "array")])
+def test_a_node_that_no_zarr_reader_would_open_is_damaged(store, node, type_):
+    """A flipped bit in the name of its type alone."""
+    file = store.path / node / "zarr.json"
+    content = file.read_text()
+    assert content.count(f'"{type_}"') == 1
+    file.write_text(content.replace(f'"{type_}"', f'"{type_.capitalize()}"'))
+    with pytest.raises(StoreError, match=f"{file} is not Zarr v3 metadata"):
+        FeatureStore(store.path)["depth"]
+
+
 def test_a_damaged_plan(store):
     file = store.path / "plan" / "00000.parquet"
     file.write_bytes(file.read_bytes()[:-9])

@@ -267,6 +267,8 @@ class TestErrors:
             ({"--recipe": "mean5"}, 2, "recipe 'mean5': unknown to depth; use one of mean4, last"),
             ({"--teacher": "dpth", "--as": "x"}, 2, "teacher 'dpth': unknown; use one of depth, seg, gen"),
             ({"--recipe": "mean5", "--as": "x"}, 2, "recipe 'mean5': unknown to depth; use one of mean4, last"),
+            ({"--as": "plan"}, 2, "--as: store key 'plan' is not usable"),
+            ({"--as": "a/b"}, 2, "--as: store key 'a/b' is not usable"),
             ({"--teacher": "gen="}, 2, "--teacher gen=: the model is empty; name a hub id or a folder"),
             ({"--teacher": "gen", "--model": ""}, 2, "--teacher gen: the model is empty; name a hub id or a folder"),
         ],

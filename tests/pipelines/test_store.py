@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from olavlm.cache import FeatureStore, StoreBuilder, pending
+from olavlm.pipelines import store as store_command
 from olavlm.pipelines.extraction.extractor import TeacherSpec
 from olavlm.pipelines.extraction.record import Running, RunRecord, running_extractions
 from olavlm.pipelines.extraction.summary import Tally
@@ -316,3 +317,14 @@ def test_a_teacher_that_is_not_there(store, capsys):
     for command in (["verify"], ["repair"], ["convert", "out"]):
         assert main([command[0], str(store), *command[1:], "--teacher", "depht"]) == 1
         assert "has no features 'depht'; it has depth, gen, seg" in capsys.readouterr().err
+
+
+def test_every_subcommand_shows_an_example_that_parses(capsys):
+    for name in store_command.EXAMPLES:
+        with pytest.raises(SystemExit) as left:
+            store_command.main([name, "--help"])
+        assert left.value.code == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("example: olavlm-cache ")]
+        assert store_command.arguments().parse_args(line.split()[2:]).command == name
+    subcommands = {"plan", "status", "info", "verify", "repair", "convert", "merge", "gc", "drop"}
+    assert set(store_command.EXAMPLES) == subcommands

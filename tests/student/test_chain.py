@@ -103,6 +103,9 @@ def test_a_finished_stage_is_skipped_and_an_unfinished_one_goes_on(finished, rec
     whole = record.read_text()
     record.write_text(json.dumps({k: v for k, v in json.loads(whole).items() if k != "finished"}))
     assert not is_finished(recipes["vpt"], "vpt"), "as when it was stopped while it wrote its result"
+    for damaged in (whole[:10], "5", '{"finished": [2]}', ""):
+        record.write_text(damaged)
+        assert not is_finished(recipes["vpt"], "vpt")
     record.write_text(whole)
     assert is_finished(recipes["vpt"], "vpt")
 

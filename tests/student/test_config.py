@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from olavlm.student.config import describe
-from olavlm.student.errors import RecipeError
+from olavlm.student.errors import RecipeError, RecipeFileError
 from olavlm.student.recipes import load_recipe, shipped_recipes, table_rows
 
 MINIMAL = {
@@ -110,14 +110,73 @@ def test_wrong_values_are_one_line(write, override, message):
 
 
 def test_missing_file_lists_the_shipped_recipes():
-    with pytest.raises(RecipeError, match=r"does not exist; give a file or one of .*tiny"):
-        load_recipe("no/such.yaml", [], "pt")
+    for name, kind in (("no/such.yaml", RecipeFileError), ("such", RecipeError)):
+        with pytest.raises(kind, match=r"does not exist; give a file or one of .*tiny"):
+            load_recipe(name, [], "pt")
 
 
-@pytest.mark.parametrize("content", ["a: [", "- a list", "stages: {prt: {}}"])
-def test_damaged_file(write, content):
-    with pytest.raises(RecipeError):
-        load_recipe(write(content), [], "pt")
+@pytest.mark.parametrize("content", ["a: [", "- a list", b"\xff\xfe\x00"])
+def test_damaged_file(write, tmp_path, content):
+    file = write("")
+    (tmp_path / "recipe.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RecipeFileError):
+        load_recipe(file, [], "pt")
+
+
+SECTIONS = {
+    "stages: {prt: {}}": "'stages' holds pt, vpt, ift, got prt",
+    "stages: 5": "'stages' holds pt, vpt, ift, got 5",
+    "stages: {pt: 5}": "stage pt: a recipe holds keys with their values, got 5",
+    "stages: {pt: [1]}": r"stage pt: a recipe holds keys with their values, got \[1\]",
+    "stages: {pt: {train: 5}}": "stage pt: 'train' holds keys with their values, got 5",
+    "train: 5": "'train' holds keys with their values, got 5",
+    "train: [1]": r"'train' holds keys with their values, got \[1\]",
+    "model: foo": "'model' holds keys with their values, got foo",
+    "init: 5": "'init' holds keys with their values, got 5",
+    "losses:": "'losses' holds keys with their values, got nothing",
+    "tasks:": "'tasks' holds names with their keys, got nothing",
+    "tasks: {depth: 5}": r"'tasks\.depth' holds keys with their values, got 5",
+    "train: {stages: 5}": r"train\.stages is 5: a list of pt, vpt, ift",
+    "train: {stages: [zz]}": r"train\.stages is \['zz'\]: a list of pt, vpt, ift",
+}
+
+
+@pytest.mark.parametrize("content", SECTIONS)
+def test_what_is_no_section_is_said_and_never_dropped(write, content):
+    """Over a base, and with the same section on the command line, which would take its place."""
+    with pytest.raises(RecipeError, match=SECTIONS[content]):
+        load_recipe(write(f"base: tiny\n{content}\n"), ["--train.seed", "1", "--model.llm", "x"], "pt")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.stages", "pt"], "train.stages is 'pt': a list of pt, vpt, ift, such as [pt, ift]"),
+        (["--train", "5"], "command line: 'train' holds keys with their values, got 5"),
+        (["--train", "[1]"], "command line: 'train' holds keys with their values, got [1]"),
+        (["--stages.pt", "5"], "command line, stage pt: a recipe holds keys with their values, got 5"),
+        (["--stages", "5"], "command line: unknown recipe key 'stages'; the nearest is"),
+        (["--model.order", "[gen, gen, depth, seg]"], "model.order is ['gen', 'gen', 'depth', 'seg']: each task once"),
+    ],
+)
+def test_a_wrong_kind_of_value_is_one_line(write, words, message):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write({**MINIMAL, "base": "tiny"}), words, "pt")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["runs/exp #2", "2024", "010", "no", "null and void", "runs: 2", "[a]"])
+@pytest.mark.parametrize("stage", ["", "stages.pt."])
+def test_a_text_on_the_command_line_is_taken_as_it_stands(write, path, stage):
+    """YAML would cut the first at its comment, and write into another run's folder."""
+    recipe = load_recipe(write(MINIMAL), [f"--{stage}train.output_dir", path, "--data.file", path], "pt")
+    assert recipe.train.output_dir == path
+
+
+def test_lists_quotes_and_null_on_the_command_line_are_yaml(write):
+    words = ["--data.file", "[a.json, b.json]", "--targets.store", "null", "--model.template", "'phi_3'"]
+    recipe = load_recipe(write({**MINIMAL, "targets": {"store": "x"}}), words, "pt")
+    assert (recipe.files, recipe.targets.store, recipe.model.template) == (["a.json", "b.json"], None, "phi_3")
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes().keys() - table_rows().keys()))

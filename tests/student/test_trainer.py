@@ -20,7 +20,7 @@ from olavlm.student import OlaVLM, RecipeError, TargetsError, TrainingError, loa
 from olavlm.student.data.batches import _leave_signals_to_the_trainer
 from olavlm.student.stages import ADAPTER
 from olavlm.student.training import trainer as trainer_module
-from olavlm.student.training.checkpoint import read_adapter
+from olavlm.student.training.checkpoint import latest_step, read_adapter
 from olavlm.student.training.metrics import read_metrics
 from olavlm.student.training.step import OptimizerStep
 from olavlm.student.training.trainer import Schedule, train
@@ -320,6 +320,45 @@ def test_features_of_another_teacher_do_not_resume_a_run(recipe, small_targets, 
     monkeypatch.setattr(trainer_module, "open_targets", filled_anew)
     with pytest.raises(TrainingError, match="a run on other features: the store was filled anew by other teachers"):
         run(recipe(**{"train.max_steps": 2}))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trained.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "one bit", "removed"])
+def test_a_damaged_checkpoint_is_not_resumed(recipe, name, damage):
+    folder, _ = run(recipe(**{"train.max_steps": 1}))
+    file = folder / "checkpoints" / "step-000001" / name
+    whole = file.read_bytes()
+    at = len(whole) // 2  # of tensors: both formats load another number there without a word
+    flipped = whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :]
+    if damage == "removed":
+        file.unlink()
+    else:
+        file.write_bytes({"cut": whole[:at], "emptied": b"", "one bit": flipped}[damage])
+    with pytest.raises(TrainingError) as error:
+        run(recipe(**{"train.max_steps": 2}))
+    if (name, damage) != ("state.json", "one bit"):  # which may have made it another recipe's
+        assert f"step-000001 is damaged ({name}" in str(error.value)
+        assert "remove it to resume from the one before" in str(error.value)
+    file.write_bytes(whole)
+    _, metrics = run(recipe(**{"train.max_steps": 2}))
+    assert [line["step"] for line in metrics] == [1, 2]
+
+
+def test_a_damaged_line_of_metrics_is_left_out_on_resume(recipe):
+    folder, _ = run(recipe(**{"train.max_steps": 2}))
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'5\n[1]\n{"step": "3"}\n{"loss\xff\n')
+    _, metrics = run(recipe(**{"train.max_steps": 3}))
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (999_800, 1_000_000):
+        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"step": step, "identity": {}, "files": {}}))
+    (tmp_path / "checkpoints" / "step-of-mine").mkdir()
+    assert latest_step(tmp_path, {})[1] == 1_000_000
 
 
 def test_processes_that_found_different_checkpoints_do_not_train(tmp_path):

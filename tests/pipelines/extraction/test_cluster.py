@@ -167,7 +167,7 @@ def test_the_control_without_retries_something_is_lost(kills, site, nodes, quiet
     outcome = kills.run(site, nodes, quiet, "0", 1, **early, program=kills.WITHOUT_RETRIES)
     assert outcome.status == 1
     assert outcome.rows_lost > 0
-    assert "shards were given up" in outcome.said
+    assert "shards given up: " in outcome.said
     assert (outcome.left, outcome.shards_twice) == ([], 0)
 
 

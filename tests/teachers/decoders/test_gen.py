@@ -66,7 +66,7 @@ def test_an_image_encoder_alone_is_no_pipeline(tiny, monkeypatch):
 
 
 def test_a_tiny_pipeline_draws(tiny, tmp_path):
-    diffusers = pytest.importorskip("diffusers", reason="unCLIP runs with diffusers, the extra `decode`")
+    diffusers = pytest.importorskip("diffusers", reason="unCLIP runs with diffusers, the extra `gen-decode`")
     from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPVisionModelWithProjection
 
     from olavlm.teachers.tiny_clip_tokenizer import clip_tokenizer
