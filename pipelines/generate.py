@@ -23,7 +23,7 @@ from PIL import Image
 
 from olavlm.cache import BadImage, decode_rgb
 
-from .cli import JobFailed, Progress, UsageError, command, quiet_models
+from .cli import JobFailed, Progress, UsageError, command, quiet_models, versions
 
 if TYPE_CHECKING:
     from olavlm.student.text.dialogue import Dialogue
@@ -44,7 +44,12 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder of olavlm-train")
     p.add_argument("--image", metavar="FILE|DIR", type=Path, help="without one, questions are asked as text alone")
     p.add_argument("--prompt", metavar="TEXT", help="without one, a dialogue at the terminal")
-    p.add_argument("--output", metavar="FILE", type=Path, help="of a folder's answers; standard output by default")
+    p.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="of a folder's answers, with a record of the run in FILE.run.json; standard output by default",
+    )
     add_teacher_argument(p)
     p.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="the longest answer (%(default)s)")
     p.add_argument(
@@ -97,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
     )
     if of_folder:
+        if args.output is not None:
+            record_run(args)
         answer_folder(new_dialogue, args.image, args.prompt, args.output)
     elif args.prompt is not None:
         stream_answer(new_dialogue(image), args.prompt)
@@ -139,6 +146,13 @@ def places_of(teachers: list[str]) -> dict[str, str]:
 def open_image(file: Path) -> Image.Image:
     """The picture, RGB and upright; BadImage or OSError if it cannot be read."""
     return decode_rgb(file.read_bytes(), str(file))
+
+
+def record_run(args: argparse.Namespace) -> None:
+    """What was asked for and by which versions, beside the answers: `answers.jsonl.run.json`."""
+    asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    content = {"arguments": asked, "versions": versions()}
+    args.output.with_name(f"{args.output.name}.run.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def stream_answer(dialogue: Dialogue, question: str) -> None:

@@ -36,6 +36,7 @@ from .extract import absolute_model, sweep
 from .extraction.extractor import TeacherSpec
 from .extraction.places import Job
 from .extraction.preflight import readable
+from .extraction.record import RunRecord
 from .extraction.summary import Tally
 
 LIVE_COSINE = 0.999  # of a stored row with the teacher's answer of now
@@ -133,22 +134,28 @@ def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Na
     builder, tasks = StoreBuilder(args.store), []
     for key, shards in broken.items():
         tasks += _tasks(FeatureStore(args.store)[key], shards)
-    tally = Tally()
+    tally, outcome, batch, images = Tally(), "failed", batches.pop(), args.images or extracted_from(store)
     job = Job(
         args.store,
-        args.images or extracted_from(store),
+        images,
         specs,
-        batches.pop(),
+        batch,
         device,
         address=args.address,
         workers=args.workers,
         known_images=readable(roots, store.plan["image"]),
     )
+    # With images and batch as an extraction's record has them, for who repairs what this repair made.
+    record = RunRecord(builder.path, argparse.Namespace(**{**vars(args), "images": images, "batch_size": batch}), specs)
     try:
         run_tasks(job, tasks, tally)
-    except Stopped:
+        outcome = "broken off" if tally.broken_off else "shards given up" if tally.given_up else "done"
+    except Stopped as e:
+        outcome = f"stopped by {e}"
         sweep(builder, tasks)
         raise
+    finally:
+        record.end(tally, outcome)
     builder.index()
     if tally.broken_off:
         raise JobFailed(tally.broken_off)

@@ -26,13 +26,14 @@ from dataclasses import asdict
 from olavlm.cache import Dataset, FeatureStore, Finding, StoreBuilder, TeacherFeatures, Transfer, convert, merge, verify
 from olavlm.cache.codec import CODECS
 from olavlm.cache.errors import MissingFeatures, StoreError, printable
+from olavlm.cache.files import location
 from olavlm.cache.garbage import YOUNG_SECONDS, collect
 from olavlm.cache.lease import is_live, leased
 from olavlm.cache.shard import COMPRESSIONS
 from olavlm.cache.verify import open_teachers, shards_to_verify
 
 from .cli import JobFailed, Progress, UsageError, command
-from .extraction.record import Running, running_extractions
+from .extraction.record import Running, record_copy, running_extractions
 
 RATE_SECONDS = 900.0  # a running job's rate is that of its shards committed in this time
 SHOWN = 20  # findings and failures printed a teacher; --json has them all
@@ -293,6 +294,7 @@ def convert_store(args: argparse.Namespace) -> Answer:
     done = convert(args.store, args.target, dtype=args.dtype, compress=args.compress, keys=keys,
                    on_shard=lambda key, rows: progress.update(rows))  # fmt: skip
     progress.close()
+    record_copy(location(args.target), args)
     target, value, lines = FeatureStore(args.target), {"store": args.store, "target": args.target, "teachers": {}}, []
     for transfer in done:
         before, after = source[transfer.key].info(), target[transfer.key].info()
@@ -323,6 +325,7 @@ def merge_stores(args: argparse.Namespace) -> Answer:
     progress = Progress(rows, "rows", "merging")
     done = merge(args.store, args.sources, on_shard=lambda key, rows: progress.update(rows))
     progress.close()
+    record_copy(location(args.store), args)
     store = FeatureStore(args.store)
     value = {
         "store": args.store,

@@ -1,4 +1,4 @@
-"""STORE/runs: what every extraction was asked, and what it cost.
+"""STORE/runs: what every extraction, repair, conversion and merge was asked, and what it cost.
 
 A record is published when a run begins, so that a run which was killed has one too, and so that `olavlm-cache status`
 knows how far a running one wants to go; it is replaced by one with the costs when the run ends.
@@ -31,14 +31,10 @@ class RunRecord:
     """The record of one run. `args` are its resolved arguments; secrets in URLs are left out."""
 
     def __init__(self, store: Location, args: argparse.Namespace, specs: list[TeacherSpec]) -> None:
-        now = datetime.now(UTC)
-        self._file = store / "runs" / f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}.json"
+        self._file, self._content = _begun(store, args)
         self._began = time.monotonic()
-        self._content = {
-            "when": now.isoformat(timespec="seconds"),
-            "arguments": {k: _without_credentials(v) for k, v in vars(args).items() if v is not None},
+        self._content |= {
             "teachers": [{k: v for k, v in asdict(spec).items() if v is not None} for spec in specs],
-            "versions": versions(),
             "driver": this_process(),
             "outcome": "running",
         }
@@ -49,6 +45,20 @@ class RunRecord:
         seconds = time.monotonic() - self._began
         files.replace(self._file, _json({**self._content, "outcome": outcome, "cost": tally.cost(seconds)}))
         return seconds
+
+
+def record_copy(store: Location, args: argparse.Namespace) -> None:
+    """The record of a run that put features into a store and extracted none."""
+    file, content = _begun(store, args)
+    files.publish(file, _json({**content, "teachers": [], "outcome": "done"}))
+
+
+def _begun(store: Location, args: argparse.Namespace) -> tuple[Location, dict]:
+    """Where a record lies, and what every one holds."""
+    now = datetime.now(UTC)
+    said = {k: _without_credentials(v) for k, v in vars(args).items() if v is not None and not callable(v)}
+    content = {"when": now.isoformat(timespec="seconds"), "arguments": said, "versions": versions()}
+    return store / "runs" / f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}.json", content
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ class OptimizerStep:
             TrainingError: a loss that is not finite, or an embedding loss that is zero; nothing is updated then.
         """
         accelerator = self.accelerator
-        torch.manual_seed(self.recipe.train.seed + step)  # the same noise, if a model has any, after a resume
+        # The same noise, if a model has any, after a resume, and each process's own.
+        torch.manual_seed(self.recipe.train.seed + step + (accelerator.process_index << 40))
         pairs = [self._to_device(m) for m in micro_batches]
         micro_batches, prepared = [micro for micro, _ in pairs], [batch for _, batch in pairs]
         totals, counts = self._totals(micro_batches, prepared)

@@ -84,6 +84,9 @@ def test_a_folder_gives_a_line_an_image(checkpoint, loaded, sample_images, tmp_p
     words = ["--image", photos, "--prompt", "What?", "--max-new-tokens", "3", "--temperature", "1"]
     assert run(capsys, checkpoint, *words, "--output", output) == ""
     lines = [json.loads(line) for line in output.read_text().splitlines()]
+    record = json.loads((tmp_path / "answers.jsonl.run.json").read_text())
+    assert record["arguments"]["checkpoint"] == str(checkpoint)
+    assert record["versions"]["torch"]
     assert [line["image"] for line in lines] == ["b.jpg", "more/a.JPG"]
     for line in lines:
         picture = generate.open_image(photos / line["image"])

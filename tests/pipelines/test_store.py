@@ -207,6 +207,11 @@ def test_repair_does_again_exactly_what_is_broken(store, sample_images, answer, 
     status, value = answer("repair", store, *one)
     assert (status, value["sound"], value["left"]) == (0, True, [])
     assert value["repaired"] == {"depth": [0, 2]}
+    records = [json.loads(file.read_text()) for file in sorted((store / "runs").glob("*.json"))]
+    repairs = [run for run in records if run["arguments"].get("command") == "repair"]
+    assert sorted(run["cost"]["rows"] > 0 for run in repairs) == [True, True]
+    assert {run["outcome"] for run in repairs} == {"done"}
+    assert {tuple(run["arguments"]["images"]) for run in repairs} == {(str(sample_images),)}
     assert shard_files(store) == before
     assert untouched.read_bytes() == record
     assert answer("repair", store) == (0, {"findings": [], "repaired": {}, "sound": True})
@@ -269,6 +274,9 @@ def test_convert_reports_what_it_saved_and_what_it_cost(store, tmp_path, answer)
     assert depth["from"] == {"dtype": "float32", "compress": "none", "bytes": 3 * 68 + 10 * (576 * 32 * 4 + 4)}
     assert depth["to"]["bytes"] == 2 * 3 * 68 + 10 * (576 * 32 + 4 + 576 * 4 + 4)
     assert depth["saved"] == pytest.approx(1 - depth["to"]["bytes"] / depth["from"]["bytes"])
+    (record,) = (json.loads(file.read_text()) for file in (tmp_path / "small" / "runs").glob("*.json"))
+    assert (record["arguments"]["dtype"], record["outcome"], record["teachers"]) == ("int8", "done", [])
+    assert record["versions"]["zarr"]
     assert 0.999 < depth["fidelity"]["cosine_worst"] <= depth["fidelity"]["cosine_mean"] < 1
     assert answer("verify", tmp_path / "small")[0] == 0
     status, value = answer("convert", store, tmp_path / "archive", "--compress", "zstd")
@@ -280,6 +288,8 @@ def test_merge_gc_and_drop(store, tmp_path, answer, capsys):
     status, value = answer("merge", tmp_path / "new", store)
     assert status == 0
     assert {t["key"]: t["copied"] for t in value["transfers"]} == {"depth": 3, "gen": 3, "seg": 3}
+    (record,) = (json.loads(file.read_text()) for file in (tmp_path / "new" / "runs").glob("*.json"))
+    assert (record["arguments"]["command"], record["arguments"]["sources"]) == ("merge", [str(store)])
     assert shard_files(tmp_path / "new") == shard_files(store)
     (tmp_path / "new" / "depth" / "commits" / ".000000.0.json.abc").write_bytes(b"half")
     _, value = answer("gc", tmp_path / "new", "--older-than", 0, "--dry-run")
