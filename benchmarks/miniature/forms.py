@@ -98,5 +98,5 @@ FORMS = {
         ),
     )
 }  # fmt: skip
-"""quick: figure 3 of depth on two cores in less than 25 minutes. full: all tables, ten hours of two cores.
+"""quick: figure 3 of depth on two cores in less than 25 minutes. full: all tables, nine hours of two cores.
 toy: that it runs; says nothing."""

@@ -46,7 +46,7 @@ def test_each_embedding_is_drawn_alone_from_the_same_noise():
 
 def test_without_diffusers_one_line_says_so(tiny, monkeypatch):
     monkeypatch.setattr(gen, "find_spec", lambda name: None)
-    with pytest.raises(TeacherError, match=r"pip install 'olavlm\[decode\]'"):
+    with pytest.raises(TeacherError, match=r"pip install 'olavlm\[gen-decode\]'"):
         load_decoder("gen", model=tiny["gen"], device="cpu")
 
 
