@@ -199,7 +199,8 @@ def save_step(run: Path, step: int, parallel: Replicated, identity: Identity, ke
     parallel.save_optimizer(private)
     wait()
     if writes:
-        files = {file.name: _checksum(file) for file in sorted(private.iterdir())}
+        written = [file for file in sorted(private.rglob("*")) if file.is_file()]  # DeepSpeed's in a folder of theirs
+        files = {str(file.relative_to(private)): _checksum(file) for file in written}
         write_json(private / "state.json", {"step": step, "identity": identity, "files": files})
         shutil.rmtree(folder, ignore_errors=True)
         private.rename(folder)

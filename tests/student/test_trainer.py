@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from olavlm.student import OlaVLM, RecipeError, TargetsError, TrainingError, loa
 from olavlm.student.data.batches import _leave_signals_to_the_trainer
 from olavlm.student.stages import ADAPTER
 from olavlm.student.training import trainer as trainer_module
-from olavlm.student.training.checkpoint import latest_step, read_adapter
+from olavlm.student.training.checkpoint import check_files, latest_step, read_adapter, save_step
 from olavlm.student.training.metrics import read_metrics
 from olavlm.student.training.step import OptimizerStep
 from olavlm.student.training.trainer import Schedule, train
@@ -342,6 +343,26 @@ def test_a_damaged_checkpoint_is_not_resumed(recipe, name, damage):
     file.write_bytes(whole)
     _, metrics = run(recipe(**{"train.max_steps": 2}))
     assert [line["step"] for line in metrics] == [1, 2]
+
+
+def test_what_an_engine_writes_in_a_folder_of_its_own_is_checked_too(tmp_path):
+    class Engine:
+        accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+
+        def trained(self):
+            return {"weight": torch.ones(3)}
+
+        def save_optimizer(self, folder: Path) -> None:
+            (folder / "engine").mkdir()
+            (folder / "engine" / "rank-0.pt").write_bytes(b"state")
+
+    save_step(tmp_path, 7, Engine(), {}, 1)
+    checkpoint, step = latest_step(tmp_path, {})
+    assert step == 7
+    check_files(checkpoint)
+    (checkpoint / "engine" / "rank-0.pt").write_bytes(b"stale")
+    with pytest.raises(TrainingError, match=r"is damaged \(engine/rank-0\.pt is not what was written\)"):
+        check_files(checkpoint)
 
 
 def test_a_damaged_line_of_metrics_is_left_out_on_resume(recipe):
