@@ -90,15 +90,13 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
     tasks = [TaskSpec(spec.name, spec.tokens, spec.dim, layers) for spec in rows.specs]
     rows.feed(model.fused_teachers, dataset)
     start = start_digest(settings.model)
-    run, identity = (
-        Path(settings.output),
-        {
-            "recipe": settings.identity(layers),
-            "start": start,
-            "samples": dataset.digest(),
-            "features": features_digest(rows.cards),
-        },
-    )
+    run = Path(settings.output)
+    identity = {
+        "recipe": settings.identity(layers),
+        "start": start,
+        "samples": dataset.digest(),
+        "features": features_digest(rows.cards),
+    }
     resumed_from, first_step = latest_step(run, identity)
     bank = ProbeBank(tasks, layout["width"], settings.seed)
     if resumed_from is not None:
