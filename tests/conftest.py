@@ -39,7 +39,7 @@ DEAREST = (
     "pipelines/test_own_teacher.py",
     "student/test_recipes.py",
     "student/test_switches.py",
-    "test_benchmarks.py",
+    "benchmarks/test_benchmarks.py",
     "end_to_end/test_answers_from_the_image.py",
     "student/test_fusion.py",
     "pipelines/test_object_store.py",
@@ -51,7 +51,7 @@ DEAREST = (
     "student/test_probe_planted.py",
     "pipelines/evaluation/test_evaluate.py",
     "end_to_end/test_commands.py",
-    "test_benchmarks_train.py",
+    "benchmarks/test_train.py",
 )
 """The files that take longest, the longest first: one that came last would leave all processes but its own idle."""
 SAMPLE = Path(str(files("olavlm.pipelines") / "sample"))

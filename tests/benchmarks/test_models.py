@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,32 +18,20 @@ from olavlm.teachers import load_teacher, miniature
 from olavlm.teachers.decoders import load_decoder
 from olavlm.teachers.errors import TeacherError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = ("depth", "seg", "gen", "encoder", "llm")
-
-
-@pytest.fixture(scope="module")
-def module():
-    """module(name) -> `benchmarks.miniature.name`; benchmarks are no part of the installed package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-
-        def load(name: str) -> ModuleType:
-            return importlib.import_module(f"benchmarks.miniature.{name}")
-
-        yield load
 
 
 @pytest.fixture(scope="module")
 def made(module, tmp_path_factory):
     """(folder, scores) of all models at toy size."""
     folder = tmp_path_factory.mktemp("models")
-    return folder, module("models").make_models(folder, "toy", 0)
+    return folder, module("miniature.models").make_models(folder, "toy", 0)
 
 
 @pytest.fixture(scope="module")
 def photograph(module):
-    (picture,) = module("world").pictures(0, [0])
+    (picture,) = module("miniature.world").pictures(0, [0])
     return Image.fromarray(picture.rgb)
 
 
@@ -92,9 +78,10 @@ def test_the_encoder_loads(made, photograph):
 
 def test_the_student_masks_dialogues_as_they_were_learnt(module, made):
     """What the language model is trained on is what the student makes of the same turns, label by label."""
-    train_lm, asked, tokenizer = module("train_lm"), module("dialogues").ASKED, load_tokenizer(made[0] / "llm")
+    train_lm, asked = module("miniature.train_lm"), module("miniature.dialogues").ASKED
+    tokenizer = load_tokenizer(made[0] / "llm")
     check_chat_template(tokenizer)
-    dialogues, kinds = module("dialogues").tell(0, 0, 16, (1, 2, 5)), set()
+    dialogues, kinds = module("miniature.dialogues").tell(0, 0, 16, (1, 2, 5)), set()
     for one, (ids, parts) in zip(dialogues, train_lm.encoded(tokenizer, dialogues), strict=True):
         (first, said, _), *rest = one.turns
         turns = [(f"{one.scene}\n{first}", said), *(turn[:2] for turn in rest)]
@@ -112,7 +99,7 @@ def test_the_student_masks_dialogues_as_they_were_learnt(module, made):
 
 def test_features_are_standardized_and_maps_stay(module):
     """The teachers' features have mean 0 and size 1; what their decoders make of a picture is what it was."""
-    architectures, scales = module("architectures"), module("scales")
+    architectures, scales = module("miniature.architectures"), module("miniature.scales")
     torch.manual_seed(0)
     depth, seg = architectures.depth_anything().eval(), architectures.oneformer().eval()
     pictures, large = torch.randn(4, 3, 336, 336), torch.randn(2, 3, 768, 768)
@@ -141,7 +128,7 @@ def test_features_are_standardized_and_maps_stay(module):
 
 def test_the_teachers_of_the_package_see_depth_and_masks(module):
     """Of a world that they never saw, through the product's own loaders and decoders."""
-    held_out, score = module("lessons").lessons(5, 0, 48, 1), module("train_teachers")
+    held_out, score = module("miniature.lessons").lessons(5, 0, 48, 1), module("miniature.train_teachers")
     images = [Image.fromarray(rgb.transpose(1, 2, 0)) for rgb in held_out.rgb]
 
     def decoded(name: str, taught: str, **options) -> np.ndarray:
@@ -164,7 +151,7 @@ def test_the_teachers_of_the_package_see_depth_and_masks(module):
 
 def test_told_scenes_say_what_is_asked(module):
     """Distances told in steps order objects as the answers do."""
-    text, world = module("text"), module("world")
+    text, world = module("miniature.text"), module("miniature.world")
     for facts, questions in world.described_scenes(1, range(48)):
         lines = text.told(facts, range(len(facts.names))).splitlines()
         told = [re.fullmatch(r"column \d+, row \d+, distance (\d+): a (.+)", line).groups() for line in lines]
@@ -174,8 +161,8 @@ def test_told_scenes_say_what_is_asked(module):
 
 
 def test_what_answers_begin_with_is_one_token_that_starts_like_the_other(module):
-    tokenizer, first = module("tokenizer").world_tokenizer(), module("tokenizer").FIRST
-    weights = module("architectures").language_model(tokenizer).model.embed_tokens.weight
+    tokenizer, first = module("miniature.tokenizer").world_tokenizer(), module("miniature.tokenizer").FIRST
+    weights = module("miniature.architectures").language_model(tokenizer).model.embed_tokens.weight
     ids = [tokenizer([word, f" {word}"], add_special_tokens=False)["input_ids"] for word in first]
     assert {len(tokens) for pair in ids for tokens in pair} == {1}
     ahead, behind = (torch.tensor([pair[i][0] for pair in ids]) for i in (0, 1))
@@ -185,7 +172,7 @@ def test_what_answers_begin_with_is_one_token_that_starts_like_the_other(module)
 
 
 def test_pixels_are_pillows(module, photograph):
-    pixels = module("pixels").pixels
+    pixels = module("miniature.pixels").pixels
     rgb = np.asarray(photograph).transpose(2, 0, 1)[None]
     for side in (336, 768):
         ours = pixels(rgb, side, (0, 0, 0), (1, 1, 1), "cpu")[0] * 255
@@ -197,13 +184,36 @@ def test_a_finished_model_is_not_trained_again(module, made, capsys):
     folder, scores = made
     stamps = {name: (folder / name / "model.safetensors").stat().st_mtime_ns for name in NAMES}
     (folder / "gen" / "miniature.json").unlink()  # as if it had been stopped
-    again = module("models").make_models(folder, "toy", 0, only=["depth", "gen"])
+    again = module("miniature.models").make_models(folder, "toy", 0, only=["depth", "gen"])
     assert again == {name: scores[name] for name in ("depth", "gen")}, "and the same seed trains the same"
     assert "gen: step" in capsys.readouterr().out
     for name in NAMES:
         same = (folder / name / "model.safetensors").stat().st_mtime_ns == stamps[name]
         assert same == (name != "gen")
     with pytest.raises(ValueError, match="name another folder"):
-        module("models").make_models(folder, "toy", 1, only=["depth"])
+        module("miniature.models").make_models(folder, "toy", 1, only=["depth"])
     with pytest.raises(ValueError, match="choose of depth"):
-        module("models").make_models(folder, "toy", 0, only=["depht"])
+        module("miniature.models").make_models(folder, "toy", 0, only=["depht"])
+
+
+def test_the_base_encoder_tells_places_and_is_scaled_exactly(module):
+    """Places differ by row and column; scaling changes the size of features, and nothing that the blocks make of it."""
+    architectures, scales = module("miniature.architectures"), module("miniature.scales")
+    waves = architectures.waves(96).view(8, 8, 96)
+    assert torch.equal(waves[2, 3, :48], waves[2, 7, :48])  # rows
+    assert torch.equal(waves[2, 3, 48:], waves[5, 3, 48:])  # columns
+    assert torch.cdist(waves.flatten(0, 1), waves.flatten(0, 1)).fill_diagonal_(9).min() > 0.5
+    torch.manual_seed(0)
+    model, pictures = architectures.base_encoder().eval(), torch.randn(4, 3, 96, 96)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 2  # as training does
+        before = model(pictures, output_hidden_states=True).hidden_states
+        scales.at_unit_scale(model, pictures)
+        after = model(pictures, output_hidden_states=True).hidden_states
+    assert after[-2][:, 1:].square().mean() == pytest.approx(1, abs=1e-3)
+    assert before[-2].square().mean() > 2
+    alike = torch.cosine_similarity(before[-1].flatten(1), after[-1].flatten(1))
+    assert alike.min() > 0.9999  # but for the normalisations' epsilon
+    ratios = [float(states.norm() / scaled.norm()) for states, scaled in zip(before[-2:], after[-2:], strict=True)]
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.01)

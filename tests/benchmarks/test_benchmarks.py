@@ -10,12 +10,12 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "benchmarks" / "cache"
 EXTRACT = ROOT / "benchmarks" / "extract"
 OVERFIT = ROOT / "benchmarks" / "overfit"
@@ -23,17 +23,6 @@ LOSSES = ROOT / "benchmarks" / "losses"
 FORWARD = ROOT / "benchmarks" / "forward"
 TRAIN = ROOT / "benchmarks" / "train"
 MINIATURE = ROOT / "benchmarks" / "miniature"
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch):
-    """module(name) -> `benchmarks.name`; benchmarks are no part of the installed package."""
-    monkeypatch.syspath_prepend(str(ROOT))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(f"benchmarks.{name}")
-
-    return load
 
 
 def run_here(name: str, options: list) -> None:

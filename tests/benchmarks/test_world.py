@@ -8,7 +8,6 @@ import importlib
 import io
 import json
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +16,7 @@ from PIL import Image
 
 from olavlm.cache import Dataset
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUM = 96
 TASKS = ("Count", "Relation", "Depth", "Distance")
 PUBLISHED = (
@@ -28,20 +27,8 @@ PUBLISHED = (
 
 
 @pytest.fixture(scope="module")
-def module():
-    """module(name) -> `benchmarks.miniature.name`; benchmarks are no part of the installed package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-
-        def load(name: str) -> ModuleType:
-            return importlib.import_module(f"benchmarks.miniature.{name}")
-
-        yield load
-
-
-@pytest.fixture(scope="module")
 def pictures(module):
-    return module("world").pictures(3, range(NUM))
+    return module("miniature.world").pictures(3, range(NUM))
 
 
 def ray(*values):
@@ -66,7 +53,7 @@ def ray(*values):
     ],
 )
 def test_rays_meet_solids_where_they_should(module, shape, origin, direction, t, normal):
-    solids = module("solids")
+    solids = module("miniature.solids")
     met, found = solids.MEET[solids.SHAPES.index(shape)](ray(*origin), ray(*direction))
     assert met[0] == pytest.approx(t, abs=1e-5)
     if normal is not None:
@@ -93,16 +80,16 @@ def test_depth_is_the_cameras(module):
 
 
 def test_a_picture_is_a_function_of_seed_and_index(module, pictures):
-    (alone,) = module("world").pictures(3, [41])
+    (alone,) = module("miniature.world").pictures(3, [41])
     assert np.array_equal(alone.rgb, pictures[41].rgb)
     assert np.array_equal(alone.depth, pictures[41].depth)
     assert alone.questions == pictures[41].questions
-    (other,) = module("world").pictures(4, [41])
+    (other,) = module("miniature.world").pictures(4, [41])
     assert not np.array_equal(other.rgb, alone.rgb)
 
 
 def test_objects_are_seen_and_counted(module, pictures):
-    world = module("world")
+    world = module("miniature.world")
     for picture in pictures:
         area = np.bincount(picture.objects.ravel(), minlength=8)[: len(picture.kinds)]
         assert area.min() >= world.LEAST_PIXELS
@@ -128,7 +115,7 @@ def check_answers(questions, facts, relation, depth, distance):
 
 def test_answers_are_true_by_a_margin(module, pictures):
     for picture in pictures:
-        near, far = check_answers(module("questions"), picture.facts, *picture.questions[1:])
+        near, far = check_answers(module("miniature.questions"), picture.facts, *picture.questions[1:])
         seen = [np.median(picture.depth[picture.objects == i]) for i in (near, far)]
         assert seen[0] < seen[1]
 
@@ -136,7 +123,7 @@ def test_answers_are_true_by_a_margin(module, pictures):
 def test_other_questions_are_as_true_and_as_balanced(module, pictures):
     """Those that the language model is asked about scenes in words."""
     questions, rng, letters = (
-        module("questions"),
+        module("miniature.questions"),
         np.random.default_rng(0),
         collections.defaultdict(collections.Counter),
     )
@@ -163,7 +150,7 @@ def test_letters_and_shortcuts_are_balanced_to_the_picture(module, pictures):
     for task, question in zip(TASKS, zip(*(p.questions for p in pictures), strict=True), strict=True):
         letters = collections.Counter(q.letter for q in question)
         assert set(letters.values()) == {NUM // (4 if task == "Count" else 2)}
-    assert module("shortcuts").by_rule(pictures) == {
+    assert module("miniature.shortcuts").by_rule(pictures) == {
         "larger is closer": 0.5,
         "lower is closer": 0.5,
         "closer in the picture": 0.5,
@@ -172,7 +159,7 @@ def test_letters_and_shortcuts_are_balanced_to_the_picture(module, pictures):
 
 def test_words_alone_are_at_chance(module):
     """1,200 questions of each kind are learnt from and 2,400 asked; a planted clue is found."""
-    shortcuts, world = module("shortcuts"), module("world")
+    shortcuts, world = module("miniature.shortcuts"), module("miniature.world")
     asked = [questions for _, questions in world.described_scenes(11, range(1200 + 2400))]
     for i, task in enumerate(TASKS):
         learnt, held_out = [q[i] for q in asked[:1200]], [q[i] for q in asked[1200:]]
@@ -186,7 +173,7 @@ def test_words_alone_are_at_chance(module):
 
 def test_places_and_sizes_together_are_weighed(module, pictures):
     """A planted clue is found: the closer object is always the one that is seen larger by half."""
-    shortcuts = module("shortcuts")
+    shortcuts = module("miniature.shortcuts")
     found = {task: shortcuts.flat(pictures, pictures, task) for task in ("Depth", "Distance")}
     assert all(0.5 <= accuracy < 0.8 for accuracy in found.values()), found
 
@@ -204,8 +191,8 @@ def test_places_and_sizes_together_are_weighed(module, pictures):
 @pytest.fixture(scope="module")
 def written(module, tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    settings = module("write").WorldSettings(scenes=48, held_out=48, seed=3)
-    assert module("write").write_world(folder, settings, processes=1)
+    settings = module("miniature.write").WorldSettings(scenes=48, held_out=48, seed=3)
+    assert module("miniature.write").write_world(folder, settings, processes=1)
     return folder
 
 
@@ -264,7 +251,7 @@ def test_the_held_out_table_is_cv_benchs(module, written):
 
 
 def test_a_world_is_written_once(module, written):
-    write = module("write")
+    write = module("miniature.write")
     stamp = (written / "pt.json").stat().st_mtime_ns
     assert not write.write_world(written, write.WorldSettings(48, 48, 3))
     assert (written / "pt.json").stat().st_mtime_ns == stamp
@@ -275,13 +262,13 @@ def test_a_world_is_written_once(module, written):
 
 
 def test_the_tables_are_those_of_the_results(module):
-    module("world")  # puts the repository's root on the path
+    module("miniature.world")  # puts the repository's root on the path
     folder = ROOT / "benchmarks" / "miniature"
-    assert (folder / "README.md").read_text() == importlib.import_module("benchmarks.readme").rendered(folder)
+    assert (folder / "README.md").read_text() == importlib.import_module("miniature.benchmarks.readme").rendered(folder)
 
 
 def test_figures_are_kept_with_the_machine(module, tmp_path, monkeypatch, capsys):
-    main = module("__main__")
+    main = module("miniature.__main__")
     (tmp_path / "README.md").write_text((ROOT / "benchmarks" / "miniature" / "README.md").read_text())
     monkeypatch.setattr(main, "FOLDER", tmp_path)
     assert main.main(["shortcuts", "--pictures", "48", "--processes", "1", "--name", "toy"]) == 0

@@ -1,14 +1,12 @@
 """The miniature's experiments: its recipes are the paper's, its steps are commands that parse, come in order and go on
-after a death, its statistics are right, and its page says what was measured."""
+after a death."""
 
 from __future__ import annotations
 
 import argparse
 import collections
 import dataclasses
-import importlib
 import json
-import math
 import os
 import select
 import shlex
@@ -16,10 +14,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-import torch
 import yaml
 
 from olavlm.cache import Dataset, FeatureStore, StoreBuilder, pending
@@ -27,19 +23,7 @@ from olavlm.pipelines import evaluate, extract, probe, report
 from olavlm.pipelines.extraction.extractor import ShardExtractor, TeacherSpec
 from olavlm.student.recipes import load_recipe, table_rows
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def module():
-    """module(name) -> `benchmarks.name`; benchmarks are no part of the installed package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-
-        def load(name: str) -> ModuleType:
-            return importlib.import_module(f"benchmarks.{name}")
-
-        yield load
+ROOT = Path(__file__).parents[2]
 
 
 def words_of(line: str) -> tuple[str, list[str]]:
@@ -298,49 +282,6 @@ def test_a_folder_is_of_one_form_and_one_run(module, tmp_path):
             run.chosen(arguments.parse_args(words))
 
 
-def test_a_page_is_made_of_what_is_done(module, made, tmp_path, capsys):
-    """Without running anything; an empty folder has none."""
-    run = module("miniature.run")
-    arguments = argparse.ArgumentParser()
-    run.add_arguments(arguments)
-    with pytest.raises(run.RunError, match="nothing is done there"):
-        run.run(arguments.parse_args(["--dir", str(tmp_path / "empty"), "--page"]))
-    for seed in range(3):
-        for name in ("single", "distilled"):
-            for stage in ("pt", "ift"):
-                folder = made / "runs" / name / f"seed-{seed}" / stage
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "stage.json").write_text('{"finished": true}')
-    before = (made / "journal.jsonl").read_text()
-    with run._held(made):  # a run that is at work
-        run.run(arguments.parse_args(["--dir", str(made), "--page"]))
-    assert (made / "journal.jsonl").read_text() == before
-    assert "Probes of depth after PT" in (made / "index.html").read_text()
-
-
-def test_the_base_encoder_tells_places_and_is_scaled_exactly(module):
-    """Places differ by row and column; scaling changes the size of features, and nothing that the blocks make of it."""
-    architectures, scales = module("miniature.architectures"), module("miniature.scales")
-    waves = architectures.waves(96).view(8, 8, 96)
-    assert torch.equal(waves[2, 3, :48], waves[2, 7, :48])  # rows
-    assert torch.equal(waves[2, 3, 48:], waves[5, 3, 48:])  # columns
-    assert torch.cdist(waves.flatten(0, 1), waves.flatten(0, 1)).fill_diagonal_(9).min() > 0.5
-    torch.manual_seed(0)
-    model, pictures = architectures.base_encoder().eval(), torch.randn(4, 3, 96, 96)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 2  # as training does
-        before = model(pictures, output_hidden_states=True).hidden_states
-        scales.at_unit_scale(model, pictures)
-        after = model(pictures, output_hidden_states=True).hidden_states
-    assert after[-2][:, 1:].square().mean() == pytest.approx(1, abs=1e-3)
-    assert before[-2].square().mean() > 2
-    alike = torch.cosine_similarity(before[-1].flatten(1), after[-1].flatten(1))
-    assert alike.min() > 0.9999  # but for the normalisations' epsilon
-    ratios = [float(states.norm() / scaled.norm()) for states, scaled in zip(before[-2:], after[-2:], strict=True)]
-    assert ratios[0] == pytest.approx(ratios[1], rel=0.01)
-
-
 def test_models_of_the_same_efforts_are_lent(module, tmp_path):
     run, forms, models = module("miniature.run"), module("miniature.forms").FORMS, module("miniature.models")
     efforts = models.SIZES["standard"].efforts
@@ -420,171 +361,6 @@ def test_every_model_of_a_run_comes_trained(form, module, tmp_path):
     run, forms, names = module("miniature.run"), module("miniature.forms").FORMS, module("miniature.models").NAMES
     assert set(run.lend_models(tmp_path, forms[form])) == set(names)
     assert all((tmp_path / "models" / name / "model.safetensors").is_file() for name in names)
-
-
-def test_intervals_by_hand(module):
-    intervals = module("intervals")
-    # Two-sided 95 % quantiles of any table of Student's t; with 1 and 2 degrees they have closed forms.
-    assert intervals.t_quantile(1) == pytest.approx(math.tan(0.95 * math.pi / 2))
-    assert intervals.t_quantile(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)))
-    for degrees, known in ((3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)):
-        assert intervals.t_quantile(degrees) == pytest.approx(known, abs=5e-4)
-    found = intervals.t_interval([1, 2, 3])  # a standard deviation of 1, so 4.3027 / sqrt(3)
-    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - 2.48414, 2 + 2.48414), abs=1e-4)
-    assert not found.without_zero
-    pairs = intervals.paired([5.0, 7.0, 9.5], [4.0, 6.0, 8.0])  # 1, 1, 1.5
-    assert (pairs.mean, pairs.without_zero) == (pytest.approx(7 / 6), True)
-    assert intervals.t_interval([3.0]).low == -math.inf
-    with pytest.raises(ValueError, match="no values"):
-        intervals.t_interval([])
-
-
-def probe_scores(folder: Path, layers: dict[int, float]) -> None:
-    (folder / "probes" / "eval").mkdir(parents=True)
-    found = {"layers": {str(layer): {"mean": mean} for layer, mean in layers.items()}}
-    (folder / "probes" / "eval" / "scores.json").write_text(json.dumps({"models": [{"tasks": {"depth": found}}]}))
-
-
-def answers(folder: Path, right: dict[str, float]) -> None:
-    folder.mkdir(parents=True)
-    figures = {name: {"value": value} for name, value in right.items()}
-    (folder / "scores.json").write_text(json.dumps({"tasks": {"cv_bench": {"figures": figures}}}))
-
-
-@pytest.fixture
-def made(tmp_path):
-    """A folder with the scores of runs that never were: three seeds of single, of distilled, and one of a baseline."""
-    here = {"commit": "abc", "date": "then", "load": 1.5, "cpu": "x", "cores": 2, "memory_gb": 8, "versions": {}}
-    lines = (
-        {"began": {"began": 0, "workers": 2, "machine": here}},
-        {"step": {"name": "seed 0/single/pt", "kind": "pt", "seconds": 60, "ended": 65}},
-        {"run": {"began": 0, "seconds": 90}},
-        {"began": {"began": 200, "workers": 2, "machine": {**here, "commit": "def", "date": "later", "load": 0.5}}},
-        {"step": {"name": "seed 0/single/ift", "kind": "ift", "seconds": 10, "ended": 210}},
-        {"began": {"began": 300, "workers": 2, "machine": {**here, "commit": "of a run that did nothing"}}},
-    )
-    (tmp_path / "journal.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    for seed in range(3):
-        for arm, at in (("single", 0.8), ("distilled", 0.9)):
-            run = tmp_path / "runs" / arm / f"seed-{seed}"
-            probe_scores(run / "pt", {layer: at + 0.01 * seed + 0.001 * layer for layer in range(1, 7)})
-        answers(tmp_path / f"runs/single/seed-{seed}/ift/benchmarks", {"Depth": 0.50 + 0.01 * seed, "Overall": 0.4})
-    for seed in (0, 2):  # of which the last is not taken, since 1 is not there
-        answers(tmp_path / f"runs/feature_concat/seed-{seed}/ift/benchmarks", {"Depth": 0.75, "Overall": 0.7})
-    return tmp_path
-
-
-@pytest.fixture
-def results(module, made, monkeypatch):
-    """What is collected there; the predictions themselves are not."""
-    found = module("miniature.results")
-    monkeypatch.setattr(found, "item_pairs", lambda *_: [])
-    arms = ["single", "feature_concat", "distilled"]
-    run = found.collect(made, module("miniature.forms").FORMS["quick"], arms, range(3))
-    return run
-
-
-def test_scores_are_collected_by_seed(module, results):
-    (after_pt,) = results["figures"]["figure 3"]
-    assert after_pt.values["single encoder"]["layer 2"] == pytest.approx([0.802, 0.812, 0.822])
-    difference = after_pt.difference("distilled", "layer 2")
-    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.1, 0.1, 0.1))
-    assert "60 s" in after_pt.notes[0]
-    (table,) = results["figures"]["table 1"]
-    assert table.values["single encoder"]["Depth"] == pytest.approx([50, 51, 52])
-    assert table.values["feature concat"]["Depth"] == [75.0]
-    assert table.difference("feature concat", "Depth").mean == 25  # of the one seed that both have
-    assert results["seeds"] == [0, 1, 2]
-    assert results["seconds"] == 90 + 10  # of the run that was killed until its last step
-    assert [results["machine"][name] for name in ("commit", "date", "load")] == ["abc, def", "then", 1.5]
-    lines = after_pt.markdown().splitlines()
-    assert lines[-3].startswith("| distilled minus single encoder | 3 | 0.1000 [0.1000, 0.1000] |")
-
-
-def test_runs_of_other_seeds_are_put_together(module):
-    joined, figures = module("miniature.joining").joined, module("figures")
-
-    def run(seeds: list[int], arms=("single encoder", "distilled"), have: int | None = None, **changed) -> dict:
-        n = len(seeds) if have is None else have
-        values = {arm: {"Depth": [10.0 * i + s for s in seeds[:n]]} for i, arm in enumerate(arms)}
-        table = figures.Seeds("t", values, {"distilled": "single encoder"}, 1)
-        counts, p = {"Depth": [[960, s, 0] for s in seeds]}, {"Depth": [0.5] * len(seeds)}
-        pairs = figures.ItemPairs("p", "a", "b", seeds, counts, p)
-        models = figures.Count("llm", {"": {"Depth": 0.8}})
-        found = {"models": [models], "table 1": [table], "item by item": [pairs]}
-        found = {name: figures.to_json(parts) for name, parts in found.items()}
-        about = {"form": {"name": "full"}, "seeds": seeds, "seconds": 60.0, "figures": found}
-        return about | {"machine": {"commit": f"c{seeds[0]}", "date": "now", "cpu": "x", "cores": 2}} | changed
-
-    all_five = joined(joined(run([0]), run([1, 2])), run([3, 4]))
-    assert (all_five["seeds"], all_five["seconds"]) == ([0, 1, 2, 3, 4], 180)
-    (table,) = figures.from_json(all_five["figures"]["table 1"])
-    assert table.values == {"single encoder": {"Depth": [0, 1, 2, 3, 4]}, "distilled": {"Depth": [10, 11, 12, 13, 14]}}
-    assert table.notes == [
-        "Of several runs: seeds 0 in 1 minutes on 2 cores of x, commit c0, now; "
-        "seeds 1, 2 in 1 minutes on 2 cores of x, commit c1, now; "
-        "seeds 3, 4 in 1 minutes on 2 cores of x, commit c3, now."
-    ]
-    (pairs,) = figures.from_json(all_five["figures"]["item by item"])
-    assert [row[1] for row in pairs.counts["Depth"]] == [0, 1, 2, 3, 4]
-    assert len(pairs.p["Depth"]) == 5
-    assert pairs.seeds == [0, 1, 2, 3, 4]
-    assert "| seed 4: only a, only b, p |" in pairs.markdown()
-    assert joined(run([0, 1]), run([0, 1, 2])) == run([0, 1, 2])  # the same seeds again take their place
-    for other, why in (
-        (run([1, 2]), "seeds 1 are there already"),
-        (run([2], form={"name": "quick"}), "of another form"),
-        (run([0, 1, 2], form={"name": "quick"}), "of another form"),
-        (run([0, 1, 2], arms=("distilled",)), "seeds 0, 1 are there already.* with all the arms"),
-        (run([2, 3], have=1), "of 2 and 2 seeds 2 and 1 are there"),
-        (run([2], arms=("single encoder", "distilled", "n4")), "run the same arms"),
-        (run([2], figures={"table 1": []}), "other small models"),
-    ):
-        with pytest.raises(ValueError, match=why):
-            joined(run([0, 1]), other)
-    with pytest.raises(ValueError, match="no run of the experiments"):
-        joined({"figures": {"shortcuts": []}}, run([0]))
-
-
-def test_findings_say_what_the_intervals_do(module, results):
-    seeds = module("figures").Seeds
-    told = module("miniature.findings").findings(results["figures"], 6)
-    assert told == [
-        "Probes of depth after PT, distilled minus single encoder over 3 seeds: layer 2 +0.1000 [+0.1000, +0.1000], "
-        "layer 4 +0.1000 [+0.1000, +0.1000]. The interval lies above 0 at 2 of the 2 distilled layers, and at 6 of all "
-        "6.",
-        "Fed the teachers' features (feature concat): Depth 75.0 % (chance 50).",
-    ]
-    over = {"distilled": "single encoder"}
-    worse = {"single encoder": {"Depth": [60.0, 61.0, 62.0], "Overall": [5.0, 6.0, 5.0]},
-             "distilled": {"Depth": [50.0, 50.5, 52.0], "Overall": [6.0, 5.0, 5.5]}}  # fmt: skip
-    (sentence,) = module("miniature.findings").findings({"table 1": [seeds("t", worse, over, 1)]}, 6)
-    assert sentence.endswith("That is fewer in Depth.")
-    alike = {arm: {"Depth": columns["Overall"]} for arm, columns in worse.items()}
-    (sentence,) = module("miniature.findings").findings({"table 1": [seeds("t", alike, over, 1)]}, 6)
-    assert sentence.endswith("That is no difference that these seeds can tell from none.")
-
-
-def test_the_page_holds_what_was_found_and_asks_for_nothing(module, results):
-    figures = module("figures")
-    pairs = figures.ItemPairs("a against b", "a", "b", [3], {"Depth": [[96, 20, 10]]}, {"Depth": [0.0987]})
-    results["figures"]["item by item"] = [pairs]
-    assert "| Depth | 96 | 20, 10, 0.099 |" in pairs.markdown()
-    results["figures"] = {name: figures.to_json(found) for name, found in results["figures"].items()}
-    html = module("miniature.page").page_of(json.loads(json.dumps(results)), [], ["olavlm-train pt"])
-    for text in ("+0.1000 [+0.1000, +0.1000]", "75.0", "20 : 10, p 0.099", "olavlm-train pt", "2 of the 2 distilled"):
-        assert text in html
-    assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org", "")
-    assert "None" not in html
-    assert "inf" not in html.lower().replace("information", "")
-    assert ">seed 3<" in html
-    for found in results["figures"].values():  # of one seed
-        for figure in found:
-            for columns in figure.get("values", {}).values():
-                columns |= {name: values[:1] for name, values in columns.items() if isinstance(values, list)}
-    html = module("miniature.page").page_of(json.loads(json.dumps(results)), [])
-    assert "inf" not in html.lower().replace("information", "")
-    assert "distilled minus single: +0.1000<" in html
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 
 import pytest
 import torch
@@ -21,19 +19,8 @@ from olavlm.student.recipes import load_recipe
 from olavlm.student.stages import apply_stage
 from olavlm.student.training.trainer import start_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "benchmarks" / "train"
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch):
-    """module(name) -> `benchmarks.name`; benchmarks are no part of the installed package."""
-    monkeypatch.syspath_prepend(str(ROOT))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(f"benchmarks.{name}")
-
-    return load
 
 
 @pytest.fixture(scope="module")
