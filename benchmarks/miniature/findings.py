@@ -19,10 +19,12 @@ def distilled_columns(task: str, blocks: int) -> list[str]:
 
 
 def findings(figures: Mapping[str, Sequence[Figures]], blocks: int) -> list[str]:
-    """Of figure 3 and table 1 of a language model of so many blocks; empty where nothing is compared."""
+    """Of figure 3 and the tables of a language model of so many blocks; empty where nothing is compared."""
     found = [sentence for chart in figures.get("figure 3", ()) for sentence in _of_probes(chart, blocks)]
     for table in figures.get("table 1", ()):
         found += [*_of_baselines(table), *_of_answers(table)]
+    for name in ("table 4", "table 5"):
+        found += [sentence for table in figures.get(name, ()) for sentence in _of_a_table(name, table)]
     return found
 
 
@@ -75,6 +77,19 @@ def _of_answers(table: Seeds) -> Iterator[str]:
     ]
     verdict = " and ".join(filter(None, verdict)) or "no difference that these seeds can tell from none"
     yield f"Answers, distilled minus single encoder, in points: {told}. That is {verdict}."
+
+
+def _of_a_table(name: str, table: Seeds) -> Iterator[str]:
+    """Each arm against the one that all are compared with, which the table says: over all tasks, and where it shows."""
+    for arm, base in table.over.items():
+        differences = {column: table.difference(arm, column) for column in table.columns}
+        seeds = differences["Overall"].values
+        told = f"{name.capitalize()}, {arm} minus {base}: {signed(differences['Overall'], table.digits)} points overall"
+        if seeds < 2:
+            yield f"{told} in one seed, of which alone nothing is said."
+            continue
+        apart = [f"{column} {signed(d, table.digits)}" for column, d in differences.items() if d.without_zero]
+        yield f"{told} over {seeds} seeds. The interval leaves out 0 in {', '.join(apart) or 'no column'}."
 
 
 def signed(interval: Interval, digits: int) -> str:

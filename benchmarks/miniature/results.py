@@ -143,30 +143,33 @@ def _answered(root: Path, arm: str, seed: int) -> dict[str, float] | None:
 
 
 def item_pairs(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[ItemPairs]:
-    """Every other arm of table 1 against the single encoder, on the same questions."""
-    pairs = []
-    for arm in arms_of("table 1"):
-        both = list(takewhile(lambda s: all(_answered(root, name, s) for name in (arm.name, SINGLE)), seeds))  # noqa: B023
-        if arm.name != SINGLE and {arm.name, SINGLE} <= set(arms) and both:
-            found = [_compared(root, arm.name, seed) for seed in both]
-            counts = {
-                name: [[f[name]["items"], f[name]["first_better"], f[name]["second_better"]] for f in found]
-                for name in found[0]
-            }
-            p = {name: [f[name]["p"] for f in found] for name in found[0]}
-            title = f"{arm.title} against {ARMS[SINGLE].title} on the same questions"
-            pairs.append(ItemPairs(title, arm.title, ARMS[SINGLE].title, both, counts, p))
-    return pairs
+    """Every arm of a table against the one that the table's are compared with, on the same questions."""
+    asked = [(arm.name, base) for table, base in TABLES.items() for arm in arms_of(table) if arm.name != base]
+    pairs = (_item_pairs(root, *two, seeds) for two in asked if set(two) <= set(arms))
+    return [pair for pair in pairs if pair is not None]
 
 
-def _compared(root: Path, arm: str, seed: int) -> dict[str, dict[str, Any]]:
+def _item_pairs(root: Path, arm: str, base: str, seeds: Sequence[int]) -> ItemPairs | None:
+    both = list(takewhile(lambda seed: all(_answered(root, name, seed) for name in (arm, base)), seeds))
+    if not both:
+        return None
+    found = [_compared(root, arm, base, seed) for seed in both]
+    counts = {
+        name: [[f[name]["items"], f[name]["first_better"], f[name]["second_better"]] for f in found]
+        for name in found[0]
+    }
+    p = {name: [f[name]["p"] for f in found] for name in found[0]}
+    first, second = ARMS[arm].title, ARMS[base].title
+    return ItemPairs(f"{first} against {second} on the same questions", first, second, both, counts, p)
+
+
+def _compared(root: Path, arm: str, base: str, seed: int) -> dict[str, dict[str, Any]]:
     from olavlm.pipelines.evaluation.comparison import compare
     from olavlm.pipelines.evaluation.predictions import Predictions
     from olavlm.pipelines.evaluation.tasks import TASKS
 
     first, second = (
-        Predictions(benchmark_folder(root, name, seed) / "predictions").done(BENCHMARK).values()
-        for name in (arm, SINGLE)
+        Predictions(benchmark_folder(root, name, seed) / "predictions").done(BENCHMARK).values() for name in (arm, base)
     )
     return compare(TASKS[BENCHMARK], first, second)["figures"]
 

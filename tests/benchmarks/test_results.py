@@ -151,6 +151,39 @@ def test_findings_say_what_the_intervals_do(module, results):
     alike = {arm: {"Depth": columns["Overall"]} for arm, columns in worse.items()}
     (sentence,) = module("miniature.findings").findings({"table 1": [seeds("t", alike, over, 1)]}, 6)
     assert sentence.endswith("That is no difference that these seeds can tell from none.")
+    base = {"Depth": [50.0, 51.0, 52.0], "Overall": [40.0, 41.0, 42.0]}
+    more = {"Depth": [52.0, 53.0, 54.5], "Overall": [41.0, 40.0, 42.0]}
+    tables = {
+        "table 4": [seeds("t", {"base": base, "pt": more}, {"pt": "base"}, 1)],
+        "table 5": [seeds("t", {"n0": base, "n4": {name: of[:1] for name, of in more.items()}}, {"n4": "n0"}, 1)],
+    }
+    assert module("miniature.findings").findings(tables, 6) == [
+        "Table 4, pt minus base: +0.0 [-2.5, +2.5] points overall over 3 seeds. The interval leaves out 0 in Depth "
+        "+2.2 [+1.4, +2.9].",
+        "Table 5, n4 minus n0: +1.0 points overall in one seed, of which alone nothing is said.",
+    ]
+
+
+def test_arms_are_compared_with_their_tables_base(module, tmp_path, monkeypatch):
+    """Question by question, over the seeds that both have."""
+    found, asked = module("miniature.results"), []
+    for arm, seeds in (("single", 2), ("distilled", 2), ("tokens_only", 1), ("n0", 2), ("n4", 2)):
+        for seed in range(seeds):
+            answers(tmp_path / f"runs/{arm}/seed-{seed}/ift/benchmarks", {"Depth": 0.5})
+
+    def compared(_: Path, arm: str, base: str, seed: int) -> dict:
+        asked.append((arm, base, seed))
+        return {"Depth": {"items": 960, "first_better": seed, "second_better": 7, "p": 0.1}}
+
+    monkeypatch.setattr(found, "_compared", compared)
+    pairs = found.item_pairs(tmp_path, ["single", "distilled", "tokens_only", "n0"], range(5))
+    assert asked == [
+        ("distilled", "single", 0), ("distilled", "single", 1), ("distilled", "tokens_only", 0), ("distilled", "n0", 0),
+        ("distilled", "n0", 1),
+    ]  # fmt: skip
+    assert [pair.seeds for pair in pairs] == [[0, 1], [0], [0, 1]]
+    assert pairs[0].title == "distilled against single encoder on the same questions"
+    assert pairs[2].counts == {"Depth": [[960, 0, 7], [960, 1, 7]]}
 
 
 def test_the_page_holds_what_was_found_and_asks_for_nothing(module, results):
