@@ -243,12 +243,13 @@ def report(args: argparse.Namespace, tasks: Sequence[Task], output: Path, predic
     from .evaluation.resolved import all_versions
     from .evaluation.table import all_figures, beside_paper, compared
 
-    found = merged(predictions, tasks, "leave out --score-only" if args.score_only else "ask again")
-    name = shown_name(args.checkpoint)
+    model = recorded_model(output)
+    found = answers_of(predictions, tasks, args.score_only)
+    name = shown_name(str((model or {}).get("checkpoint", args.checkpoint)))  # whose answers they are
     with libraries_to(output / LOG, found):
         by_task = {task: scores_of(task, those) for task, those in found.items()}
     sheets = [*beside_paper({name: by_task}), all_figures(name, by_task)]
-    content: dict[str, Any] = {"model": recorded_model(output), "tasks": by_task, "versions": all_versions()}
+    content: dict[str, Any] = {"model": model, "tasks": by_task, "versions": all_versions()}
     save(output, content, sheets)
     print("\n".join(sheet.text() for sheet in sheets))
     if args.compare is not None:
@@ -268,12 +269,17 @@ def save(output: Path, content: Mapping[str, Any], sheets: Sequence[Sheet]) -> N
     files.replace(output / TABLE, "\n".join(sheet.markdown() for sheet in sheets).encode())
 
 
-def merged(predictions: Predictions, tasks: Sequence[Task], remedy: str) -> dict[str, list[Prediction]]:
-    """What there is of each task, and of others. JobFailed, with the remedy, if there is nothing of a task."""
+def answers_of(predictions: Predictions, tasks: Sequence[Task], score_only: bool) -> dict[str, list[Prediction]]:
+    """What there is of each task, and of others. JobFailed, with the remedy, if there is nothing of a task.
+
+    The files of several processes become one, but for `score_only`, which may look at an evaluation that is at work.
+    """
     for task in tasks:
         if not predictions.done(task.name):
+            remedy = "leave out --score-only" if score_only else "ask again"
             raise JobFailed(f"{predictions.folder} holds no prediction of {task.name}; {remedy}")
-        predictions.merge(task.name)
+        if not score_only:
+            predictions.merge(task.name)
     return {name: list(those.values()) for name in TASKS if (those := predictions.done(name))}
 
 
@@ -297,7 +303,7 @@ def comparison(folder: Path, found: Mapping[str, Sequence[Prediction]]) -> tuple
     }
     if not both:
         raise JobFailed(f"--compare {folder} holds no predictions of {', '.join(found)}")
-    return shown_name((recorded_model(folder) or {}).get("checkpoint", str(folder))), both
+    return shown_name(str((recorded_model(folder) or {}).get("checkpoint", folder))), both
 
 
 def recorded_model(output: Path) -> dict[str, Any] | None:

@@ -158,14 +158,16 @@ def open_rows(task: Task, folder: Path | None) -> BenchmarkRows:
 
 
 def find_files(task: Task, folder: Path) -> list[Path]:
-    """The task's parquet files where they are published, or anywhere below.
+    """The task's parquet files where they are published, or anywhere below, where other benchmarks' may lie too.
 
     Raises:
         JobFailed: there are none, or two of one name, so that rows would count twice.
     """
     patterns = task.published.files
     found = {file for pattern in patterns for file in folder.glob(pattern)}
-    found = found or {file for pattern in patterns for file in folder.rglob(Path(pattern).name)}
+    if not found:
+        below = {file for pattern in patterns for file in folder.rglob(Path(pattern).name)}
+        found = {file for file in below if not _is_anothers(task, file)} or below
     if not found:
         names = sorted(f"{f.name}/" if f.is_dir() else f.name for f in folder.iterdir())
         there = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
@@ -177,6 +179,15 @@ def find_files(task: Task, folder: Path) -> list[Path]:
     if twice := sorted(file for file in found if by_name[file.name] != file):
         raise JobFailed(f"{folder} holds {twice[0]} and {by_name[twice[0].name]}, of one name; give the folder of one")
     return sorted(found)
+
+
+def _is_anothers(task: Task, file: Path) -> bool:
+    """Whether it can be read and lacks columns of the task."""
+    try:
+        names = pq.read_schema(file).names
+    except (OSError, pa.ArrowException):
+        return False
+    return not {IMAGE, *task.published.columns} <= set(names)
 
 
 def download(task: Task) -> Path:

@@ -36,7 +36,7 @@ def measure(task: Task, predictions: Iterable[Prediction]) -> Measured:
     try:
         judgements = [task.judge(p.item, p.answer) for p in those]
         strata, weights = [task.stratum(item) for item in items], task.metrics(items)
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         what = f"lacks {e}" if isinstance(e, KeyError) else f"cannot be judged ({e})"
         raise JobFailed(
             f"{task.title}: an item of the predictions {what}: they were written by another version of this "

@@ -49,6 +49,15 @@ def test_a_folder_of_datasets_will_do(cv_bench, tmp_path, below):
     assert len(open_rows(CV_BENCH, shared)) == 12
 
 
+def test_other_benchmarks_may_lie_beside_it(cv_bench, tmp_path):
+    for name in ("cvbench", "RealWorldQA/data"):
+        (tmp_path / name).mkdir(parents=True)
+    for file in cv_bench.glob("*.parquet"):
+        (tmp_path / "cvbench" / file.name).write_bytes(file.read_bytes())
+    pq.write_table(pa.table({"question": ["?"]}), tmp_path / "RealWorldQA/data/test-00000-of-00001.parquet")
+    assert len(open_rows(CV_BENCH, tmp_path)) == 12
+
+
 def rewrite(cv_bench, file, change):
     pq.write_table(change(pq.read_table(cv_bench / "test_3d.parquet")), file)
 

@@ -148,6 +148,8 @@ def test_scores_again_and_compares_without_a_model(evaluated, run, ours, capsys,
     found = json.loads((folder / "scores.json").read_text())["compared"]
     assert found["tasks"]["cv_bench"]["figures"]["Overall"]["p"] == 1
     assert "McNemar" in (folder / "table.md").read_text()
+    assert run("another/model", "--output", folder, "--score-only") == 0
+    assert "another/model" not in (folder / "table.md").read_text(), "a table names the model whose answers they are"
     assert run(ours, "--output", tmp_path / "none", "--score-only") == 1
     assert "holds no prediction of cv_bench; leave out --score-only" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
