@@ -23,6 +23,8 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
+from olavlm.cache import files
+
 from .cli import JobFailed, command, quiet_models, versions
 from .reporting.answers import show_answers
 from .reporting.benchmark_scores import show_benchmark_scores
@@ -88,9 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         raise JobFailed(f"--output {output} is a folder; name a file in it")
     html = render(runs, evaluations, Settings(args.store, args.images, args.samples, args.decode))
     output.parent.mkdir(parents=True, exist_ok=True)
-    private = output.with_name(f".{output.name}.{os.getpid()}")
-    private.write_text(html, encoding="utf-8")
-    private.replace(output)
+    files.replace(output, html.encode(errors="xmlcharrefreplace"))  # half of a surrogate pair is no text
     print(f"report: {output} ({len(html) / 1000:,.0f} kB)")
     for run in runs:
         for fault in run.faults:
@@ -167,7 +167,7 @@ def compare(runs: Sequence[Run]) -> str:
             *losses,
             duration(median) if median else number(None),
             number(1000 * run.global_batch / median if median and run.global_batch else None, 3),
-            f"{100 * sum(waits) / sum(times):.1f} %" if median and len(waits) == len(times) else number(None),
+            f"{100 * sum(waits) / sum(times):.1f} %" if sum(times) and len(waits) == len(times) else number(None),
             f"{len(run.faults)} to look at" if run.faults else "none",
         ])  # fmt: skip
     losses = (name.lower() for _, name, _ in COMPARED)

@@ -21,7 +21,7 @@ def show_answers(run: Run, settings: Settings) -> str:
         return ""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-        answers = [(e.get("image"), str(e["prompt"]), str(e["answer"])) for e in entries]
+        answers = [(e.get("image") and str(e["image"]), str(e["prompt"]), str(e["answer"])) for e in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         return block("Answers", note(f"answers.json is not a list of image, prompt and answer: {e!r}"))
     figures = "".join(
@@ -37,11 +37,11 @@ def _answer_picture(run: Run, settings: Settings, image: str | None) -> str:
         return empty("text only")
     base = started_in(run.folder, str(run.get("train", "output_dir") or ""))
     for file in (Path(image), run.folder / image, *([] if base is None else [base / image])):
-        if file.is_file():
-            try:
+        try:
+            if file.is_file():
                 return photograph(decode_rgb(file.read_bytes(), image), image)
-            except (BadImage, OSError) as e:
-                return empty(str(e))
+        except (BadImage, OSError) as e:  # a name that is too long, too
+            return empty(str(e))
     recorded = run.get("data", "images") or []
     specs = settings.images or ([recorded] if isinstance(recorded, str) else recorded)
     try:

@@ -36,10 +36,10 @@ def show_summary(run: Run, settings: Settings) -> str:
     if times:
         median = statistics.median(times)
         triples.append(("Step time", duration(median), f"median; {duration(sum(times))} in all"))
-        if run.global_batch:
+        if run.global_batch and median:
             rate = number(1000 * run.global_batch / median, 3)
             triples.append(("Samples a second", rate, f"at the median; global batch {run.global_batch}"))
-    if times and len(waits) == len(times):
+    if sum(times) and len(waits) == len(times):
         triples.append(("Waiting for data", f"{100 * sum(waits) / sum(times):.1f} %", "of the time of all steps"))
     return tiles(triples)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,22 @@ from .chart import Curve
 from .page import ranges
 
 PROBES = "probes"
+_LARGEST = 3.5e38
+"""Of what float32 holds."""
+_NUMBER, _TEXTS = (int, float), (str, list)
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "data", "targets", "losses", "train", "init", "tasks", "probe", "lora"), dict),
+    **dict.fromkeys(("tasks.*.layers", "probe.layers", "model.order", "losses.stages"), list),
+    **dict.fromkeys(("train.batch_size", "train.accumulation", "probe.batch_size", "train.seed", "probe.seed"), int),
+    **dict.fromkeys(("train.lr", "train.epochs", "probe.lr", "probe.epochs", "losses.contrastive_weight"), _NUMBER),
+    **dict.fromkeys(("data.fraction", "tasks.*.weight"), _NUMBER),
+    **dict.fromkeys(("data.file", "data.images"), _TEXTS),
+    **dict.fromkeys(("model.llm", "model.encoder", "targets.store", "train.output_dir", "init.from"), str),
+    **dict.fromkeys(("probe.tasks", "probe.data"), dict),
+    "tasks.*": dict,
+}
+"""What fields of a recipe hold that are shown or reckoned with, where they are set."""
+_ANY_TASK = re.compile(r"^tasks\.[^.]+")
 
 
 @dataclass(frozen=True)
@@ -36,8 +53,12 @@ class Run:
     processes: int | None
     parts: list[dict[str, Any]]
     """`part`, `parameters`, `trainable`: what trained"""
+    teachers: dict[str, dict[str, Any]]
+    """by task, of the card of the features that it distils or is fed"""
     recipe: dict[str, Any]
     recipe_text: str
+    odd_fields: list[str]
+    """of the recipe, which hold what they cannot, and were left out"""
     versions: dict[str, str]
 
     def curve(self, key: str, name: str = "") -> Curve:
@@ -60,7 +81,7 @@ class Run:
         found: dict[str, set[int]] = {}
         for key in self.keys:
             match key.split("/"):
-                case ["loss", task, layer, "smooth_l1" | "contrastive"] if layer.isdigit():
+                case ["loss", task, layer, "smooth_l1" | "contrastive"] if layer.isdecimal():
                     found.setdefault(task, set()).add(int(layer))
         order = list(self.asked("tasks") or {}) if self.stage == PROBES else self.get("model", "order") or []
         ranked = sorted(found, key=lambda task: (order.index(task) if task in order else len(order), task))
@@ -112,32 +133,69 @@ def read_run(folder: Path, name: str) -> Run:
     metrics, damaged = [], 0
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            content = json.loads(line)
-            content["step"] = int(content["step"])
-        except (ValueError, KeyError, TypeError):
+            metrics.append(_logged(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             damaged += 1  # such as the line that a kill cut short
-            continue
-        values = {k: math.nan if v is None else v for k, v in content.items()}  # some writers spell NaN as null
-        metrics.append({k: v for k, v in values.items() if isinstance(v, int | float)})
     recipe_text = _text(folder / "recipe.yaml")
     try:
         recipe = yaml.safe_load(recipe_text)
     except yaml.YAMLError:
         recipe = None
-    recipe = recipe if isinstance(recipe, dict) else {}
+    recipe, odd = without_odd(recipe if isinstance(recipe, dict) else {})
     stage = _json(folder / "stage.json")
+    parts, processes, trained = stage.get("parts"), stage.get("processes"), stage.get("stage")
     return Run(
         folder=folder,
         name=name,
         metrics=sorted(metrics, key=lambda m: m["step"]),
         damaged_lines=damaged,
-        stage=PROBES if "probe" in recipe else stage.get("stage"),
-        processes=stage.get("processes"),
-        parts=stage.get("parts") or [],
+        stage=PROBES if "probe" in recipe else trained if isinstance(trained, str) else None,
+        processes=processes if type(processes) is int else None,
+        parts=parts if isinstance(parts, list) and all(map(_is_part, parts)) else [],
+        teachers={k: v for k, v in _mapping(stage.get("teachers")).items() if isinstance(v, dict)},
         recipe=recipe,
         recipe_text=recipe_text,
+        odd_fields=odd,
         versions=_json(folder / "versions.json"),
     )
+
+
+def _logged(content: Any) -> dict[str, float]:
+    """A line's numbers. Its step counts; of the others some writers spell NaN as null, and float32 made them all."""
+    step = content["step"]
+    if int(step) != step or not 0 <= step < 2**53:
+        raise ValueError(f"step {step}")
+    numbers = {k: math.nan if v is None else v for k, v in content.items() if isinstance(v, int | float | None)}
+    if large := [k for k, v in numbers.items() if math.isfinite(v) and abs(v) > _LARGEST]:
+        raise ValueError(f"{large[0]} is larger than a loss or a time can be")
+    return {**numbers, "step": int(step)}
+
+
+def without_odd(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A recipe without fields that hold what they cannot, such as text for a number; and those, by their names."""
+    odd: list[str] = []
+
+    def kept(value: Any, name: str) -> Any:
+        kind = _KINDS.get(_ANY_TASK.sub("tasks.*", name), object)
+        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not object)):
+            odd.append(f"{name} is {value!r}")
+            return None
+        if isinstance(value, dict):
+            return {k: kept(v, f"{name}.{k}" if name else str(k)) for k, v in value.items()}
+        if name.endswith(".layers") and not all(type(layer) is int for layer in value or ()):
+            odd.append(f"{name} is {value!r}")
+            return None
+        return value
+
+    return kept(dict(recipe), ""), odd
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(value.get(k, 0)) is int for k in ("parameters", "trainable"))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _text(file: Path) -> str:
@@ -159,6 +217,8 @@ def find_faults(run: Run) -> list[str]:
         faults.append("No step was logged.")
     elif not run.finished:
         faults.append(f"The run is not finished: its last logged step is {run.metrics[-1]['step']}.")
+    if run.odd_fields:
+        faults.append(f"recipe.yaml: {'; '.join(run.odd_fields)}: left out, for it cannot be so.")
     if run.damaged_lines:
         faults.append(f"metrics.jsonl: {_count(run.damaged_lines, 'line')} damaged or cut short, and left out.")
     for key in run.keys:

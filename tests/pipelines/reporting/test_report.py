@@ -90,6 +90,49 @@ def test_a_run_without_a_step_or_its_side_files_still_has_a_page(make_run, repor
     assert "stage.json is missing" in page.text
 
 
+@pytest.mark.parametrize(
+    "line", ['{"step": Infinity}', '{"step": 1e400}', f'{{"step": {"9" * 400}}}', '{"step": 3.5}', "[]",
+             f'{{"step": 31, "loss/text": {"9" * 400}}}', '{"step": 31, "loss/text": 1e308}']
+)  # fmt: skip
+def test_a_line_that_no_training_wrote_is_damaged(make_run, report, line):
+    folder = make_run(**{"loss/depth/²/smooth_l1": 1.0, "step_ms": 0.0, "data_wait_ms": 0.0})
+    with (folder / "metrics.jsonl").open("a") as f:
+        f.write(line + "\n")
+    assert "1 line damaged or cut short" in report(folder, "--samples", 0).by_class["fault"]
+
+
+@pytest.mark.parametrize(
+    ("was", "is_", "said"),
+    [
+        ("lr: 0.001", "lr: 1e-3", "train.lr is '1e-3'"),  # text, by YAML
+        ("batch_size: 4", "batch_size: '4'", "train.batch_size is '4'"),
+        ("layers: [2]", "layers: 2", "tasks.depth.layers is 2"),
+        ("layers: [2]", "layers: [two]", "tasks.depth.layers is ['two']"),
+        ("{depth: {layers: [2], weight: 0.5}, seg: {layers: [3], weight: 0.5}}", "[depth]", "tasks is ['depth']"),
+    ],
+)
+def test_a_recipe_mended_by_hand_is_shown_without_what_cannot_be(make_run, report, was, is_, said):
+    folder = make_run()
+    recipe = (folder / "recipe.yaml").read_text()
+    assert was in recipe
+    (folder / "recipe.yaml").write_text(recipe.replace(was, is_))
+    page = report(folder, "--samples", 0)
+    assert f"recipe.yaml: {said}: left out" in page.by_class["fault"]
+    assert "some/llm" in page.text
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"parts": "x"}, {"parts": [1]}, {"parts": [{"parameters": None}]}, {"processes": "x"}, {"stage": ["a"]},
+     {"teachers": ["depth"]}],
+)  # fmt: skip
+def test_a_damaged_stage_file_hides_no_more_than_what_it_says(make_run, report, changed):
+    folder = make_run()
+    stage = json.loads((folder / "stage.json").read_text())
+    (folder / "stage.json").write_text(json.dumps(stage | changed))
+    assert "some/llm" in report(folder, "--samples", 0).text
+
+
 def test_what_is_no_run_is_one_line_and_status_1(make_run, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -115,6 +158,15 @@ def test_several_runs_are_compared_by_stage_and_written_where_they_meet(make_run
     anchors = ["#" + attrs["id"] for tag, attrs in page.tags if tag == "section" and "id" in attrs]
     assert links == anchors
     assert len(links) == 3
+
+
+def test_answers_and_names_of_pictures_may_be_anything(make_run, report):
+    folder = make_run()
+    entries = [{"image": image, "prompt": "What?", "answer": "half \ud800 of a pair"} for image in (5, "x" * 5000)]
+    (folder / "answers.json").write_text(json.dumps(entries))
+    page = report(folder, "--samples", 0)
+    assert page.text.count("of a pair") == 2
+    assert not [file for file in folder.iterdir() if file.name.startswith(".")]
 
 
 def test_answers_are_shown_with_their_photographs(make_run, report, tmp_path):
