@@ -9,10 +9,20 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.text.conversation import IMAGE_TOKEN, encode_prompt, terminator_id
+
+
+def greedy_settings(given: GenerationConfig) -> GenerationConfig:
+    """Of a language model's settings what says which tokens begin, end and pad, and which are never said.
+
+    How answers are drawn was tuned for that model, not for what is trained from it, and is for whoever asks: greedily,
+    as benchmarks are asked, unless they say otherwise.
+    """
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
+    return GenerationConfig(**{name: getattr(given, name) for name in names})
 
 
 class Answering:

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from olavlm.student.answering import Answering
+from olavlm.student.answering import Answering, greedy_settings
 from olavlm.student.assembly import (
     AssembledBatch,
     assemble,
@@ -192,6 +192,7 @@ class OlaVLM(Answering, PreTrainedModel):
         options = {"dtype": dtype, "attn_implementation": attn_implementation}
         vision = VisionEncoder.from_pretrained(encoder, select_layer, **options)
         language_model = load_complete(AutoModelForCausalLM, llm, **options)
+        language_model.generation_config = greedy_settings(language_model.generation_config)
         model = cls(
             OlaVLMConfig(
                 text_config=language_model.config,

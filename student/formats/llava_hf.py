@@ -26,6 +26,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from olavlm.student.answering import greedy_settings
 from olavlm.student.decoder import grow_vocabulary, head_is_plain
 from olavlm.student.errors import ModelError, RecipeError, StudentError
 from olavlm.student.loading import load_complete, load_errors
@@ -153,7 +154,7 @@ def causal_lm(stock: LlavaForConditionalGeneration) -> PreTrainedModel:
     setattr(llm, llm.base_model_prefix, decoder)
     llm.set_output_embeddings(stock.lm_head)
     llm.config = decoder.config
-    llm.generation_config = stock.generation_config
+    llm.generation_config = greedy_settings(stock.generation_config)
     more = sorted(names - set(llm.state_dict())) + [name for name, p in llm.named_parameters() if p.is_meta]
     if more or not head_is_plain(llm):
         what = f"has {more[0]}" if more else "scales, caps or shifts its logits"

@@ -94,7 +94,7 @@ def to_llava_hf(model: OlaVLM, tokenizer: PreTrainedTokenizerBase, dtype: torch.
         bos_token_id=text.tokenizer.bos_token_id,
         eos_token_id=ends,
         pad_token_id=text.tokenizer.pad_token_id,
-        suppress_tokens=[config.image_token_id, *ids],
+        suppress_tokens=sorted({*model._never_said(), *ids}),
     )
     return Exported(
         stock, _processor(stock.config, model.config.image_transform, text.tokenizer), text, [*notes, *_notes(text)]

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from olavlm.student.answering import greedy_settings
 from olavlm.student.config import LossConfig
 from olavlm.student.decoder import grow_vocabulary, head_is_plain
 from olavlm.student.errors import ModelError, RecipeError
@@ -256,12 +257,10 @@ def _vision(
 
 
 def _ends(source: str | Path, llm: PreTrainedModel) -> GenerationConfig:
-    """The tokens that begin, end and pad, which the checkpoint's generation settings know better than its config; how
-    answers are drawn is for whoever asks."""
+    """The tokens that begin, end and pad, which the checkpoint's generation settings know better than its config."""
     if find_file(source, "generation_config.json") is None:
         given = llm.generation_config
     else:
         with load_errors(source):
             given = GenerationConfig.from_pretrained(str(source))
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return GenerationConfig(**{name: getattr(given, name) for name in names})
+    return greedy_settings(given)

@@ -294,6 +294,10 @@ def test_back_again(small, tmp_path, photograph, tasks):
     vocabulary = len(model.tokenizer)
     np.testing.assert_allclose(after[-20:, :vocabulary], logits[-20:, :vocabulary], atol=1e-4)
     assert same == answer
+    never_said = back.model.llm.generation_config.suppress_tokens
+    assert len(never_said) == 1 + 4 * len(tasks)
+    once_more = to_llava_hf(back.model, back.model.tokenizer).model
+    assert once_more.generation_config.suppress_tokens == never_said, "task tokens stay unsaid"
 
 
 @pytest.mark.parametrize("kind", ["llama_clip", "qwen2_siglip"])

@@ -1,4 +1,5 @@
 import copy
+import json
 import shutil
 
 import pytest
@@ -113,6 +114,19 @@ def test_round_trip(build, tmp_path, tokenizer, make_batch, samples, with_predic
     assert isinstance(AutoModelForImageTextToText.from_pretrained(tmp_path), OlaVLM)
     saved = load_file(tmp_path / "model.safetensors")
     assert any(name.startswith("predictors.") for name in saved) is with_predictors
+
+
+def test_of_the_language_models_generation_settings_tokens_are_kept(tiny, tokenizer, tmp_path):
+    """Not how it draws: a penalty of repetitions would change scores, and no export of the model would have it."""
+    shutil.copytree(tiny["llm"], tmp_path / "llm")
+    tokens = {"eos_token_id": [5, 9], "suppress_tokens": [3]}
+    draws = {"temperature": 0.9, "top_p": 0.6, "repetition_penalty": 9.0}
+    (tmp_path / "llm" / "generation_config.json").write_text(json.dumps(tokens | draws))
+    model = OlaVLM.build(tmp_path / "llm", tiny["encoder"], tokenizer)
+    model.save_pretrained(tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "generation_config.json").read_text())
+    assert {name: kept[name] for name in tokens} == tokens
+    assert not kept.keys() & draws.keys()
 
 
 def test_the_models_own_tokenizer_is_saved_with_it(build, tmp_path, tokenizer):
