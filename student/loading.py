@@ -7,15 +7,25 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from olavlm.student.errors import ModelError, RecipeError
 
 _BUILT_IN_ATTENTION = (None, "sdpa", "eager")
 """What needs no package beside PyTorch."""
+
+_REFUSED = (ImportError, OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+_BAD_CONFIG = (StrictDataclassError, TypeError, AttributeError, KeyError, ArithmeticError)
+"""What the library raises of fields that are not of their type, or that no model can be made of."""
 
 _NOT_ON_THE_HUB = (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError)
 
@@ -43,13 +53,27 @@ def load_errors(path: str | Path, attention: str | None = None) -> Iterator[None
         if Path(path).is_file():  # the library would take any file for a config, or for pickled weights
             raise OSError("not a folder")
         yield
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (*_REFUSED, *_BAD_CONFIG) as error:
         reason = why_not_loaded(path, error)
+        if isinstance(error, _BAD_CONFIG) and not isinstance(error, _REFUSED):
+            reason = f"its config cannot be used ({type(error).__name__}: {reason})"
         if isinstance(error, ImportError) and attention not in _BUILT_IN_ATTENTION:
             raise RecipeError(
                 f"attention {attention!r} cannot be used: {reason.rstrip('.')}; install it, or use sdpa or eager"
             ) from error
         raise ModelError(f"cannot load a model from {str(path)!r}: {reason}") from error
+
+
+def read_config_fields(source: str | Path) -> dict[str, Any]:
+    """The config.json of a folder or hub id, as it stands there. ModelError for none, or one that holds no fields."""
+    with load_errors(source):
+        fields, _ = PreTrainedConfig.get_config_dict(str(source))
+    if not isinstance(fields, dict):
+        raise ModelError(f"{source}: config.json holds {type(fields).__name__}, not fields of a model")
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise ModelError(f"{source}: config.json has model_type {model_type!r}; it must be text")
+    return fields
 
 
 def why_not_loaded(path: str | Path, error: BaseException) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM, Phi3ForCausalLM, PreTrainedConfig, Pr
 
 from olavlm.student.choices import Geometry, KeyBlocks
 from olavlm.student.errors import ModelError, RecipeError
-from olavlm.student.loading import load_errors
+from olavlm.student.loading import load_errors, read_config_fields
 from olavlm.student.tokens import TaskSpec
 from olavlm.student.vision.encoder_name import USUAL_LAYER, EncoderName
 
@@ -97,17 +98,17 @@ def read_config(source: str | Path) -> ReleaseConfig:
     Raises:
         ModelError: none there, one of another model, or of one that computes what ours does not; with the value.
     """
-    with load_errors(source):
-        fields, _ = PreTrainedConfig.get_config_dict(str(source))
-    model_type = fields.get("model_type")
-    said = [str(one).lower().removesuffix("forcausallm") for one in (model_type, *(fields.get("architectures") or ()))]
+    fields = read_config_fields(source)
+    model_type, architectures = fields.get("model_type"), fields.get("architectures")
+    kinds = [model_type, *(architectures if isinstance(architectures, list) else ())]
+    said = [str(kind).lower().removesuffix("forcausallm") for kind in kinds]
     ends = [end for name in said for end in LANGUAGE_MODELS if name.endswith(end)]
     if not ends:
         raise ModelError(
             f"{source} holds a {model_type!r} model; model types of VisPer-LM end with {' or '.join(LANGUAGE_MODELS)}"
         )
     llm_class = LANGUAGE_MODELS[ends[0]]
-    reader = _Fields(fields, source)
+    reader, depth = _Fields(fields, source), fields.get("image_depth")
     with load_errors(source):
         text_config = llm_class.config_class(**_language_fields(fields))
     num_task_tokens = reader.number("num_task_tokens", 0)
@@ -136,7 +137,7 @@ def read_config(source: str | Path) -> ReleaseConfig:
         use_contrastive=bool(fields.get("use_contrastive", True)),
         contrastive_weight=reader.number("contrastive_loss_weight", 0.3, float),
         max_sequence_length=reader.number("tokenizer_model_max_length", text_config.max_position_embeddings),
-        intermediate_depth=(fields.get("image_depth") or {}).get("use_intermediate_depth"),
+        intermediate_depth=depth.get("use_intermediate_depth") if isinstance(depth, dict) else None,
         settings={name: reader.inner(f"image_{name}") for name in names},
     )
     pooled = [task.name for task in release.tasks if task.tokens > 1]
@@ -172,7 +173,7 @@ class _Fields:
 
     def number(self, name: str, absent: float | None = None, kind: Callable[[Any], Any] = int) -> Any:
         value = self._value(name, absent)
-        if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or kind(value) != value:
             raise self.error(name, value, "it must be a number")
         return kind(value)
 

@@ -3,10 +3,16 @@
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 
 from olavlm.student.errors import ModelError, RecipeError
-from olavlm.student.loading import load_errors, why_not_loaded
+from olavlm.student.loading import load_errors, read_config_fields, why_not_loaded
 
 RESPONSE = SimpleNamespace(headers={}, request=None)
 
@@ -48,3 +54,18 @@ def test_a_missing_package_is_the_recipes_affair_only_where_attention_needs_one(
     for attention, kind in ((None, ModelError), ("sdpa", ModelError), ("flash_attention_2", RecipeError)):
         with pytest.raises(kind, match="package"), load_errors("x", attention):
             raise ImportError("the package is not installed.")
+
+
+@pytest.mark.parametrize(
+    "error", [StrictDataclassError("Validation error\nfor field x"), TypeError("x"), KeyError("x")]
+)
+def test_what_the_library_raises_of_fields_of_a_wrong_kind(error):
+    with pytest.raises(ModelError, match=rf"its config cannot be used \({type(error).__name__}: "), load_errors("x"):
+        raise error
+
+
+@pytest.mark.parametrize("content", ["[]", '"a"', '{"model_type": 3}', "{"])
+def test_a_config_that_is_none(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"config.json|JSON"):
+        read_config_fields(tmp_path)

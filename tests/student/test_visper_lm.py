@@ -4,6 +4,7 @@ What a model of theirs computes is `visper_checkpoints.py`, which shares nothing
 """
 
 import json
+import math
 import shutil
 
 import open_clip
@@ -488,9 +489,15 @@ def test_what_older_libraries_saved_is_passed_over(altered):
         ({"task_token_format": "text"}, "task_token_format 'text'; ours is 'emb' or 'expand_emb'"),
         ({"mm_vision_tower": None}, "mm_vision_tower None; it must be text"),
         ({"num_task_tokens": "8"}, "num_task_tokens '8'; it must be a number"),
+        ({"num_task_tokens": math.nan}, "num_task_tokens nan; it must be a number"),
+        ({"num_attention_heads": 0}, r"its config cannot be used \(\w+: "),
+        ({"rms_norm_eps": "1e-5"}, r"its config cannot be used \(StrictDataclass\w+: "),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\]; it must be text"),
+        ({"model_type": "qwen2", "architectures": 5}, "holds a 'qwen2' model"),
         ({"num_task_tokens": 3}, "16 teacher tokens are not divisible into num_task_tokens=3 groups"),
         ({"aux_mode": "gen-depth-pose"}, "aux_mode 'gen-depth-pose'; 'pose' is none of gen, depth, seg"),
         ({"aux_mode": "gen-gen"}, "aux_mode 'gen-gen'; each task may occur once"),
+        ({"image_depth": [1]}, r"image_depth \[1\]; it must hold the settings of a predictor"),
         ({"image_depth": None}, "image_depth None; it must hold the settings of a predictor"),
     ],
 )
