@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_usage(args: argparse.Namespace) -> None:
     """UsageError for arguments that cannot be, or not together."""
-    if args.temperature < 0:
+    if not 0 <= args.temperature < math.inf:
         raise UsageError(f"--temperature is {args.temperature}: 0 for greedy answers, or above")
     if not 0 < args.top_p <= 1:
         raise UsageError(f"--top-p is {args.top_p}: above 0 and at most 1")

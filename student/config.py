@@ -11,6 +11,7 @@ import json
 import types
 import typing
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from olavlm.student.choices import Fusion, Geometry, Kernels, KeyBlocks, PredictorWidth, QueryKind, Stage, TrackerName
@@ -234,14 +235,18 @@ class Recipe:
         rule(t.batch_size >= 1, "train.batch_size", t.batch_size, "at least 1")
         rule(t.accumulation >= 1, "train.accumulation", t.accumulation, "at least 1")
         rule(t.max_steps is None or t.max_steps >= 1, "train.max_steps", t.max_steps, "at least 1")
-        rule(t.epochs > 0, "train.epochs", t.epochs, "above 0")
+        rule(0 < t.epochs < inf, "train.epochs", t.epochs, "above 0")
         rule(0 <= t.seed < 2**32, "train.seed", t.seed, "from 0 to 2**32 - 1, as NumPy's generators take")
         attention = self.model.attention
         known = attention in (None, "eager", "sdpa") or _is_attention(attention)
         rule(known, "model.attention", attention, "use sdpa, flash_attention_2 or eager")
         rule(self.model.max_length >= 1, "model.max_length", self.model.max_length, "at least 1")
         rule(self.model.num_task_tokens >= 0, "model.num_task_tokens", self.model.num_task_tokens, "at least 0")
-        rule(t.lr > 0, "train.lr", t.lr, "above 0")
+        rule(0 < t.lr < inf, "train.lr", t.lr, "above 0")
+        norm, weight = t.max_grad_norm, self.losses.contrastive_weight
+        rule(norm is None or 0 < norm < inf, "train.max_grad_norm", norm, "above 0, or null for none")
+        rule(0 <= t.weight_decay < inf, "train.weight_decay", t.weight_decay, "at least 0")
+        rule(0 <= weight < inf, "losses.contrastive_weight", weight, "at least 0")
         rule(0 <= t.warmup < 1, "train.warmup", t.warmup, "a part of the run, from 0 to below 1")
         rule(t.save_every >= 1, "train.save_every", t.save_every, "at least 1")
         rule(t.keep >= 1, "train.keep", t.keep, "at least 1")

@@ -90,6 +90,14 @@ def _unpacked(buffer: torch.Tensor, content: dict[str, Any]) -> MicroBatch:
     return MicroBatch(**{**content, "placement": Placement(**content["placement"])})
 
 
+def least_length(tokenizer: PreTrainedTokenizerBase, template: str, inserted: Inserted) -> int:
+    """Tokens that a short question about an image takes, up to the first of its answer: a sequence that is cut before
+    learns nothing."""
+    turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\nWhat?"}, {"from": "gpt", "value": "This."}]
+    labels = encode(tokenizer, turns, template)["labels"]
+    return next(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1 + inserted.added
+
+
 @dataclass
 class Collator:
     """Makes a micro-batch of dataset indices."""

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, LlavaConfig
 
 from olavlm.cache import Dataset, ImageRoots
-from olavlm.student.data.batches import Collator
+from olavlm.student.data.batches import Collator, least_length
 from olavlm.student.data.targets import TargetSource
 from olavlm.student.decoder import decoder_blocks, state_width
 from olavlm.student.errors import ModelError, RecipeError
@@ -106,9 +106,10 @@ def chosen_layers(model: OlaVLM, layers: list[int] | None) -> tuple[int, ...]:
 
 def probe_collator(model: OlaVLM, dataset: Dataset, roots: ImageRoots, source: TargetSource) -> Collator:
     """Makes micro-batches for the model, framed and tokenised as it was trained."""
-    longest, alone = model.config.max_sequence_length, model.inserted.added + 1
-    if longest <= alone:
-        raise RecipeError(f"the model's longest sequence is {longest} tokens, and an image alone takes {alone}")
+    longest = model.config.max_sequence_length
+    least = least_length(model.tokenizer, model.config.template, model.inserted)
+    if longest < least:
+        raise RecipeError(f"the model's longest sequence is {longest} tokens, and a question about an image {least}")
     return Collator(
         dataset=dataset,
         roots=roots,

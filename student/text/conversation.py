@@ -283,10 +283,11 @@ def _neutralise(turns: Iterable[_Turn], tokenizer: PreTrainedTokenizerBase) -> l
 def _tokenise(
     tokenizer: PreTrainedTokenizerBase, text: str, template: str
 ) -> tuple[list[int], list[tuple[int, int] | None]]:
-    """Ids, and for each the characters it stands for; None for those that the tokenizer adds, such as BOS.
+    """Ids, and for each the characters it stands for; None for those that the tokenizer adds ahead, such as BOS.
 
-    A chat template writes all of them itself. White space that some tokenizers leave out of their offsets counts to
-    the token after it.
+    What it adds behind, such as the EOS of some, is left out: an answer begins there, or has ended as its template
+    says. A chat template writes all of them itself. White space that some tokenizers leave out of their offsets counts
+    to the token after it.
     """
     encoding = tokenizer(text, add_special_tokens=template != CHAT, return_offsets_mapping=True, truncation=False)
     extents: list[tuple[int, int] | None] = []
@@ -297,7 +298,8 @@ def _tokenise(
             continue
         extents.append((min(start, covered), end))
         covered = max(covered, end)
-    return encoding["input_ids"], extents
+    length = max((index + 1 for index, extent in enumerate(extents) if extent is not None), default=len(extents))
+    return encoding["input_ids"][:length], extents[:length]
 
 
 def _is_answer(text: str, extent: tuple[int, int], spans: Sequence[tuple[int, int]], sample_id: Any) -> bool:

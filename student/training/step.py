@@ -44,7 +44,8 @@ class OptimizerStep:
         """One optimizer step on this process's micro-batches; returns the whole batch's metrics.
 
         Raises:
-            TrainingError: a loss that is not finite, or an embedding loss that is zero; nothing is updated then.
+            TrainingError: a loss that is not finite, an embedding loss that is zero, or a batch whose images could be
+                read and that has nothing to learn from; nothing is updated then.
         """
         accelerator = self.accelerator
         # The same noise, if a model has any, after a resume, and each process's own.
@@ -74,6 +75,12 @@ class OptimizerStep:
         tokens, bad_images, *valid = map(int, known[len(names) : len(names) + len(counts)])
         valid_rows = dict(zip(totals.valid_rows, valid, strict=True))
         self._check(step, values, valid_rows, micro_batches)
+        if tokens == bad_images == 0:
+            raise TrainingError(
+                f"step {step + 1}: no token of the batch is supervised, for all its samples are cut at "
+                f"model.max_length {self.recipe.model.max_length} before their answers; make it longer; samples of "
+                f"{self._samples(micro_batches)}"
+            )
         if self.recipe.train.max_grad_norm is not None:
             values["grad_norm"] = self.parallel.clip_gradients(self.recipe.train.max_grad_norm)
         self.parallel.update()
@@ -151,11 +158,8 @@ class OptimizerStep:
     ) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            ids = [i for m in micro_batches for i in m.ids]
-            more = f" and {len(ids) - NAMED_SAMPLES} more" if len(ids) > NAMED_SAMPLES else ""
             raise TrainingError(
-                f"step {step + 1}: {bad[0]} is {values[bad[0]]}; samples of process {self.accelerator.process_index}: "
-                f"{', '.join(ids[:NAMED_SAMPLES])}{more}"
+                f"step {step + 1}: {bad[0]} is {values[bad[0]]}; samples of {self._samples(micro_batches)}"
             )
         for name, value in values.items():
             _, _, rest = name.partition("loss/")
@@ -164,3 +168,9 @@ class OptimizerStep:
                     f"step {step + 1}: {name} is exactly zero though the batch has valid targets; an embedding loss "
                     "that trains nothing is a fault, not a success"
                 )
+
+    def _samples(self, micro_batches: list[MicroBatch]) -> str:
+        """Which they are, for whoever looks for one that is at fault."""
+        ids = [i for m in micro_batches for i in m.ids]
+        more = f" and {len(ids) - NAMED_SAMPLES} more" if len(ids) > NAMED_SAMPLES else ""
+        return f"process {self.accelerator.process_index}: {', '.join(ids[:NAMED_SAMPLES])}{more}"

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
@@ -36,6 +36,7 @@ from olavlm.student.data.batches import (
     check_images,
     check_samples,
     choose_samples,
+    least_length,
     make_sampler,
 )
 from olavlm.student.data.encoder_features import EncoderFeatures, check_encoder_features
@@ -74,6 +75,8 @@ from .signals import stop_requests
 from .step import OptimizerStep
 
 STAGE_FILE = "stage.json"
+OF_TEACHERS = ("name", "model", "revision", "recipe", "fingerprint")
+"""What is kept there of the cards of features."""
 PATIENCE = timedelta(hours=1)
 """That processes wait for one: an 8B model and its optimizer take longer to write than the ten minutes of NCCL."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -131,10 +134,11 @@ def train(
     features = EncoderFeatures(recipe) if reads_encoder else None
     if features is not None:  # of the models saved, pt's holds no encoder
         features.take_the_place_of(model.vision, keep=stage != "pt" and accelerator.is_main_process)
-    if recipe.model.max_length <= model.inserted.added + 1:
+    least = least_length(tokenizer, recipe.model.template, model.inserted)
+    if recipe.model.max_length < least:
         raise RecipeError(
-            f"model.max_length is {recipe.model.max_length}: an image alone takes "
-            f"{model.inserted.added + 1} tokens here, and nothing would be learnt; make it longer"
+            f"model.max_length is {recipe.model.max_length}: a short question about an image takes {least} tokens here "
+            "before it is answered, and nothing would be learnt; make it longer"
         )
     if recipe.lora.rank is not None and trains_llm(stage):
         add_lora(model.llm, recipe.lora)
@@ -152,7 +156,8 @@ def train(
         check_files(resumed_from)
         load_trained(resumed_from, model)
     if accelerator.is_main_process:
-        describe_run(run, recipe, stage, table, versions, accelerator.num_processes, model.packed)
+        cards = {} if source is None else source.cards
+        describe_run(run, recipe, stage, table, versions, accelerator.num_processes, model.packed, cards)
     sampler = make_sampler(
         recipe, dataset, source, global_batch, image_tokens=model.inserted.added, packed=model.packed
     )
@@ -390,8 +395,10 @@ def describe_run(
     versions: dict[str, str],
     num_processes: int,
     packed: bool,
+    cards: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Print and keep what trains, and keep the resolved recipe, the versions and how it is computed."""
+    """Print and keep what trains, and keep the resolved recipe, the versions, how it is computed and, by their cards,
+    whose features it distils or is fed."""
     print(f"{'part':<14}{'parameters':>16}{'trainable':>16}")
     for row in table:
         print(f"{row.part:<14}{row.parameters:>16,}{row.trainable:>16,}")
@@ -399,7 +406,8 @@ def describe_run(
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     write_json(run / "versions.json", versions)
     launch = {"processes": num_processes, "sharded": launched_with("FSDP"), "packed": packed}
-    write_json(run / STAGE_FILE, {"stage": stage, **launch, "parts": [asdict(r) for r in table]})
+    teachers = {name: {field: card.get(field) for field in OF_TEACHERS} for name, card in cards.items()}
+    write_json(run / STAGE_FILE, {"stage": stage, **launch, "teachers": teachers, "parts": [asdict(r) for r in table]})
 
 
 def mark_finished(run: Path, step: int) -> None:

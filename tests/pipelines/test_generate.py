@@ -187,6 +187,8 @@ def test_a_dialogue_at_the_terminal(checkpoint, sample_images, capsys, monkeypat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--prompt", "x", "--temperature", "nan"], "--temperature is nan: 0 for greedy answers, or above"),
+        (["--prompt", "x", "--temperature", "inf"], "--temperature is inf: 0 for greedy answers, or above"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature is -1.0: 0 for greedy answers, or above"),
         (["--prompt", "x", "--temperature", "1", "--top-p", "0"], "--top-p is 0.0: above 0 and at most 1"),
         (["--prompt", "x", "--top-p", "0.9"], "--top-p is for sampling; add --temperature"),

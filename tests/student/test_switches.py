@@ -1,13 +1,14 @@
 """Every switch of the recipe acts: the metric it is for changes, and what it must not touch stays."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from olavlm.cache import DatasetError
-from olavlm.student import RecipeError, SampleError
+from olavlm.student import RecipeError, SampleError, TrainingError
 from olavlm.student.training.metrics import read_metrics
 from olavlm.student.training.step import OptimizerStep
 from olavlm.student.training.trainer import train
@@ -239,8 +240,12 @@ class TestData:
             run(**{"data.images": tmp_path / "empty"})
 
     def test_a_length_that_leaves_no_text_is_refused(self, run):
-        with pytest.raises(RecipeError, match=r"model\.max_length is 40: an image alone takes 40 tokens"):
+        with pytest.raises(RecipeError, match=r"model\.max_length is 40: a short question about an image") as refused:
             run(**{"model.max_length": 40})
+        least = int(re.search(r"takes (\d+) tokens", str(refused.value))[1])
+        assert least > 40
+        with pytest.raises(TrainingError, match=rf"no token of the batch .* cut at model\.max_length {least} before"):
+            run(**{"model.max_length": least})  # which a short question fits in, and none of these captions'
 
     @pytest.mark.parametrize(
         ("turns", "message"),

@@ -561,7 +561,7 @@ def test_files_that_are_not_there(altered, published, tmp_path):
 
 def test_templates(altered, published):
     folder = altered("llava_llama")
-    assert from_visper_lm(folder, "vicuna_v1").model.config.template == "vicuna_v1"
+    assert from_visper_lm(folder, "plain").model.config.template == "plain"
     with pytest.raises(RecipeError, match="'llama_4' is unknown"):
         from_visper_lm(folder, "llama_4")
 
