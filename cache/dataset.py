@@ -107,8 +107,10 @@ def _read(file: Path) -> pa.Table:
         raise DatasetError(f"dataset file {file} does not exist")
     if file.suffix == ".parquet":
         try:
-            records = pq.read_table(file).to_pylist()
-        except (pa.ArrowException, ValueError, OSError) as e:
+            with pq.ParquetFile(file) as table:
+                kept = [name for name in SCHEMA.names if name in table.schema_arrow.names]
+                records = table.read(kept).to_pylist()
+        except (pa.ArrowException, ValueError, OSError, OverflowError, KeyError) as e:
             raise DatasetError(f"{file}: not a readable parquet file: {str(e).splitlines()[0]}") from None
     elif file.suffix in (".json", ".jsonl"):
         try:

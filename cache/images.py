@@ -28,7 +28,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from .errors import BadImage, DatasetError
-from .zip_archive import NotAZip, ZipArchive
+from .zip_archive import MAX_BYTES, NotAZip, ZipArchive
 
 
 def decode_rgb(data: bytes, image: str = "image") -> Image.Image:
@@ -153,7 +153,10 @@ class _Folder:
         file = self.location / path
         _regular(file.stat())  # before it is opened: that alone can rewind a tape
         with open(file, "rb", buffering=0, opener=_without_waiting) as f:
-            _regular(os.fstat(f.fileno()))  # it may have been replaced
+            status = os.fstat(f.fileno())
+            _regular(status)  # it may have been replaced
+            if status.st_size > MAX_BYTES:
+                raise OSError(f"{status.st_size} bytes, limit {MAX_BYTES}")
             return f.readall()
 
 

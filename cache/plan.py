@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +27,7 @@ from .errors import MissingFeatures, PlanError
 from .files import Location
 
 SEGMENT_ALIGNMENT = 4096  # the largest default shard; a shard size must divide every segment's start
+SCANS = 16  # to sort the paths takes as long as to look through them so many times, and more in large plans
 BISECT_BELOW = 1000  # `rows_of` less than a 1000th of the plan, as for a batch, hashes no whole plan
 
 
@@ -67,9 +69,9 @@ class Segment:
             rows, images = table.column("row"), table.column("image").cast(pa.large_string())
             recorded = table.schema.metadata[b"olavlm.segment_sha256"].decode()
             segment = cls(rows[0].as_py(), pa.concat_arrays(images.chunks))
+            numbered = np.array_equal(numbers(rows), np.arange(segment.start, segment.stop))
         except (pa.ArrowException, KeyError, TypeError, IndexError, ValueError, OSError) as e:
             raise PlanError(f"plan segment {file} is damaged: {(str(e) or repr(e)).splitlines()[0]}") from None
-        numbered = np.array_equal(numbers(rows), np.arange(segment.start, segment.stop))
         if segment.hash != recorded or not numbered:
             raise PlanError(f"plan segment {file} is damaged: its content does not match its recorded hash")
         return segment
@@ -155,11 +157,18 @@ class Plan:
         return segment.images[row - segment.start].as_py()
 
     def row_of(self, image: str) -> int:
-        """The row of an image path; MissingFeatures if it is not in the plan."""
-        at = pc.index(self.images, _strings(image)[0]).as_py()
-        if at < 0:
+        """The row of an image path; MissingFeatures if it is not in the plan.
+
+        The first few are looked for along all paths; whoever asks for more has them sorted, once.
+        """
+        if next(self._asked) < SCANS:
+            at = pc.index(self.images, _strings(image)[0]).as_py()
+            row = int(self.rows[at]) if at >= 0 else -1
+        else:
+            row = self._bisect(image)
+        if row < 0:
             raise MissingFeatures(f"image {image!r} is not in the plan of {self.num_images} images")
-        return int(self.rows[at])
+        return row
 
     def rows_of(self, images: pa.Array | Sequence[str]) -> np.ndarray:
         """Rows of many image paths, int64, in their order; -1 for a path that is not in the plan."""
@@ -174,6 +183,11 @@ class Plan:
         rows = np.full(len(images), -1, np.int64)
         rows[found] = self.rows[at.drop_null().to_numpy()] if found.any() else []
         return rows
+
+    @cached_property
+    def _asked(self) -> Iterator[int]:
+        """Counts the calls of `row_of`."""
+        return itertools.count()
 
     @cached_property
     def _sorted(self) -> np.ndarray:

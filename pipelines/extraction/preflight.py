@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from olavlm.cache import BadImage, FeatureStore, ImageRoots, StoreError
+from olavlm.cache import BadImage, FeatureStore, ImageRoots, PlanError, StoreError
 from olavlm.cache.codec import CODECS
 from olavlm.cache.files import exists, is_local, location
 from olavlm.cache.images import decode_rgb
@@ -111,25 +111,34 @@ def _pictures(roots: ImageRoots, images: pa.LargeStringArray) -> tuple[list, flo
 
 
 def _done(args: argparse.Namespace, key: str, teacher: Teacher, images: pa.LargeStringArray, rows: int) -> int:
-    """How many of the first `rows` rows the store has already; StoreError or PlanError where a run is refused."""
+    """How many of the first `rows` rows the store has already; StoreError or PlanError where a run is refused.
+
+    None of those that `--replace` would drop, or `--retry-failed` try again.
+    """
     where = location(args.store)
     if not exists(where / "zarr.json"):
         return 0
     store = FeatureStore(where)
-    if not args.replace:
+    try:
         store.rows.growth(images)
+    except PlanError:
+        if args.replace:
+            return 0
+        raise
     if key not in store.teachers:
         return 0
-    group, card = store[key], teacher.card
-    there = (group.fingerprint, group.layout.dtype, group.layout.compress)
-    if there != (card.fingerprint(), args.dtype, args.compress):
+    group, card, layout = store[key], teacher.card, store[key].layout
+    there = (group.fingerprint, layout.dtype, layout.compress, layout.shard_rows)
+    shard_rows = args.shard_rows or layout.shard_rows
+    if there != (card.fingerprint(), args.dtype, args.compress, shard_rows):
         if args.replace:
             return 0
         raise StoreError(
-            f"{group.folder} holds features of another card, dtype or compression, and a run would be refused; use "
-            "another --store, --as KEY, or --replace"
+            f"{group.folder} holds features of another card, dtype, compression or shard size, and a run would be "
+            "refused; use another --store, --as KEY, or --replace"
         )
-    return group.coverage(store.rows.rows[:rows]).covered
+    coverage = group.coverage(store.rows.rows[:rows])
+    return coverage.valid if args.retry_failed else coverage.covered
 
 
 def _pace(teacher: Teacher, pictures: list, batch_size: int, device: str) -> tuple[float, float]:

@@ -54,6 +54,17 @@ def test_every_kind_of_file_gives_the_same_samples(tmp_path, kind):
         dataset[6]
 
 
+def test_other_columns_of_parquet_are_not_read(tmp_path):
+    """Some cannot be made Python's, and pictures in a table are large."""
+    rows = pa.Table.from_pylist([{"id": "a", "conversations": RECORDS[0]["conversations"]}])
+    rows = rows.append_column("when", pa.array([2**61], pa.timestamp("us")))
+    folder = tmp_path / "image=x"  # no partition of a table
+    folder.mkdir()
+    pq.write_table(rows, folder / "x.parquet")
+    (sample,) = Dataset([str(folder / "x.parquet")])
+    assert (sample.id, sample.image) == ("a", None)
+
+
 def test_parquet_with_whole_number_ids(tmp_path):
     rows = [{"id": 7, "image": "a", "conversations": TALK}, {"id": 8, "image": "b", "conversations": TALK}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")

@@ -220,6 +220,14 @@ def test_a_file_that_becomes_a_fifo_while_it_is_opened_does_not_hang(folder, mon
         ImageRoots([str(folder)]).read("x.jpg")
 
 
+def test_a_file_that_no_memory_holds_is_unreadable(folder):
+    with (folder / "huge.jpg").open("wb") as file:
+        file.truncate(2**43)  # of which the disk keeps nothing
+    with pytest.raises(BadImage, match=f"{2**43} bytes, limit {2**30}") as e:
+        ImageRoots([str(folder)]).read("huge.jpg")
+    assert e.value.reason == "unreadable"
+
+
 def test_links_that_lead_nowhere(folder):
     (folder / "broken.jpg").symlink_to("nothing")
     (folder / "loop.jpg").symlink_to("loop.jpg")

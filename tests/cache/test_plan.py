@@ -95,6 +95,9 @@ def test_a_batch_is_looked_up_as_the_whole_plan_is(rng):
     plan = plan_of((0, tuple(names[:half])), (8192, tuple(names[half:])))
     everything = plan.rows_of(strings(*names))
     assert everything.tolist() == plan.rows.tolist()
+    assert [plan.row_of(name) for name in names[:100]] == everything[:100].tolist()  # looked for, and then sorted
+    with pytest.raises(MissingFeatures, match="is not in the plan"):
+        plan.row_of("~")
     for at in rng.integers(0, len(names), 300):
         assert plan.rows_of([names[at], names[at] + "~"]).tolist() == [everything[at], -1]
         assert plan.rows_of(strings(names[at])).tolist() == [plan.row_of(names[at])]
@@ -180,10 +183,13 @@ def test_damage_anywhere_is_found_or_does_no_harm(tmp_path):
 
 
 def test_a_parquet_file_of_something_else_is_damage(tmp_path):
-    for table in ({"x": [1]}, {"row": [0], "image": ["a"]}, {"row": [], "image": []}, {"row": ["a"], "image": [1]}):
-        pq.write_table(pa.table(table), tmp_path / "00000.parquet")
-        with pytest.raises(PlanError, match="is damaged"):
-            Plan.load(tmp_path)
+    tables = [{"x": [1]}, {"row": [0], "image": ["a"]}, {"row": [], "image": []}, {"row": ["a"], "image": [1]},
+              {"row": ["a"], "image": ["a"]}, {"row": [0, None], "image": ["a", "b"]}]  # fmt: skip
+    for columns in tables:
+        for named in ({}, {"olavlm.segment_sha256": "0" * 64}):
+            pq.write_table(pa.table(columns).replace_schema_metadata(named), tmp_path / "00000.parquet")
+            with pytest.raises(PlanError, match="is damaged"):
+                Plan.load(tmp_path)
 
 
 def test_a_dataset_that_grows_keeps_its_rows_and_gives_arrays_room(small):

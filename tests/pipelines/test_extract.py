@@ -213,7 +213,9 @@ def test_dry_run_writes_nothing(words, tmp_path, capsys):
     assert not (tmp_path / "store").exists()
 
 
-def test_dry_run_tells_what_is_done_and_what_would_be_refused(words, sample_images, tmp_path, capsys, without_ray):
+def test_dry_run_tells_what_is_done_and_what_would_be_refused(
+    words, sample_images, pt_json, tmp_path, capsys, without_ray
+):
     assert main(words("--shard-rows", 4, "--limit", 6, teachers=("gen",))) == 0
     capsys.readouterr()
     everything = {f: f.stat().st_mtime_ns for f in (tmp_path / "store").rglob("*")}
@@ -226,6 +228,15 @@ def test_dry_run_tells_what_is_done_and_what_would_be_refused(words, sample_imag
     assert main(words("--dry-run", "--dtype", "int8", teachers=("gen",))) == 1
     assert "a run would be refused" in capsys.readouterr().err
     assert main(words("--dry-run", "--dtype", "int8", "--replace", teachers=("gen",))) == 0
+    assert main(words("--dry-run", "--shard-rows", 8, teachers=("gen",))) == 1
+    assert "another card, dtype, compression or shard size" in capsys.readouterr().err
+    samples = [{**sample, "image": f"other/{sample['image']}"} for sample in json.loads(pt_json.read_text())]
+    (tmp_path / "other.json").write_text(json.dumps(samples))
+    other = {"data": tmp_path / "other.json", "roots": f"other={sample_images}", "teachers": ("gen",)}
+    assert main(words("--dry-run", **other)) == 1
+    assert "the dataset is not the plan's" in capsys.readouterr().err
+    assert main(words("--dry-run", "--replace", **other)) == 0
+    assert "gen: 1 x 48 float16, 0.000 GB, 0 rows done" in capsys.readouterr().out
     assert main(words("--dry-run", "--worker-cpus", 10_000, teachers=("gen",))) == 1
     assert "there is no room for a cpu worker" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
