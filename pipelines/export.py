@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,15 +101,12 @@ def check_usage(args: argparse.Namespace) -> None:
 
 def kind_of(source: str) -> str:
     """What a checkpoint is, by its config. ModelError without one, JobFailed for none that we know."""
-    from transformers import PreTrainedConfig
-
-    from olavlm.student.loading import load_errors
+    from olavlm.student.loading import read_config_fields
     from olavlm.student.training.checkpoint import ADAPTER_CONFIG  # the import registers our config
 
     if any(Path(source, name).is_file() for name in (ADAPTER_CONFIG, "stage.json")):  # a run, finished or not
         return "olavlm"
-    with load_errors(source):
-        fields, _ = PreTrainedConfig.get_config_dict(source)
+    fields = read_config_fields(source)
     model_type = fields.get("model_type")
     if "mm_vision_tower" in fields:  # as LLaVA's own code writes it, whatever it calls the model
         return "visper-lm"
@@ -170,13 +167,17 @@ def visper_lm_to_llava_hf(args: argparse.Namespace, folder: Path) -> None:
     from olavlm.student.formats.visper_lm import from_visper_lm
 
     converted = from_visper_lm(args.source, args.template, args.encoder)
-    for note in converted.notes:
-        print(note)
-    write_llava_hf(args, converted.model, converted.model.tokenizer, folder)
+    write_llava_hf(args, converted.model, converted.model.tokenizer, folder, converted.notes)
 
 
-def write_llava_hf(args: argparse.Namespace, model: OlaVLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A model of ours as stock LLaVA, with its card; says what it is."""
+def write_llava_hf(
+    args: argparse.Namespace,
+    model: OlaVLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    notes: Sequence[str] = (),
+) -> None:
+    """A model of ours as stock LLaVA, with its card and the notes of how it was read; says what it is."""
     import torch
 
     from olavlm.student.formats.llava_hf_export import to_llava_hf
@@ -193,7 +194,7 @@ def write_llava_hf(args: argparse.Namespace, model: OlaVLM, tokenizer: PreTraine
         ("prompt template", config.template),
         ("weights", str(exported.model.dtype).removeprefix("torch.")),
     ]
-    write_records(args, folder, rows, exported.notes)
+    write_records(args, folder, rows, [*notes, *exported.notes])
 
 
 def olavlm_to_adapter(args: argparse.Namespace, folder: Path) -> None:
@@ -220,12 +221,14 @@ def olavlm_to_adapter(args: argparse.Namespace, folder: Path) -> None:
 
 def write_records(args: argparse.Namespace, folder: Path, rows: list[tuple[str, str]], notes: list[str]) -> None:
     """The model card, and what is printed of it."""
-    from .model_card import read_history, write_card
+    from .model_card import History, read_history, write_card
 
     for note in notes:
         print(note)
     print("; ".join(f"{name}: {value}" for name, value in rows))
-    write_card(folder, args.out.name, read_history(args.source), args.kind, rows, notes)
+    ours = args.source_kind == "olavlm"
+    history = read_history(args.source) if ours else History([], start=args.source)
+    write_card(folder, args.out.name, history, args.kind, rows, notes)
 
 
 KINDS = {

@@ -17,6 +17,9 @@ from typing import Any
 
 import yaml
 
+from olavlm.cache import CacheError, Dataset
+from olavlm.cache.display import started_in
+
 from .cli import versions
 from .reporting.runs import Run, read_run
 
@@ -32,7 +35,7 @@ PUBLISHED = {
 _TITLES = {"pt": "PT, pre-training", "vpt": "VPT, visual pre-training", "ift": "IFT, instruction tuning"}
 _TRAINED_WITH = ("epochs", "max_steps", "seed", "lr", "warmup", "weight_decay", "max_grad_norm", "mixed_precision",
                  "freeze_tokens")  # fmt: skip
-_OF_THE_MACHINE = ("attention", "packing", "kernels", "store", "local_cache", "local_cache_gb", "model", "key")
+_OF_THE_MACHINE = ("attention", "packing", "kernels", "store", "local_cache", "local_cache_gb", "key")
 """Fields of any section that say where or how, not what."""
 
 _TOKEN = re.compile(r"<[^<>\s]+>")
@@ -56,6 +59,8 @@ inputs = processor.apply_chat_template(
 answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer, skip_special_tokens=True).strip())
 ```
+
+It needs transformers 5: older versions leave the vision tower at random values, with no more than a warning.
 """
 _ADAPTER = """\
 ```python
@@ -80,6 +85,8 @@ class History:
     runs: list[Run]
     start: str | None
     """The whole model of elsewhere that the first run started from."""
+    lost: str | None = None
+    """What the first run started from, where that is not there any more."""
 
 
 def read_history(folder: str | Path) -> History:
@@ -87,7 +94,7 @@ def read_history(folder: str | Path) -> History:
     runs: list[Run] = []
     seen: set[Path] = set()
     at: Path | None = Path(folder)
-    start = None
+    start = lost = None
     while at is not None and at.is_dir() and at.resolve() not in seen:
         seen.add(at.resolve())
         start = _source(at)
@@ -95,8 +102,16 @@ def read_history(folder: str | Path) -> History:
             break
         runs.insert(0, read_run(at, at.name))
         before = runs[0].get("init", "from")
-        at = Path(before) if before else None
-    return History(runs, start)
+        at = _started_from(runs[0], before) if before else None
+        lost = before if at is None else None
+    return History(runs, start, lost)
+
+
+def _started_from(run: Run, recorded: str) -> Path | None:
+    """The folder `init.from`, seen from here or from where the run was started; None where there is none."""
+    base = started_in(run.folder, str(run.get("train", "output_dir") or ""))
+    folders = [Path(recorded), *([] if base is None else [base / recorded])]
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def write_card(
@@ -117,7 +132,7 @@ def write_card(
     """
     library, snippet = _LIBRARIES[kind]
     bases = [history.start] if history.start else [_base(history, part) for part in ("llm", "encoder")]
-    bases = list(dict.fromkeys(filter(None, bases)))
+    bases = [] if history.lost else list(dict.fromkeys(filter(None, bases)))
     files = [Path(file).name for run in history.runs for file in _listed(run.get("data", "file"))]
     front = {
         "library_name": library,
@@ -133,7 +148,7 @@ def write_card(
         f"## How to run it\n\n{snippet.format(name=name).rstrip()}",
         "\n".join("- " + _TOKEN.sub(lambda token: f"`{token[0]}`", note) for note in notes),
         f"## What it is\n\n{_table(('', ''), rows)}" if rows else "",
-        _training(history.runs),
+        _training(history),
         _scores(history.runs[-1].folder if history.runs else None),
         f"Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}.",
     ]
@@ -152,15 +167,28 @@ def _introduction(kind: str, bases: Sequence[str], runs: Sequence[Run]) -> str:
     return f"{what}{origin}.{how if distilled else ''}"
 
 
-def _training(runs: Sequence[Run]) -> str:
+def _training(history: History) -> str:
+    runs = history.runs
     if not runs:
         return "## Training\n\nThe folder that was exported holds no record of a training."
+    lost = f"It started from {_name(history.lost)}, which was not there at the export." if history.lost else ""
     rows = [_stage_row(run) for run in runs]
     head = ("stage", "data", "samples in the files", "of which used", "samples seen", "steps", "global batch")
     blocks = [
-        f"### {_TITLES.get(run.stage or '', run.stage or run.name)}\n\n```yaml\n{_recipe(run)}```" for run in runs
+        f"### {_TITLES.get(run.stage or '', run.stage or run.name)}\n\n{_teachers(run)}```yaml\n{_recipe(run)}```"
+        for run in runs
     ]
-    return "\n\n".join([f"## Training\n\n{_table(head, rows)}", *blocks])
+    return "\n\n".join(["## Training", *filter(None, [lost]), _table(head, rows), *blocks])
+
+
+def _teachers(run: Run) -> str:
+    """Whose features a run distilled or was fed."""
+    told = []
+    for task, card in run.teachers.items():
+        model, recipe = _name(str(card.get("model") or card.get("name"))), card.get("recipe")
+        recipe = recipe.get("name") if isinstance(recipe, dict) else recipe
+        told.append(f"{task} of {model} ({recipe}, fingerprint {str(card.get('fingerprint'))[:16]})")
+    return f"Features: {'; '.join(told)}. Their teachers' weights have licences of their own.\n\n" if told else ""
 
 
 def _stage_row(run: Run) -> tuple[str, ...]:
@@ -179,12 +207,13 @@ def _stage_row(run: Run) -> tuple[str, ...]:
 
 
 def _count(files: Sequence[str]) -> int | None:
-    """Samples in dataset files; None where they are no longer there."""
-    from olavlm.cache import Dataset
-
-    if not files or not all(Path(file).is_file() for file in files):
+    """Samples in dataset files; None where they are no longer there, or no longer datasets."""
+    if not files or not all(_exists(file) for file in files):
         return None
-    return len(Dataset(files))
+    try:
+        return len(Dataset(files))
+    except (CacheError, OSError):
+        return None
 
 
 def _recipe(run: Run) -> str:
@@ -247,13 +276,21 @@ _FOLDER = re.compile(r"(?:^|(?<=[=:]))(?:~|\.{1,2})?/[^=]*")
 
 def _name(text: str) -> str:
     """The text with the last part alone of a local path."""
-    if Path(text).exists():
+    if _exists(text):
         return Path(text).name
     return _FOLDER.sub(lambda path: Path(path[0]).name, text)
 
 
 def _is_hub_id(text: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None and not Path(text).exists() and text[0] not in "./"
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None and not _exists(text) and text[0] not in "./"
+
+
+def _exists(text: str) -> bool:
+    """Whether it is a path that leads somewhere; a text of any length may be asked about."""
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

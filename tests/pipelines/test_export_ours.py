@@ -78,6 +78,7 @@ def test_the_card_of_a_stock_model(exported):
     assert blocks[0]["tasks"]["depth"]["layers"]
     assert blocks[0]["losses"]["contrastive_weight"] == 0.3
     assert ("losses" in blocks[1], blocks[1]["lora"]["rank"]) == (False, 2)
+    assert re.search(r"Features: .*depth of depth \(mean4, fingerprint [0-9a-f]{16}\)", text)
     assert "has to begin with it" in text
     assert "behind an `<image>` that does not end it" in text, "Markdown shows no tag"
     assert "| cv_bench | 2D | 0.6123 | 0.58 | 0.64 | 2,638 |" in text

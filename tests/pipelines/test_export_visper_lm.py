@@ -93,10 +93,10 @@ def test_flags(visper, llava, tiny, tmp_path, capsys):
     assert export.main(words) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.endswith("say where the vision tower lies: --encoder NAME")
-    assert export.main([*words, "--encoder", str(tiny["encoder"]), "--template", "vicuna_v1"]) == 0
+    assert export.main([*words, "--encoder", str(tiny["encoder"]), "--template", "plain"]) == 0
     printed = capsys.readouterr().out
     assert f"vision tower: {tiny['encoder']}, for the checkpoint's /authors/clip" in printed
-    assert "template vicuna_v1, geometry pad" in printed
+    assert "template plain, geometry pad" in printed
     assert "4 tokens each of gen, depth, seg, without predictors" in printed
     stock = [str(llava("llama_clip")), str(tmp_path / "other"), "--to", "olavlm", "--encoder", "x"]
     assert export.main(stock) == 2
@@ -111,6 +111,7 @@ def test_straight_to_stock_llava(visper, starts, sample_images, tmp_path):
     assert export.main([str(made), str(tmp_path / "once"), "--to", "llava-hf"]) == 0
     assert export.main([str(starts["ola_llama"]), str(tmp_path / "twice"), "--to", "llava-hf"]) == 0
     logits = []
+    assert f"trained from {made.name}." in (tmp_path / "once" / "README.md").read_text()
     for name in ("once", "twice"):
         processor = AutoProcessor.from_pretrained(tmp_path / name, backend="pil")
         question = [{"type": "image"}, {"type": "text", "text": "What is this?"}]

@@ -1,6 +1,7 @@
 """Model cards of what no run of ours left, or of little that it left."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -55,6 +56,34 @@ def test_what_a_chain_started_from(tmp_path):
     assert "teacher: timm:vit" in text
     assert "/models" not in text
     assert "/data" not in text
+
+
+def test_a_chain_is_followed_from_where_it_was_trained(tmp_path, monkeypatch):
+    """Recipes keep relative folders as they were typed."""
+    recipe = {"model": {"llm": "some/llm", "encoder": "an/encoder"}, "losses": {"stages": ["pt"]}}
+    recipe["tasks"] = {"depth": {"layers": [4], "teacher": None, "model": None}}
+    (tmp_path / "runs").mkdir()
+    pt = run_folder(tmp_path / "runs/pt", recipe | {"train": {"output_dir": "runs/pt"}}, "pt")
+    card_of = {"name": "depth", "model": "/models/big-depth", "recipe": {"name": "mean4"}, "fingerprint": "f" * 64}
+    stage = json.loads((pt / "stage.json").read_text())
+    (pt / "stage.json").write_text(json.dumps(stage | {"teachers": {"depth": card_of}}))
+    ift = run_folder(tmp_path / "runs/ift", recipe | {"train": {"output_dir": "runs/ift"}, "init": {"from": "runs/pt"}})
+    monkeypatch.chdir("/")
+    text = card(tmp_path, read_history(ift))
+    assert "trained from some/llm and an/encoder. Features of teachers were distilled" in text
+    assert f"Features: depth of big-depth (mean4, fingerprint {'f' * 16}). Their teachers' weights have lic" in text
+    assert "/models" not in text
+    shutil.rmtree(pt)
+    text = card(tmp_path, read_history(ift))
+    assert "It started from runs/pt, which was not there at the export." in text
+    assert "base_model" not in text
+    assert "trained from" not in text
+
+
+def test_a_dataset_that_is_damaged_by_now_is_not_counted(tmp_path):
+    (tmp_path / "data.json").write_text("[{")
+    run = run_folder(tmp_path / "run", {"data": {"file": str(tmp_path / "data.json"), "images": "x" * 300}})
+    assert "| ift | data.json | unknown |" in card(tmp_path, read_history(run))
 
 
 def test_runs_that_start_from_each_other_end(tmp_path):
