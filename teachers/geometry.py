@@ -12,6 +12,9 @@ from olavlm.teachers.errors import TeacherError
 GEOMETRIES = ("reference", "square", "pad")
 
 ResizeMode = Literal["short edge", "long edge", "squash"]
+HalfPixel = Literal["down", "even"]
+"""Where the centre lies when an odd number of pixels is cut: half of it rounded down, as the CLIP image processor does,
+or to the even number, as torchvision does, and so timm and open_clip."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -71,44 +74,56 @@ def short_edge_crop(
     *,
     edge: int | None = None,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
+    half: HalfPixel = "down",
 ) -> Image.Image:
     """Resize the shorter edge to `edge`, by default `side`, then cut the centre square of `side`: the CLIP transform.
 
-    Rounding and crop offsets are those of the CLIP image processor: the longer edge is rounded down, and so is
-    half of what is cut. Beyond `LONGEST_SIDE` only the part that is kept is resized, which differs at most in rounding.
+    The longer edge is rounded down, half of what is cut as `half` says. Beyond `LONGEST_SIDE` only the part that is
+    kept is resized, which differs at most in rounding.
     """
     edge = edge or side
     short, long = min(image.size), max(image.size)
     resized_long = int(edge * long / short)
     width, height = (edge, resized_long) if image.width <= image.height else (resized_long, edge)
     if resized_long <= LONGEST_SIDE:
-        return centre_crop(image.resize((width, height), resample), side)
-    left, top = (width - side) // 2, (height - side) // 2
+        return centre_crop(image.resize((width, height), resample), side, half)
+    left, top = _margin(width - side, half), _margin(height - side, half)
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + side) * across, (top + side) * down)
     return image.resize((side, side), resample, box=box)
 
 
-def centre_crop(image: Image.Image, side: int) -> Image.Image:
+def centre_crop(image: Image.Image, side: int, half: HalfPixel = "down") -> Image.Image:
     """The (side, side) square in the middle of a picture at least that large."""
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    left, top = _margin(image.width - side, half), _margin(image.height - side, half)
     return image.crop((left, top, left + side, top + side))
+
+
+def _margin(cut: int, half: HalfPixel) -> int:
+    return cut // 2 if half == "down" else round(cut / 2)
 
 
 def long_edge_fit(
     image: Image.Image, side: int, *, edge: int, resample: Image.Resampling, fill: tuple[int, int, int]
 ) -> Image.Image:
-    """Resize the longer edge to `edge`, then cut, or fill up with the colour `fill`, to the centre square of `side`."""
+    """Resize the longer edge to `edge`, then cut, or fill up with the colour `fill`, to the centre square of `side`.
+
+    As timm and open_clip do: half of what is cut is rounded to the even number, half of what is filled up is rounded
+    down.
+    """
     ratio = max(image.size) / edge
     image = image.resize((max(1, round(image.width / ratio)), max(1, round(image.height / ratio))), resample)
     canvas = Image.new("RGB", (side, side), fill)
-    canvas.paste(image, (int((side - image.width) / 2), int((side - image.height) / 2)))
+    canvas.paste(image, tuple((side - x) // 2 if x < side else -_margin(x - side, "even") for x in image.size))
     return canvas
 
 
 @dataclass(frozen=True)
 class Resizing:
-    """How a network that is described by a configuration wants its pictures; `str` is the text for a card."""
+    """How a network that is described by a configuration wants its pictures; `str` is the text for a card.
+
+    The configurations are those of timm and open_clip, and so is the centre: see `HalfPixel`.
+    """
 
     mode: ResizeMode
     side: int
@@ -122,16 +137,18 @@ class Resizing:
     def __call__(self, image: Image.Image) -> Image.Image:
         """A picture of any size, RGB, as (side, side)."""
         if self.mode == "short edge":
-            return short_edge_crop(image, self.side, edge=self.edge, resample=self.resample)
+            return short_edge_crop(image, self.side, edge=self.edge, resample=self.resample, half="even")
         if self.mode == "long edge":
             return long_edge_fit(image, self.side, edge=self.edge, resample=self.resample, fill=self.fill)
-        return centre_crop(squash(image, self.edge, self.resample), self.side)
+        return centre_crop(squash(image, self.edge, self.resample), self.side, "even")
 
     def __str__(self) -> str:
         text = f"{self.mode} to {self.edge} {self.resample.name.lower()}"
         if self.mode == "long edge":
-            return f"{text}, centred on {self.fill}"
-        return text if self.mode == "squash" and self.edge == self.side else f"{text}, centre crop {self.side}"
+            text = f"{text}, centred on {self.fill}"
+        if self.edge == self.side and self.mode != "short edge":
+            return text
+        return f"{text}, centre crop {self.side} rounded to even"
 
     def within(self, geometry: str) -> Resizing:
         """This resizing behind a `frame`: with `square` and `pad` all of the frame is kept, for grids to be aligned."""

@@ -29,8 +29,9 @@ class ImageTransform:
     mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
     std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
     geometry: Geometry = "square"
-    """square: the short edge to S, then the centre crop. pad: first pasted centred on a square of the longer side that
-    is filled with the mean colour, so that nothing is cut off. squash: both edges to S, whatever shape that gives."""
+    """square: the short edge to S, then the centre crop, half of an odd margin rounded down as CLIP's image processor
+    does, whatever library the encoder is of. pad: first pasted centred on a square of the longer side that is filled
+    with the mean colour, so that nothing is cut off. squash: both edges to S, whatever shape that gives."""
     interpolation: str = "bicubic"
     """Name of one of Pillow's filters, in small letters."""
 

@@ -53,12 +53,20 @@ def test_short_edge_crop_rounds_down():
     np.testing.assert_array_equal(np.asarray(short_edge_crop(image, 4)), whole[:, 1:5])
 
 
+@pytest.mark.parametrize(("cut", "left"), [(1, 0), (2, 1), (3, 2), (5, 2), (7, 4)])
+def test_half_a_pixel_to_the_even_number(cut, left):
+    image = columns(4 + cut, 4)
+    assert short_edge_crop(image, 4, half="even").getpixel((0, 0))[0] == left
+    assert short_edge_crop(image, 4).getpixel((0, 0))[0] == cut // 2
+
+
+@pytest.mark.parametrize("half", ["down", "even"])
 @pytest.mark.parametrize("size", [(400, 30), (30, 400), (401, 37)])
-def test_resizing_only_what_is_kept_is_the_same(size, monkeypatch):
+def test_resizing_only_what_is_kept_is_the_same(size, half, monkeypatch):
     image = columns(*size)
-    whole = np.asarray(short_edge_crop(image, 50)).astype(int)
+    whole = np.asarray(short_edge_crop(image, 50, half=half)).astype(int)
     monkeypatch.setattr(geometry, "LONGEST_SIDE", 50)
-    part = np.asarray(short_edge_crop(image, 50))
+    part = np.asarray(short_edge_crop(image, 50, half=half))
     assert abs(part - whole).max() <= 1
 
 
@@ -87,18 +95,28 @@ def test_the_long_edge_is_fitted_and_filled():
 def test_a_long_edge_beyond_the_side_is_cut():
     image = columns(6, 6)
     cut = long_edge_fit(image, 3, edge=6, resample=Image.Resampling.NEAREST, fill=(0, 0, 0))
-    np.testing.assert_array_equal(np.asarray(cut), np.asarray(image)[1:4, 1:4])  # half of three, rounded down
+    np.testing.assert_array_equal(np.asarray(cut), np.asarray(image)[2:5, 2:5])  # half of three, rounded to even
 
 
 @pytest.mark.parametrize(
     ("resizing", "text"),
     [
-        (Resizing("short edge", 224, 248, Image.Resampling.BICUBIC), "short edge to 248 bicubic, centre crop 224"),
+        (
+            Resizing("short edge", 224, 248, Image.Resampling.BICUBIC),
+            "short edge to 248 bicubic, centre crop 224 rounded to even",
+        ),
         (Resizing("squash", 336, 336, Image.Resampling.BILINEAR), "squash to 336 bilinear"),
-        (Resizing("squash", 224, 256, Image.Resampling.BICUBIC), "squash to 256 bicubic, centre crop 224"),
+        (
+            Resizing("squash", 224, 256, Image.Resampling.BICUBIC),
+            "squash to 256 bicubic, centre crop 224 rounded to even",
+        ),
         (
             Resizing("long edge", 8, 8, Image.Resampling.LANCZOS, (1, 2, 3)),
             "long edge to 8 lanczos, centred on (1, 2, 3)",
+        ),
+        (
+            Resizing("long edge", 8, 9, Image.Resampling.LANCZOS),
+            "long edge to 9 lanczos, centred on (0, 0, 0), centre crop 8 rounded to even",
         ),
     ],
 )
