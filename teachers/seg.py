@@ -4,8 +4,8 @@
 OneFormer's processor does (800 x 800), and the stage-4 map after its LayerNorm, 25 x 25, is interpolated to the
 24 x 24 grid of a 768-pixel input. `stage4-768` feeds the 768 x 768 picture directly, which gives that grid exactly.
 
-Only the backbone is kept, and the processor's class is never built: a preprocessor_config.json that names
-`class_info_file` makes it ask the hub even for a local folder.
+Only the backbone is kept, and the processor's class is never built: a configuration that names `class_info_file` makes
+it ask the hub even for a local folder.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from olavlm.teachers.card import Card
 from olavlm.teachers.checkpoint import load_model, open_checkpoint, weights_digest
 from olavlm.teachers.errors import TeacherError
 from olavlm.teachers.geometry import IMAGENET_MEAN, IMAGENET_STD, squash
+from olavlm.teachers.preprocessor import Preprocessor
 
 SIDE = 768  # both recipes squash to this first; it sets the token grid: 768 / 32 = 24
 
@@ -76,7 +77,7 @@ def load_seg(
             f"{model}: its backbone ends with {backbone.out_features[-1]}, not {last}; name another model"
         )
     stride = config.patch_size * 2 ** (len(config.depths) - 1)
-    processor = checkpoint.json("preprocessor_config.json")
+    processor = Preprocessor.of(checkpoint).fields
     resample = Image.Resampling(processor.get("resample", Image.Resampling.BILINEAR))
     side = processed_side(processor, SIDE) if recipe == "stage4" else SIDE
     rows = SIDE // stride
@@ -111,8 +112,8 @@ def processed_side(processor: dict[str, Any], side: int) -> int:
     """Side in pixels to which OneFormer's image processor resizes a square picture of `side` pixels.
 
     Args:
-        processor: preprocessor_config.json, or {} for the library's defaults: short edge 800, long edge at most 1333.
-            Older files write `size` as a number, with `max_size` beside it.
+        processor: fields of the image processor; {} for the library's defaults: short edge 800, long edge at most
+            1333. Older files write `size` as a number, with `max_size` beside it.
 
     Raises:
         TeacherError: a `size` that does not say what becomes of a square.

@@ -1,9 +1,7 @@
 """Base encoders of transformers: CLIP, SigLIP and DINOv2, from a hub id or a folder."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.utils import cached_file
 
 from olavlm.student.choices import Geometry
 from olavlm.student.errors import ModelError
@@ -26,6 +23,7 @@ from olavlm.student.loading import load_complete, load_errors
 
 from .encoder_name import EncoderName
 from .image_transform import ImageTransform
+from .preprocessor import Preprocessor
 from .select_layer import FeatureShape, block_of, check_patches
 
 
@@ -100,21 +98,14 @@ def load_config(name: EncoderName) -> PreTrainedConfig:
 
 
 def load_transform(name: EncoderName, geometry: Geometry) -> ImageTransform:
-    """Size, mean, std and interpolation of the checkpoint's `preprocessor_config.json`, else of its model.
+    """Size, mean, std and interpolation of the checkpoint's image processor, else of its model.
 
     Raises:
         ModelError: no checkpoint there, or a preprocessor that does not give a square of the model's size.
     """
     config = _vision_config(name)
     family = _family(config.model_type, name)
-    try:
-        file = cached_file(name.model, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        file = None
-    fields = {}
-    if file is not None:
-        with load_errors(name.model):
-            fields = json.loads(Path(file).read_text())
+    fields = Preprocessor.of(name.model).fields
     size = config.image_size
     given = fields.get("crop_size") or fields.get("size") or size
     sides: Sequence[int] = list(given.values()) if isinstance(given, dict) else [given]

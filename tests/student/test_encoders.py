@@ -15,6 +15,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPProcessor,
     CLIPVisionModel,
     Dinov2Model,
     Dinov2WithRegistersModel,
@@ -25,6 +26,7 @@ from olavlm.student.data.encoder_features import tower_digest
 from olavlm.student.errors import ModelError, RecipeError
 from olavlm.student.model import OlaVLM
 from olavlm.student.model_config import OlaVLMConfig
+from olavlm.student.text.conversation import load_tokenizer
 from olavlm.student.training.checkpoint import is_adapter, load_checkpoint, save_adapter
 from olavlm.student.training.trainer import train
 from olavlm.student.vision.encoder_name import EncoderName
@@ -148,6 +150,24 @@ def test_transform_of_a_checkpoint(tiny, tmp_path):
         load_image_transform(folder)
     preprocessor.unlink()
     assert load_image_transform(folder) == ImageTransform(56)
+
+
+def test_a_processor_saved_by_transformers_5(tiny, tmp_path):
+    """It has the image processor in the file of the whole processor, and no file of its own."""
+    folder = shutil.copytree(tiny["encoder"], tmp_path / "encoder")
+    square = {"height": 56, "width": 56}
+    processor = CLIPImageProcessor(size=square, crop_size=square, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    CLIPProcessor(processor, load_tokenizer(tiny["llm"])).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "preprocessor_config.json").exists()
+    shutil.copy(tmp_path / "saved" / "processor_config.json", folder)
+    assert load_image_transform(folder) == ImageTransform(56, (0.5,) * 3, (0.25,) * 3)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1] * 3}))
+    assert load_image_transform(folder) == ImageTransform(56, (0.5,) * 3, (0.25,) * 3), "as transformers reads them"
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # of transformers 4
+    assert load_image_transform(folder) == ImageTransform(56, (0.1,) * 3)
+    (folder / "processor_config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"its processor_config\.json is not a JSON object"):
+        load_image_transform(folder)
 
 
 @pytest.mark.parametrize("family", ["tiny", *FAMILIES])

@@ -115,6 +115,23 @@ def test_the_folders_own_preprocessing_is_followed(seg_folder, backbone, picture
     assert teacher.card.mean == tuple(mean)
 
 
+def test_a_processor_saved_by_transformers_5_is_followed(seg_folder, hub, tiny):
+    """It has the image processor in the file of the whole processor, and no file of its own; from the hub, too."""
+    (seg_folder / "preprocessor_config.json").unlink(missing_ok=True)
+    section = {"size": {"shortest_edge": 672, "longest_edge": 672}, "image_mean": [0.5, 0.4, 0.3], "image_std": None}
+    whole = {"processor_class": "OneFormerProcessor", "image_processor": section}
+    (seg_folder / "processor_config.json").write_text(json.dumps(whole))
+    hub("someone/saved", seg_folder)
+    local, remote = (load_teacher("seg", model=model, device="cpu").card for model in (seg_folder, "someone/saved"))
+    assert (local.size, local.mean, local.std) == ((672, 672), (0.5, 0.4, 0.3), tuple(STD))
+    assert remote.fingerprint() == local.fingerprint()
+    (seg_folder / "preprocessor_config.json").write_text(json.dumps({"size": 640}))  # transformers reads the section
+    assert load_teacher("seg", model=seg_folder, device="cpu").card == local
+    (seg_folder / "processor_config.json").write_text(json.dumps({"image_processor": "section"}))
+    with pytest.raises(TeacherError, match=r"processor_config\.json: its image_processor is 'section'"):
+        load_teacher("seg", model=seg_folder, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("processor", "side"),
     [
