@@ -1,6 +1,5 @@
 """Base encoders of transformers: CLIP, SigLIP and DINOv2, from a hub id or a folder."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,19 +104,17 @@ def load_transform(name: EncoderName, geometry: Geometry) -> ImageTransform:
     """
     config = _vision_config(name)
     family = _family(config.model_type, name)
-    fields = Preprocessor.of(name.model).fields
-    size = config.image_size
-    given = fields.get("crop_size") or fields.get("size") or size
-    sides: Sequence[int] = list(given.values()) if isinstance(given, dict) else [given]
+    said, size = Preprocessor.of(name.model), config.image_size
+    field = "crop_size" if "crop_size" in said.fields else "size"
+    given = said.fields.get(field, size)
+    sides = [side for side in given.values() if side is not None] if isinstance(given, dict) else [given]
+    if not all(type(side) is int and side > 0 for side in sides):
+        raise said.wrong(field, "give whole numbers of pixels")
     if len(set(sides)) != 1 or (sides[0] != size and not family.any_side):
         raise ModelError(f"{name.text!r}: the preprocessor crops to {given}, the model takes {size} pixels")
-    return ImageTransform(
-        name.side or sides[0],
-        tuple(fields.get("image_mean") or family.mean),
-        tuple(fields.get("image_std") or family.std),
-        geometry,
-        Image.Resampling(fields.get("resample") or Image.Resampling.BICUBIC).name.lower(),
-    )
+    mean, std = said.normalisation(family.mean, family.std)
+    interpolation = said.resample(Image.Resampling.BICUBIC).name.lower()
+    return ImageTransform(name.side or sides[0], mean, std, geometry, interpolation)
 
 
 def _vision_config(name: EncoderName) -> PreTrainedConfig:

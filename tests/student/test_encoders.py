@@ -152,6 +152,31 @@ def test_transform_of_a_checkpoint(tiny, tmp_path):
     assert load_image_transform(folder) == ImageTransform(56)
 
 
+def test_values_of_a_preprocessor(tiny, tmp_path):
+    folder = shutil.copytree(tiny["encoder"], tmp_path / "encoder")
+    preprocessor = folder / "preprocessor_config.json"
+    names = ("crop_size", "size", "image_mean", "image_std", "resample", "do_normalize")
+    preprocessor.write_text(json.dumps(dict.fromkeys(names)))
+    assert load_image_transform(folder) == ImageTransform(56), "null counts as absent"
+    preprocessor.write_text(json.dumps({"resample": 0, "do_normalize": False}))
+    transform = ImageTransform(56, (0.0,) * 3, (1.0,) * 3, interpolation="nearest")
+    assert load_image_transform(folder) == transform
+    for field, value in (
+        ("resample", 9),
+        ("image_mean", 0.5),
+        ("image_std", [0.5, 0.5]),
+        ("image_std", [0.5, 0.5, 0]),
+        ("crop_size", "56"),
+        ("size", {"shortest_edge": [56]}),
+        ("do_normalize", "no"),
+    ):
+        preprocessor.write_text(json.dumps({field: value}))
+        with pytest.raises(ModelError) as caught:
+            load_image_transform(folder)
+        assert str(caught.value).startswith(f"'{folder}', preprocessor_config.json: {field} is {value!r}; ")
+        assert "\n" not in str(caught.value)
+
+
 def test_a_processor_saved_by_transformers_5(tiny, tmp_path):
     """It has the image processor in the file of the whole processor, and no file of its own."""
     folder = shutil.copytree(tiny["encoder"], tmp_path / "encoder")
