@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from olavlm.teachers.errors import TeacherError
@@ -30,7 +31,7 @@ def frame(image: Image.Image, geometry: str, mean: tuple[float, float, float]) -
     """The part of the picture a teacher is shown, before its own resize.
 
     Args:
-        image: any size and mode; converted to RGB.
+        image: any size, of any mode but float; see `to_rgb`.
         geometry: `reference` leaves the picture as it is; `square` cuts the centre square of the shorter side;
             `pad` pastes it centred on a square of the longer side, shrunk first if that exceeds `LONGEST_SIDE`.
             With `square` or `pad` a teacher sees the frame that a base encoder with the same geometry sees, so that
@@ -38,10 +39,10 @@ def frame(image: Image.Image, geometry: str, mean: tuple[float, float, float]) -
         mean: the teacher's pixel mean in [0, 1]; `pad` fills with the integer part of 255 times it.
 
     Raises:
-        TeacherError: an unknown geometry.
+        TeacherError: an unknown geometry, or a picture of float samples.
     """
     check_geometry(geometry)
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = to_rgb(image)
     width, height = image.size
     if geometry == "reference" or width == height:
         return image
@@ -55,6 +56,19 @@ def frame(image: Image.Image, geometry: str, mean: tuple[float, float, float]) -
     canvas = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
     canvas.paste(image, ((side - width) // 2, (side - height) // 2))
     return canvas
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture as RGB, 8 bits a channel; of 16-bit samples the higher 8 bits, where Pillow would clip them to white.
+
+    As a store decodes files. TeacherError for float samples, which have no defined white.
+    """
+    if image.mode == "F":
+        raise TeacherError("picture of mode 'F': float samples have no defined white; scale them to 8 bits first")
+    if image.mode.startswith("I"):
+        samples = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        image = Image.fromarray((samples >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def check_geometry(geometry: str) -> None:

@@ -1,4 +1,5 @@
 import importlib.util
+import io
 import json
 import pickle
 import shutil
@@ -22,6 +23,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from olavlm.cache import decode_rgb
 from olavlm.student.data.encoder_features import tower_digest
 from olavlm.student.errors import ModelError, RecipeError
 from olavlm.student.model import OlaVLM
@@ -119,6 +121,18 @@ def test_square_by_hand():
     expected = np.asarray(image)[:, 28:84].transpose(2, 0, 1) / 255.0
     expected = (expected - np.reshape(transform.mean, (3, 1, 1))) / np.reshape(transform.std, (3, 1, 1))
     np.testing.assert_allclose(transform(image), expected, atol=1e-5)
+
+
+def test_16_bits_are_shown_as_a_store_decodes_them():
+    samples = np.random.default_rng(0).integers(0, 65536, (56, 56), dtype=np.uint16)
+    whole = Image.fromarray(samples)
+    whole.save(file := io.BytesIO(), "png")
+    expected = ImageTransform(56)(decode_rgb(file.getvalue()))
+    big_endian = Image.frombytes("I;16B", (56, 56), samples.astype(">u2").tobytes())
+    for image in (whole, big_endian, Image.fromarray(samples.astype(np.int32))):
+        np.testing.assert_array_equal(ImageTransform(56)(image), expected, image.mode)
+    with pytest.raises(ModelError, match=r"mode 'F'.*scale them to 8 bits"):
+        ImageTransform(56)(Image.new("F", (56, 56), 0.5))
 
 
 def test_pad_by_hand():

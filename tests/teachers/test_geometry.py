@@ -1,7 +1,10 @@
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from olavlm.cache import decode_rgb
 from olavlm.teachers import TeacherError, geometry
 from olavlm.teachers.geometry import Resizing, frame, long_edge_fit, short_edge_crop
 
@@ -12,6 +15,24 @@ def columns(width: int, height: int) -> Image.Image:
     """A picture whose red value is the column and green value the row."""
     rows, cols = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([cols, rows, 0 * cols], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_16_bits_are_shown_as_a_store_decodes_them(mode):
+    samples = np.array([[0, 255, 256, 30000], [40000, 65279, 65280, 65535]], dtype=np.uint16)
+    whole = Image.fromarray(samples)
+    image = {"I;16": whole, "I;16B": Image.frombytes("I;16B", (4, 2), samples.astype(">u2").tobytes()),
+             "I": Image.fromarray(samples.astype(np.int32))}[mode]  # fmt: skip
+    assert image.mode == mode
+    whole.save(file := io.BytesIO(), "png")
+    expected = np.asarray(decode_rgb(file.getvalue()))
+    assert expected[:, :, 0].tolist() == [[0, 0, 1, 117], [156, 254, 255, 255]]
+    np.testing.assert_array_equal(np.asarray(frame(image, "reference", MEAN)), expected)
+
+
+def test_float_samples_are_refused():
+    with pytest.raises(TeacherError, match=r"mode 'F'.*scale them to 8 bits"):
+        frame(Image.new("F", (2, 2), 0.5), "reference", MEAN)
 
 
 def test_reference_leaves_the_picture():
