@@ -62,7 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                    help="miou: what the decoder sees of the photograph beside the features: its first three stages in "
                    "the last one's size, as the paper's code has it, or as they are, or nothing")  # fmt: skip
     p.add_argument(
-        "--pictures", metavar="DIR", help="fid: where pictures are drawn to; those there are not drawn again"
+        "--pictures",
+        metavar="DIR",
+        help="fid: where pictures are drawn to; those there are not drawn again, and count "
+        "if their images are asked for",
     )
     p.add_argument("--reference", metavar="DIR|FILE.npz", help="fid: pictures of fid-reference, or their statistics")
     p.add_argument("--inception", metavar="FILE.pth", help="fid: the network's weights, a file here")
@@ -144,7 +147,7 @@ def score_miou(args: argparse.Namespace) -> int:
 def score_fid(args: argparse.Namespace) -> int:
     from PIL import Image as Pictures
 
-    from .fid import Inception, compared_size, frechet_distance, pictures_in, statistics_of
+    from .fid import Inception, compared_size, frechet_distance, statistics_of, statistics_of_pictures
 
     source, decoder = _open(args)
     folders = {layer: Path(args.pictures, layer.replace(" ", "-")) for layer in source.layers}
@@ -162,16 +165,17 @@ def score_fid(args: argparse.Namespace) -> int:
 
     todo = [i for i in images if not all(_picture_file(folder, i).is_file() for folder in folders.values())]
     left_out = _each_map(args, source, decoder, todo, add, roots)
+    drawn = {layer: _those_there(folder, images) for layer, folder in folders.items()}
     results: dict[str, dict[str, Any]] = {}
     if args.reference:
         network = Inception(args.inception, _device(args)) if args.inception else None
         mu, sigma, count = statistics_of(args.reference, network)
-        for layer, folder in folders.items():
-            own_mu, own_sigma, own_count = statistics_of(folder, network)
+        for layer, files in drawn.items():
+            own_mu, own_sigma, own_count = statistics_of_pictures(files, network)
             distance = frechet_distance(own_mu, own_sigma, mu, sigma)
             results[layer] = {"fid": distance, "pictures": own_count, "reference_pictures": count}
     else:
-        results = {layer: {"fid": None, "pictures": len(pictures_in(folder))} for layer, folder in folders.items()}
+        results = {layer: {"fid": None, "pictures": len(files)} for layer, files in drawn.items()}
         print("no --reference: pictures were drawn, and no distance was computed")
     return _finish(args, source, decoder, results, "fid", left_out)
 
@@ -276,11 +280,12 @@ def _finish(
 def make_reference(args: argparse.Namespace) -> int:
     """Photographs below the roots, or those of `--annotations`, as 256 x 256 pictures in the folder `--output`.
 
-    With `--inception` their statistics, too, beside it: so that they need not be computed for each score.
+    With `--inception` their statistics, too, beside it: so that they need not be computed for each score. Pictures that
+    lie there already, of other images, are not of them.
     """
-    from .fid import Inception, compared_size, save_statistics, statistics_of
+    from .fid import Inception, compared_size, save_statistics, statistics_of_pictures
 
-    roots, left_out = ImageRoots(args.images), []
+    roots, made, left_out = ImageRoots(args.images), [], []
     images = _photographs(args)
     progress = Progress(len(images), "images", args.task)
     for image in images:
@@ -292,11 +297,12 @@ def make_reference(args: argparse.Namespace) -> int:
         file = _picture_file(Path(args.output), image)
         file.parent.mkdir(parents=True, exist_ok=True)
         picture.save(file)
+        made.append(file)
         progress.update(1)
     progress.close()
-    print(f"{args.output}: {counted(len(images) - len(left_out), 'picture')}")
+    print(f"{args.output}: {counted(len(made), 'picture')}")
     if args.inception:
-        mu, sigma, _ = statistics_of(args.output, Inception(args.inception, _device(args)))
+        mu, sigma, _ = statistics_of_pictures(made, Inception(args.inception, _device(args)))
         save_statistics(f"{args.output}.npz", mu, sigma)
         print(f"{args.output}.npz: their statistics")
     for line in left_out:
@@ -344,6 +350,11 @@ def _picture_file(folder: Path, image: str) -> Path:
     if not file.resolve().is_relative_to(folder.resolve()):
         raise JobFailed(f"{image}: an image path is relative, without '..'")
     return file
+
+
+def _those_there(folder: Path, images: Sequence[str]) -> list[Path]:
+    """The pictures of these images: an earlier run may have left those of others."""
+    return [file for image in images if (file := _picture_file(folder, image)).is_file()]
 
 
 def _same_origin(folder: Path, drawn_of: dict[str, str]) -> None:

@@ -176,6 +176,14 @@ def test_fid_draws_once_and_compares(store, names, sample_images, tmp_path, monk
     a, b = (brightness(Image.open(f) for f in sorted(place.rglob("*.png"))) for place in (pictures, reference))
     expected = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
     assert layer == {"fid": pytest.approx(expected), "pictures": 3, "reference_pictures": 4}
+    assert main([*words, "--limit", "2"]) == 0  # the third lies there, and is not asked for
+    (layer,) = json.loads((tmp_path / "s.json").read_text())["layers"].values()
+    a = brightness(Image.open(pictures / "targets" / f"{name}.png") for name in names[:2])
+    expected = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
+    assert layer == {"fid": pytest.approx(expected), "pictures": 2, "reference_pictures": 4}
+    assert len(drawn) == 3
+    assert main(["--task", "fid-reference", *roots, *again, "--limit", "3"]) == 0
+    assert fid.read_statistics(tmp_path / "again.npz")[0] == pytest.approx(brightness(map(Image.open, made[:3])).mean())
     note = pictures / "targets" / "drawn-of.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | {"card": "another"}))
     assert main(words) == 1
