@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from olavlm.cache import BadImage, ImageRoots
-from olavlm.pipelines.cli import JobFailed, Progress, UsageError, counted, versions
+from olavlm.pipelines.cli import JobFailed, Progress, UsageError, counted, positive, versions
 
 from .da2k import PROMPT, Da2kScore, read_pairs
 from .miou import MiouScore, PanopticImage, PanopticLabels, match_classes
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 PROBES = "probes.json"
 """What tells a run of probes from a store."""
 TEACHER_OF = {"da2k": "depth", "miou": "seg", "fid": "gen"}
+COUNTED = {"da2k": "pairs", "miou": "images", "fid": "pictures"}
+"""What a task's result counts."""
 
 
 class Unscored(Exception):
@@ -74,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--dataset", metavar="FILE.json",
                    help="write the annotated images as a dataset for olavlm-extract, and stop")  # fmt: skip
     p.add_argument("--output", metavar="FILE.json", help="scores with all that they follow from; for fid-reference DIR")
-    p.add_argument("--limit", type=int, metavar="N", help="the first N images")
-    p.add_argument("--batch-size", type=int, default=8, metavar="N")
+    p.add_argument("--limit", type=positive, metavar="N", help="the first N images")
+    p.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images a forward (%(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
 
 
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UsageError: flags that the task needs are missing.
-        JobFailed, CacheError, TeacherError, OSError: what the user can mend.
+        JobFailed, CacheError, TeacherError, OSError: what the user can mend; that nothing could be scored, too.
     """
     if args.task == "fid-reference":
         _need(args, "images", "output")
@@ -166,6 +168,7 @@ def score_fid(args: argparse.Namespace) -> int:
     todo = [i for i in images if not all(_picture_file(folder, i).is_file() for folder in folders.values())]
     left_out = _each_map(args, source, decoder, todo, add, roots)
     drawn = {layer: _those_there(folder, images) for layer, folder in folders.items()}
+    _refuse_nothing(sum(map(len, drawn.values())), left_out)
     results: dict[str, dict[str, Any]] = {}
     if args.reference:
         network = Inception(args.inception, _device(args)) if args.inception else None
@@ -250,6 +253,7 @@ def _finish(
     left_out: list[str],
     **conditions: Any,
 ) -> int:
+    _refuse_nothing(sum(result[COUNTED[args.task]] for result in results.values()), left_out)
     values = [result[metric] for result in results.values() if result[metric] is not None]
     mean = statistics.fmean(values) if values else None
     for layer, result in results.items():
@@ -275,6 +279,13 @@ def _finish(
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(content, indent=1), encoding="utf-8")
     return 1 if left_out else 0
+
+
+def _refuse_nothing(scored: int, left_out: list[str]) -> None:
+    """JobFailed where there is nothing to take a mean of."""
+    if not scored:
+        why = f"{left_out[0]} ({len(left_out)} left out in all)" if left_out else "no image counts"
+        raise JobFailed(f"nothing was scored: {why}; check --annotations, --images and --prefix")
 
 
 def make_reference(args: argparse.Namespace) -> int:
