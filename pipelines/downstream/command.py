@@ -23,7 +23,7 @@ import numpy as np
 from olavlm.cache import BadImage, ImageRoots
 from olavlm.pipelines.cli import JobFailed, Progress, UsageError, counted, positive, versions
 
-from .da2k import PROMPT, Da2kScore, read_pairs
+from .da2k import TURNS, Da2kScore, read_pairs
 from .miou import MiouScore, PanopticImage, PanopticLabels, match_classes
 from .sources import FeatureSource, StoreSource
 
@@ -87,7 +87,8 @@ def open_source(args: argparse.Namespace, teacher: str) -> FeatureSource:
         return StoreSource(args.source, teacher, args.key)
     from .probe_source import ProbeSource
 
-    return ProbeSource(Path(args.source), teacher, ImageRoots(args.images), _device(args), args.key)
+    asked = {"turns": TURNS} if args.task == "da2k" else {}
+    return ProbeSource(Path(args.source), teacher, ImageRoots(args.images), _device(args), args.key, **asked)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -348,8 +349,7 @@ def _annotated(args: argparse.Namespace) -> list[str]:
 
 def write_dataset(args: argparse.Namespace) -> int:
     """The annotated images as a LLaVA file, with the prompt that the public code asks."""
-    turns = [{"from": "human", "value": f"<image>\n{PROMPT}"}, {"from": "gpt", "value": "n"}]
-    samples = [{"id": i, "image": args.prefix + i, "conversations": turns} for i in _annotated(args)[: args.limit]]
+    samples = [{"id": i, "image": args.prefix + i, "conversations": TURNS} for i in _annotated(args)[: args.limit]]
     Path(args.dataset).write_text(json.dumps(samples), encoding="utf-8")
     print(f"{args.dataset}: {counted(len(samples), 'image')}")
     return 0

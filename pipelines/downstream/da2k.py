@@ -22,8 +22,11 @@ import numpy as np
 
 from olavlm.pipelines.cli import JobFailed
 
-PROMPT = "Describe the image."
-"""What the public code asks beside each picture."""
+TURNS = (
+    {"from": "human", "value": "<image>\nDescribe the image."},
+    {"from": "gpt", "value": "n"},
+)
+"""What stands around each picture, in the public code; the answer is a dummy."""
 
 
 @dataclass(frozen=True)
