@@ -1,6 +1,7 @@
-"""Base encoders of transformers: CLIP, SigLIP and DINOv2, from a hub id or a folder."""
+"""Base encoders of transformers: CLIP, SigLIP, DINOv2, DINOv3 and ViT, from a hub id or a folder."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Model,
     Dinov2WithRegistersModel,
+    DINOv3ViTModel,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionModel,
+    ViTModel,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -36,10 +39,13 @@ class TransformersFamily:
     num_prefix_tokens: int
     """Class token; register tokens, which the config counts, come on top."""
     any_side: bool = False
-    """Whether position embeddings are resized to whatever picture comes; if not, it has to be asked for."""
+    """Whether positions follow whatever picture comes, by resized embeddings or rotation; if not, embeddings have to be
+    told to."""
     mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
     std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
     """Mean and std of pixels where the checkpoint has no image processor."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the model's constructor."""
 
     def feature_shape(self, tower: PreTrainedModel, select_layer: int, side: int) -> FeatureShape:
         """RecipeError for a layer that the tower has not, or pictures that its patches do not divide."""
@@ -63,18 +69,19 @@ class TransformersFamily:
         return states[:, self.num_prefix_tokens + getattr(tower.config, "num_register_tokens", 0) :]
 
 
-_SIGLIP_MEAN = (0.5, 0.5, 0.5)
+_HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 _IMAGENET = {"mean": tuple(IMAGENET_DEFAULT_MEAN), "std": tuple(IMAGENET_DEFAULT_STD)}
 
 FAMILIES = {
     "clip_vision_model": TransformersFamily(CLIPVisionModel, "encoder.layers", 1),
-    "siglip_vision_model": TransformersFamily(
-        SiglipVisionModel, "encoder.layers", 0, mean=_SIGLIP_MEAN, std=_SIGLIP_MEAN
-    ),
+    "siglip_vision_model": TransformersFamily(SiglipVisionModel, "encoder.layers", 0, **_HALF),
     "dinov2": TransformersFamily(Dinov2Model, "encoder.layer", 1, any_side=True, **_IMAGENET),
     "dinov2_with_registers": TransformersFamily(
         Dinov2WithRegistersModel, "encoder.layer", 1, any_side=True, **_IMAGENET
     ),
+    "dinov3_vit": TransformersFamily(DINOv3ViTModel, "model.layer", 1, any_side=True, **_IMAGENET),
+    # Not every checkpoint has the pooler, which stands behind the features.
+    "vit": TransformersFamily(ViTModel, "layers", 1, options={"add_pooling_layer": False}, **_HALF),
 }
 """By the `model_type` of the vision config. Another one is another entry."""
 
@@ -86,7 +93,7 @@ def load(name: EncoderName, dtype: torch.dtype, **kwargs: Any) -> PreTrainedMode
         ModelError: no checkpoint there, another kind of model, or weights missing from it.
     """
     family = _family(_vision_config(name).model_type, name)
-    return load_complete(family.model_class, name.model, dtype=dtype, **kwargs)
+    return load_complete(family.model_class, name.model, dtype=dtype, **family.options, **kwargs)
 
 
 def load_config(name: EncoderName) -> PreTrainedConfig:

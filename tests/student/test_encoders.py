@@ -20,7 +20,9 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Model,
     Dinov2WithRegistersModel,
+    DINOv3ViTModel,
     SiglipVisionModel,
+    ViTModel,
 )
 
 from olavlm.cache import decode_rgb
@@ -38,7 +40,7 @@ from olavlm.student.vision.tower_configs import OpenClipTowerConfig
 from olavlm.teachers import load_teacher
 
 FAMILIES = (
-    "siglip", "siglip tower", "dinov2", "dinov2 with registers", "timm vit", "timm eva02", "timm swin",
+    "siglip", "siglip tower", "dinov2", "dinov2 with registers", "dinov3", "vit", "timm vit", "timm eva02", "timm swin",
     "timm convnext", "open_clip vit", "open_clip convnext",
 )  # fmt: skip
 
@@ -90,6 +92,12 @@ def test_whole_clip_model_folder(tiny, tmp_path):
 def test_bad_checkpoints(tiny, tmp_path):
     with pytest.raises(ModelError, match="cannot load a model from '/nowhere/at/all'"):
         VisionEncoder.from_pretrained("/nowhere/at/all")
+    config = json.dumps({"model_type": "siglip2_vision_model"})
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(
+        ModelError, match="'siglip2_vision_model' is no known encoder; choose one of: clip_vision_model"
+    ):
+        VisionEncoder.from_pretrained(tmp_path)
     with pytest.raises(ModelError, match="'llama' is no known encoder; choose one of: clip_vision_model"):
         VisionEncoder.from_pretrained(tiny["llm"])
     folder = shutil.copytree(tiny["encoder"], tmp_path / "incomplete")
@@ -247,9 +255,14 @@ def oracle(name, path):
         if name == "open_clip convnext":
             return lambda pixels: _after(visual.trunk.stages[-1], visual, pixels, channels_last=False)
         return lambda pixels: _after(visual.transformer.resblocks[-2], visual, pixels)[:, 1:]
-    classes = {"dinov2": Dinov2Model, "dinov2 with registers": Dinov2WithRegistersModel}
+    classes = {
+        "dinov2": Dinov2Model,
+        "dinov2 with registers": Dinov2WithRegistersModel,
+        "dinov3": DINOv3ViTModel,
+        "vit": ViTModel,
+    }
     model = classes.get(name, SiglipVisionModel).from_pretrained(folder)
-    prefix = {"dinov2": 1, "dinov2 with registers": 5}.get(name, 0)
+    prefix = {"dinov2": 1, "dinov2 with registers": 5, "dinov3": 5, "vit": 1}.get(name, 0)
     return lambda pixels: model(pixels, output_hidden_states=True).hidden_states[-2][:, prefix:]
 
 
@@ -278,7 +291,7 @@ def test_features_are_the_librarys_own(names, name):
     assert not any(module.training for module in encoder.modules())
 
 
-@pytest.mark.parametrize("name", ["siglip", "dinov2", "timm vit", "timm eva02", "open_clip vit"])
+@pytest.mark.parametrize("name", ["siglip", "dinov2", "dinov3", "vit", "timm vit", "timm eva02", "open_clip vit"])
 def test_tokens_lie_row_by_row(names, name):
     """A mark in one patch changes, in the first block's patch embedding, that patch's token the most."""
     encoder = VisionEncoder.from_pretrained(names[name], select_layer=1)
@@ -327,7 +340,7 @@ def test_model_with_each_encoder(names, name, tiny, tokenizer, tmp_path):
 
 def test_buffers_that_no_checkpoint_holds(names, tiny, tokenizer, tmp_path):
     """transformers builds without memory and leaves them empty; rotary and relative positions live in such."""
-    for name in ("timm eva02", "timm swin"):
+    for name in ("dinov3", "timm eva02", "timm swin"):
         model = OlaVLM.build(tiny["llm"], names[name], tokenizer)
         model.save_pretrained(tmp_path / name)
         before = dict(model.vision.tower.named_non_persistent_buffers())
@@ -359,6 +372,8 @@ def test_convnext_xxlarge_at_the_papers_shapes():
         ("siglip tower", 48, 0.5, "bicubic"),
         ("dinov2", 56, 0.485, "bilinear"),
         ("dinov2 with registers", 56, 0.485, "bicubic"),
+        ("dinov3", 48, 0.485, "bilinear"),
+        ("vit", 48, 0.5, "bilinear"),
         ("timm vit", 160, 0.5, "bicubic"),
         ("open_clip vit", 32, 0.4, "bilinear"),
     ],
@@ -390,6 +405,8 @@ def test_interpolation_is_pillows():
     [
         ("siglip", 96, (12, 12)),
         ("dinov2", 84, (6, 6)),
+        ("dinov3", 80, (5, 5)),
+        ("vit", 96, (12, 12)),
         ("timm vit", 320, (20, 20)),
         ("timm convnext", 256, (8, 8)),
         ("open_clip vit", 64, (8, 8)),
