@@ -38,7 +38,7 @@ class BaseEncoder:
         self._dtype = COMPUTE_DTYPES[card.compute_dtype]
 
     def prepare(self, image: Image.Image) -> np.ndarray:
-        """One picture of any size and mode -> float32 [3, S, S], what the trainer's loader makes of it."""
+        """One picture of any size, of any mode but float -> float32 [3, S, S], as the trainer's loader makes it."""
         return self._transform(image)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ class BaseEncoder:
             return self.network(batch.to(self.device, non_blocking=True)).float()
 
     def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Pictures of any size and mode -> [B, tokens, dim] float32 on the CPU."""
+        """Pictures of any size, of any mode but float -> [B, tokens, dim] float32 on the CPU."""
         if not images:
             return torch.empty(0, self.card.tokens, self.card.dim)
         return self.forward(torch.from_numpy(np.stack([self.prepare(image) for image in images]))).cpu()

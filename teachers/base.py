@@ -39,7 +39,7 @@ class Teacher(Protocol):
         ...
 
     def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Features of pictures of any size and mode: [B, tokens, dim], float32, on the CPU."""
+        """Features of pictures of any size, of any mode but float: [B, tokens, dim], float32, on the CPU."""
         ...
 
 
@@ -79,7 +79,7 @@ class PixelTeacher:
         raise NotImplementedError
 
     def prepare(self, image: Image.Image) -> np.ndarray:
-        """One picture of any size and mode -> uint8 [3, H, W], RGB, at the network's input size."""
+        """One picture of any size, of any mode but float -> uint8 [3, H, W], RGB, at the network's input size."""
         image = self.resize(frame(image, self.card.geometry, self.card.mean))
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
@@ -102,7 +102,7 @@ class PixelTeacher:
             return self.features(pixels).float()
 
     def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Pictures of any size and mode -> [B, tokens, dim] float32 on the CPU."""
+        """Pictures of any size, of any mode but float -> [B, tokens, dim] float32 on the CPU."""
         if not images:
             return torch.empty(0, self.card.tokens, self.card.dim)
         return self.forward(torch.from_numpy(np.stack([self.prepare(image) for image in images]))).cpu()

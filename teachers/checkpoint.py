@@ -14,6 +14,7 @@ from typing import Any
 from olavlm.teachers.errors import TeacherError
 
 WEIGHTS, WEIGHTS_INDEX, SAFETENSORS = "model.safetensors", "model.safetensors.index.json", ".safetensors"
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def _from_hub(repository: str, revision: str | None, subfolder: str) -> tuple[Pa
         folder = fetch("config.json").parent
         # The repository's root in the cache is .../snapshots/COMMIT; later files are pinned to that commit.
         revision = (folder.parent if subfolder else folder).name
-        with suppress(EntryNotFoundError):
-            fetch("preprocessor_config.json")
+        for optional in (PROCESSOR, PREPROCESSOR):
+            with suppress(EntryNotFoundError):
+                fetch(optional)
         try:
             fetch(WEIGHTS)
         except EntryNotFoundError as no_single_file:

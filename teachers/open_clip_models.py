@@ -1,6 +1,6 @@
 """`open_clip:MODEL/PRETRAINED`: the image tower of any open_clip model as a teacher.
 
-    load_teacher("open_clip:ViT-H-14/laion2b_s32b_b79k")    # unCLIP's image encoder, as `gen`, from open_clip's weights
+    load_teacher("open_clip:ViT-H-14/laion2b_s32b_b79k")    # unCLIP's image encoder, as `gen`, in open_clip's own crop
     load_teacher("open_clip:ViT-H-14/laion2b_s32b_b79k", model="open_clip_model.safetensors")
     load_teacher("open_clip:my-model", model="FOLDER")      # open_clip_config.json and open_clip_model.safetensors
 

@@ -4,14 +4,13 @@
 OneFormer's processor does (800 x 800), and the stage-4 map after its LayerNorm, 25 x 25, is interpolated to the
 24 x 24 grid of a 768-pixel input. `stage4-768` feeds the 768 x 768 picture directly, which gives that grid exactly.
 
-Only the backbone is kept, and the processor's class is never built: a preprocessor_config.json that names
-`class_info_file` makes it ask the hub even for a local folder.
+Only the backbone is kept, and the processor's class is never built: a configuration that names `class_info_file` makes
+it ask the hub even for a local folder.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from olavlm.teachers.card import Card
 from olavlm.teachers.checkpoint import load_model, open_checkpoint, weights_digest
 from olavlm.teachers.errors import TeacherError
 from olavlm.teachers.geometry import IMAGENET_MEAN, IMAGENET_STD, squash
+from olavlm.teachers.preprocessor import Preprocessor
 
 SIDE = 768  # both recipes squash to this first; it sets the token grid: 768 / 32 = 24
 
@@ -76,8 +76,9 @@ def load_seg(
             f"{model}: its backbone ends with {backbone.out_features[-1]}, not {last}; name another model"
         )
     stride = config.patch_size * 2 ** (len(config.depths) - 1)
-    processor = checkpoint.json("preprocessor_config.json")
-    resample = Image.Resampling(processor.get("resample", Image.Resampling.BILINEAR))
+    processor = Preprocessor.of(checkpoint)
+    resample = processor.resample(Image.Resampling.BILINEAR)
+    mean, std = processor.normalisation(IMAGENET_MEAN, IMAGENET_STD)
     side = processed_side(processor, SIDE) if recipe == "stage4" else SIDE
     rows = SIDE // stride
     card = Card(
@@ -96,8 +97,8 @@ def load_seg(
         },
         geometry=geometry,
         size=(side, side),
-        mean=processor.get("image_mean", IMAGENET_MEAN),
-        std=processor.get("image_std", IMAGENET_STD),
+        mean=mean,
+        std=std,
         compute_dtype=compute_dtype,
         tokens=rows * rows,
         dim=backbone.channels[-1],
@@ -107,26 +108,28 @@ def load_seg(
     return SegTeacher(card, backbone, device, resample)
 
 
-def processed_side(processor: dict[str, Any], side: int) -> int:
+def processed_side(processor: Preprocessor, side: int) -> int:
     """Side in pixels to which OneFormer's image processor resizes a square picture of `side` pixels.
 
     Args:
-        processor: preprocessor_config.json, or {} for the library's defaults: short edge 800, long edge at most 1333.
-            Older files write `size` as a number, with `max_size` beside it.
+        processor: without a `size` the library's default: short edge 800, long edge at most 1333. Older files write
+            `size` as a number, with `max_size` beside it.
 
     Raises:
         TeacherError: a `size` that does not say what becomes of a square.
     """
-    if not processor.get("do_resize", True):
+    if not processor.flag("do_resize"):
         return side
-    size = processor.get("size", {"shortest_edge": 800, "longest_edge": 1333})
-    if isinstance(size, int):
-        size = {"shortest_edge": size, "longest_edge": processor.get("max_size", size)}
-    if "shortest_edge" in size:
-        return min(size["shortest_edge"], size.get("longest_edge") or size["shortest_edge"])
-    if size.get("height") and size.get("height") == size.get("width"):
-        return size["height"]
-    raise TeacherError(
-        f"preprocessor_config.json: size {size} does not keep a square picture square; "
-        "give shortest_edge and longest_edge, or use recipe stage4-768"
+    size = processor.fields.get("size", {"shortest_edge": 800, "longest_edge": 1333})
+    if not isinstance(size, dict):
+        size = {"shortest_edge": size, "longest_edge": processor.fields.get("max_size")}
+    edges = {name: edge for name, edge in size.items() if edge is not None}
+    if all(type(edge) is int and edge > 0 for edge in edges.values()):
+        if "shortest_edge" in edges:
+            return min(edges["shortest_edge"], edges.get("longest_edge", edges["shortest_edge"]))
+        if "height" in edges and edges["height"] == edges.get("width"):
+            return edges["height"]
+    raise processor.wrong(
+        "size",
+        "it must keep a square picture square: give shortest_edge and longest_edge in pixels, or use recipe stage4-768",
     )

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from olavlm.cache import BadImage, ImageRoots
-from olavlm.pipelines.cli import JobFailed, Progress, UsageError, counted, versions
+from olavlm.pipelines.cli import JobFailed, Progress, UsageError, counted, positive, versions
 
-from .da2k import PROMPT, Da2kScore, read_pairs
+from .da2k import TURNS, Da2kScore, read_pairs
 from .miou import MiouScore, PanopticImage, PanopticLabels, match_classes
 from .sources import FeatureSource, StoreSource
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 PROBES = "probes.json"
 """What tells a run of probes from a store."""
 TEACHER_OF = {"da2k": "depth", "miou": "seg", "fid": "gen"}
+COUNTED = {"da2k": "pairs", "miou": "images", "fid": "pictures"}
+"""What a task's result counts."""
 
 
 class Unscored(Exception):
@@ -62,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                    help="miou: what the decoder sees of the photograph beside the features: its first three stages in "
                    "the last one's size, as the paper's code has it, or as they are, or nothing")  # fmt: skip
     p.add_argument(
-        "--pictures", metavar="DIR", help="fid: where pictures are drawn to; those there are not drawn again"
+        "--pictures",
+        metavar="DIR",
+        help="fid: where pictures are drawn to; those there are not drawn again, and count "
+        "if their images are asked for",
     )
     p.add_argument("--reference", metavar="DIR|FILE.npz", help="fid: pictures of fid-reference, or their statistics")
     p.add_argument("--inception", metavar="FILE.pth", help="fid: the network's weights, a file here")
@@ -71,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--dataset", metavar="FILE.json",
                    help="write the annotated images as a dataset for olavlm-extract, and stop")  # fmt: skip
     p.add_argument("--output", metavar="FILE.json", help="scores with all that they follow from; for fid-reference DIR")
-    p.add_argument("--limit", type=int, metavar="N", help="the first N images")
-    p.add_argument("--batch-size", type=int, default=8, metavar="N")
+    p.add_argument("--limit", type=positive, metavar="N", help="the first N images")
+    p.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images a forward (%(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
 
 
@@ -82,7 +87,8 @@ def open_source(args: argparse.Namespace, teacher: str) -> FeatureSource:
         return StoreSource(args.source, teacher, args.key)
     from .probe_source import ProbeSource
 
-    return ProbeSource(Path(args.source), teacher, ImageRoots(args.images), _device(args), args.key)
+    asked = {"turns": TURNS} if args.task == "da2k" else {}
+    return ProbeSource(Path(args.source), teacher, ImageRoots(args.images), _device(args), args.key, **asked)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UsageError: flags that the task needs are missing.
-        JobFailed, CacheError, TeacherError, OSError: what the user can mend.
+        JobFailed, CacheError, TeacherError, OSError: what the user can mend; that nothing could be scored, too.
     """
     if args.task == "fid-reference":
         _need(args, "images", "output")
@@ -144,7 +150,7 @@ def score_miou(args: argparse.Namespace) -> int:
 def score_fid(args: argparse.Namespace) -> int:
     from PIL import Image as Pictures
 
-    from .fid import Inception, compared_size, frechet_distance, pictures_in, statistics_of
+    from .fid import Inception, compared_size, frechet_distance, statistics_of, statistics_of_pictures
 
     source, decoder = _open(args)
     folders = {layer: Path(args.pictures, layer.replace(" ", "-")) for layer in source.layers}
@@ -162,16 +168,18 @@ def score_fid(args: argparse.Namespace) -> int:
 
     todo = [i for i in images if not all(_picture_file(folder, i).is_file() for folder in folders.values())]
     left_out = _each_map(args, source, decoder, todo, add, roots)
+    drawn = {layer: _those_there(folder, images) for layer, folder in folders.items()}
+    _refuse_nothing(sum(map(len, drawn.values())), left_out)
     results: dict[str, dict[str, Any]] = {}
     if args.reference:
         network = Inception(args.inception, _device(args)) if args.inception else None
         mu, sigma, count = statistics_of(args.reference, network)
-        for layer, folder in folders.items():
-            own_mu, own_sigma, own_count = statistics_of(folder, network)
+        for layer, files in drawn.items():
+            own_mu, own_sigma, own_count = statistics_of_pictures(files, network)
             distance = frechet_distance(own_mu, own_sigma, mu, sigma)
             results[layer] = {"fid": distance, "pictures": own_count, "reference_pictures": count}
     else:
-        results = {layer: {"fid": None, "pictures": len(pictures_in(folder))} for layer, folder in folders.items()}
+        results = {layer: {"fid": None, "pictures": len(files)} for layer, files in drawn.items()}
         print("no --reference: pictures were drawn, and no distance was computed")
     return _finish(args, source, decoder, results, "fid", left_out)
 
@@ -246,6 +254,7 @@ def _finish(
     left_out: list[str],
     **conditions: Any,
 ) -> int:
+    _refuse_nothing(sum(result[COUNTED[args.task]] for result in results.values()), left_out)
     values = [result[metric] for result in results.values() if result[metric] is not None]
     mean = statistics.fmean(values) if values else None
     for layer, result in results.items():
@@ -273,14 +282,22 @@ def _finish(
     return 1 if left_out else 0
 
 
+def _refuse_nothing(scored: int, left_out: list[str]) -> None:
+    """JobFailed where there is nothing to take a mean of."""
+    if not scored:
+        why = f"{left_out[0]} ({len(left_out)} left out in all)" if left_out else "no image counts"
+        raise JobFailed(f"nothing was scored: {why}; check --annotations, --images and --prefix")
+
+
 def make_reference(args: argparse.Namespace) -> int:
     """Photographs below the roots, or those of `--annotations`, as 256 x 256 pictures in the folder `--output`.
 
-    With `--inception` their statistics, too, beside it: so that they need not be computed for each score.
+    With `--inception` their statistics, too, beside it: so that they need not be computed for each score. Pictures that
+    lie there already, of other images, are not of them.
     """
-    from .fid import Inception, compared_size, save_statistics, statistics_of
+    from .fid import Inception, compared_size, save_statistics, statistics_of_pictures
 
-    roots, left_out = ImageRoots(args.images), []
+    roots, made, left_out = ImageRoots(args.images), [], []
     images = _photographs(args)
     progress = Progress(len(images), "images", args.task)
     for image in images:
@@ -292,11 +309,12 @@ def make_reference(args: argparse.Namespace) -> int:
         file = _picture_file(Path(args.output), image)
         file.parent.mkdir(parents=True, exist_ok=True)
         picture.save(file)
+        made.append(file)
         progress.update(1)
     progress.close()
-    print(f"{args.output}: {counted(len(images) - len(left_out), 'picture')}")
+    print(f"{args.output}: {counted(len(made), 'picture')}")
     if args.inception:
-        mu, sigma, _ = statistics_of(args.output, Inception(args.inception, _device(args)))
+        mu, sigma, _ = statistics_of_pictures(made, Inception(args.inception, _device(args)))
         save_statistics(f"{args.output}.npz", mu, sigma)
         print(f"{args.output}.npz: their statistics")
     for line in left_out:
@@ -331,8 +349,7 @@ def _annotated(args: argparse.Namespace) -> list[str]:
 
 def write_dataset(args: argparse.Namespace) -> int:
     """The annotated images as a LLaVA file, with the prompt that the public code asks."""
-    turns = [{"from": "human", "value": f"<image>\n{PROMPT}"}, {"from": "gpt", "value": "n"}]
-    samples = [{"id": i, "image": args.prefix + i, "conversations": turns} for i in _annotated(args)[: args.limit]]
+    samples = [{"id": i, "image": args.prefix + i, "conversations": TURNS} for i in _annotated(args)[: args.limit]]
     Path(args.dataset).write_text(json.dumps(samples), encoding="utf-8")
     print(f"{args.dataset}: {counted(len(samples), 'image')}")
     return 0
@@ -344,6 +361,11 @@ def _picture_file(folder: Path, image: str) -> Path:
     if not file.resolve().is_relative_to(folder.resolve()):
         raise JobFailed(f"{image}: an image path is relative, without '..'")
     return file
+
+
+def _those_there(folder: Path, images: Sequence[str]) -> list[Path]:
+    """The pictures of these images: an earlier run may have left those of others."""
+    return [file for image in images if (file := _picture_file(folder, image)).is_file()]
 
 
 def _same_origin(folder: Path, drawn_of: dict[str, str]) -> None:

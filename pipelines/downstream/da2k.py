@@ -22,8 +22,11 @@ import numpy as np
 
 from olavlm.pipelines.cli import JobFailed
 
-PROMPT = "Describe the image."
-"""What the public code asks beside each picture."""
+TURNS = (
+    {"from": "human", "value": "<image>\nDescribe the image."},
+    {"from": "gpt", "value": "n"},
+)
+"""What stands around each picture, in the public code; the answer is a dummy."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def read_pairs(file: str | Path) -> dict[str, list[Pair]]:
     """Pairs by image path, from an `annotations.json`.
 
     Raises:
-        JobFailed: not a file of that form; names the image.
+        JobFailed: not a file of that form, or an image without pairs; names the image.
     """
     try:
         entries = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -46,7 +49,15 @@ def read_pairs(file: str | Path) -> dict[str, list[Pair]]:
         raise JobFailed(f"{file}: not JSON ({e}); give DA-2K's annotations.json") from None
     if not isinstance(entries, dict) or not entries:
         raise JobFailed(f"{file}: not an object of image paths; give DA-2K's annotations.json")
-    return {image: [_pair(item, f"{file}: {image}") for item in items] for image, items in entries.items()}
+    return {image: _pairs(items, f"{file}: {image}") for image, items in entries.items()}
+
+
+def _pairs(items: Any, where: str) -> list[Pair]:
+    if not isinstance(items, list) or not items:
+        raise JobFailed(
+            f"{where}: {items!r} is no list of pairs of points, one at least; give DA-2K's annotations.json"
+        )
+    return [_pair(item, where) for item in items]
 
 
 def _pair(item: Mapping[str, Any], where: str) -> Pair:

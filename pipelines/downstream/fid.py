@@ -7,7 +7,7 @@ unCLIP and photographs are made the same size in the same way, 256 x 256 by Lanc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -153,9 +153,13 @@ def statistics_of(place: str | Path, network: Inception | None) -> tuple[np.ndar
     """
     if Path(place).suffix == ".npz":
         return *read_statistics(place), None
+    return statistics_of_pictures(pictures_in(place), network)
+
+
+def statistics_of_pictures(files: Sequence[Path], network: Inception | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """`mu`, `sigma` and the number of these pictures; JobFailed without a network, or for fewer than two."""
     if network is None:
-        raise JobFailed(f"{place}: features of pictures need --inception, the network's weights")
-    files = pictures_in(place)
+        raise JobFailed("features of pictures need --inception, the network's weights")
     return *statistics(network(_opened(files))), len(files)
 
 

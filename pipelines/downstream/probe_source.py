@@ -11,6 +11,7 @@ import torch
 from olavlm.cache import ImageRoots
 from olavlm.pipelines.cli import JobFailed
 from olavlm.student.probing.bank import ProbeRun
+from olavlm.student.probing.model import TURNS
 from olavlm.student.probing.predictions import ProbePredictions
 
 
@@ -21,13 +22,22 @@ class ProbeSource:
         folder: run folder of `olavlm-probe train`, finished.
         teacher: whose features are predicted.
         key: of the store that the probes were trained on, where several of them are this teacher's.
+        turns: what stands around each image, by default what did in the probes' training.
 
     Raises:
         JobFailed: the run has no probes of the teacher, or of several keys.
         ModelError: no such run, or a model that has changed since.
     """
 
-    def __init__(self, folder: Path, teacher: str, roots: ImageRoots, device: torch.device, key: str | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        teacher: str,
+        roots: ImageRoots,
+        device: torch.device,
+        key: str | None,
+        turns: Sequence[dict[str, str]] = TURNS,
+    ) -> None:
         run = ProbeRun.load(folder)
         alike = [
             task for task in run.tasks
@@ -41,7 +51,7 @@ class ProbeSource:
         (self.task,) = alike
         self.card = run.teachers[self.task.name].card
         self.name, self.layers = f"{folder}/{self.task.name}", tuple(f"layer {layer}" for layer in self.task.layers)
-        self.predict = ProbePredictions(folder, roots, device)
+        self.predict = ProbePredictions(folder, roots, device, turns)
 
     def read(self, images: Sequence[str]) -> tuple[dict[str, torch.Tensor], np.ndarray]:
         predictions, valid = self.predict(images, [self.task])

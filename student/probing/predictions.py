@@ -21,18 +21,21 @@ from .model import TURNS, check_layout, load_probed, probe_collator
 
 
 class ProbePredictions:
-    """Probes and the model that they read, on a device. The prompt beside an image is that of their training.
+    """Probes and the model that they read, on a device.
 
     Args:
         folder: run folder of `olavlm-probe train`.
         roots: where the images are.
+        turns: what stands around each image, by default what did in their training.
 
     Raises:
         ModelError: no finished run of probes, or a model that has changed since.
     """
 
-    def __init__(self, folder: Path, roots: ImageRoots, device: torch.device) -> None:
-        self.run, self.roots, self.device = ProbeRun.load(folder), roots, device
+    def __init__(
+        self, folder: Path, roots: ImageRoots, device: torch.device, turns: Sequence[dict[str, str]] = TURNS
+    ) -> None:
+        self.run, self.roots, self.device, self.turns = ProbeRun.load(folder), roots, device, list(turns)
         if start_digest(self.run.model) != self.run.weights:
             raise ModelError(
                 f"{self.run.model} has other weights than when the probes in {folder} were trained; train them again"
@@ -54,7 +57,7 @@ class ProbePredictions:
         Args:
             tasks: some of `run.tasks`; one forward serves them all.
         """
-        samples = [Sample(image, image, list(TURNS)) for image in images]
+        samples = [Sample(image, image, self.turns) for image in images]
         micro = replace(self._collator, dataset=samples).collate(list(range(len(samples))))
         states, mask = self.model.states(
             {layer for task in tasks for layer in task.layers},

@@ -2,10 +2,11 @@
 
 The encoder is frozen in every stage. Features of a ViT are a hidden state ahead of the last block, without the class
 token, as in LLaVA-1.5; those of a network of stages are its last stage's, as arXiv 2412.09585 takes them from
-CLIP-ConvNeXt-XXL. CLIP, SigLIP and DINOv2 come from transformers, any other network from timm or open_clip; see
-`encoder_name` for how they are named. Another library is another module.
+CLIP-ConvNeXt-XXL. CLIP, SigLIP, DINOv2, DINOv3 and ViT come from transformers, any other network from timm or
+open_clip; see `encoder_name` for how they are named. Another library is another module.
 """
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,10 @@ from .tower_configs import OpenClipTowerConfig, TimmTowerConfig
 
 
 class EncoderFamily(Protocol):
-    """How features are read from towers of one kind."""
+    """How towers of one kind are built, and features read from them."""
+
+    options: Mapping[str, Any]
+    """Of the tower's constructor, beside its config."""
 
     def feature_shape(self, tower: PreTrainedModel, select_layer: int, side: int) -> FeatureShape:
         """Of pictures of `side` pixels; RecipeError for a layer that the tower lacks or a side that it cannot take."""
@@ -93,8 +97,8 @@ class VisionEncoder(nn.Module):
         cls, config: PreTrainedConfig, select_layer: int = -2, image_size: int | None = None
     ) -> "VisionEncoder":
         """An encoder of random weights, to be filled from a checkpoint."""
-        _family_of(config)  # whose module registers its towers
-        return cls(AutoModel.from_config(config), select_layer, image_size)
+        family = _family_of(config)  # whose module registers its towers
+        return cls(AutoModel.from_config(config, **family.options), select_layer, image_size)
 
     @classmethod
     def from_pretrained(

@@ -29,8 +29,9 @@ class ImageTransform:
     mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
     std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
     geometry: Geometry = "square"
-    """square: the short edge to S, then the centre crop. pad: first pasted centred on a square of the longer side that
-    is filled with the mean colour, so that nothing is cut off. squash: both edges to S, whatever shape that gives."""
+    """square: the short edge to S, then the centre crop, half of an odd margin rounded down as CLIP's image processor
+    does, whatever library the encoder is of. pad: first pasted centred on a square of the longer side that is filled
+    with the mean colour, so that nothing is cut off. squash: both edges to S, whatever shape that gives."""
     interpolation: str = "bicubic"
     """Name of one of Pillow's filters, in small letters."""
 
@@ -46,8 +47,8 @@ class ImageTransform:
         object.__setattr__(self, "std", tuple(self.std))
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """float32 (3, S, S), normalised, channels RGB."""
-        image = image.convert("RGB")
+        """float32 (3, S, S), normalised, channels RGB; ModelError for a picture of float samples."""
+        image = _to_rgb(image)
         if self.geometry == "pad":
             image = self._pad_to_square(image)
         if self.geometry == "squash":
@@ -97,6 +98,16 @@ class ImageTransform:
             image_std=list(self.std),
             resample=int(Image.Resampling[self.interpolation.upper()]),
         ).save_pretrained(folder)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits a channel, as files are decoded; of 16-bit samples the higher 8 bits, where Pillow would clip them."""
+    if image.mode == "F":
+        raise ModelError("picture of mode 'F': float samples have no defined white; scale them to 8 bits first")
+    if image.mode.startswith("I"):
+        samples = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        image = Image.fromarray((samples >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _without_extremes(image: Image.Image) -> Image.Image:

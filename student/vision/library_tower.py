@@ -3,8 +3,10 @@
 What timm and open_clip towers share: any network that offers timm's `forward_intermediates` is one.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +83,8 @@ class LibraryTower(PreTrainedModel):
 
 class LibraryFamily:
     """How features are read from a `LibraryTower`; see `encoders.EncoderFamily`."""
+
+    options: Mapping[str, Any] = MappingProxyType({})
 
     def feature_shape(self, tower: LibraryTower, select_layer: int, side: int) -> FeatureShape:
         """Measured on the meta device, where a forward costs nothing.

@@ -1,9 +1,7 @@
-"""Base encoders of transformers: CLIP, SigLIP and DINOv2, from a hub id or a folder."""
+"""Base encoders of transformers: CLIP, SigLIP, DINOv2, DINOv3 and ViT, from a hub id or a folder."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,12 +11,13 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Model,
     Dinov2WithRegistersModel,
+    DINOv3ViTModel,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionModel,
+    ViTModel,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.utils import cached_file
 
 from olavlm.student.choices import Geometry
 from olavlm.student.errors import ModelError
@@ -26,6 +25,7 @@ from olavlm.student.loading import load_complete, load_errors
 
 from .encoder_name import EncoderName
 from .image_transform import ImageTransform
+from .preprocessor import Preprocessor
 from .select_layer import FeatureShape, block_of, check_patches
 
 
@@ -39,10 +39,13 @@ class TransformersFamily:
     num_prefix_tokens: int
     """Class token; register tokens, which the config counts, come on top."""
     any_side: bool = False
-    """Whether position embeddings are resized to whatever picture comes; if not, it has to be asked for."""
+    """Whether positions follow whatever picture comes, by resized embeddings or rotation; if not, embeddings have to be
+    told to."""
     mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
     std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
     """Mean and std of pixels where the checkpoint has no image processor."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the model's constructor."""
 
     def feature_shape(self, tower: PreTrainedModel, select_layer: int, side: int) -> FeatureShape:
         """RecipeError for a layer that the tower has not, or pictures that its patches do not divide."""
@@ -66,18 +69,19 @@ class TransformersFamily:
         return states[:, self.num_prefix_tokens + getattr(tower.config, "num_register_tokens", 0) :]
 
 
-_SIGLIP_MEAN = (0.5, 0.5, 0.5)
+_HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 _IMAGENET = {"mean": tuple(IMAGENET_DEFAULT_MEAN), "std": tuple(IMAGENET_DEFAULT_STD)}
 
 FAMILIES = {
     "clip_vision_model": TransformersFamily(CLIPVisionModel, "encoder.layers", 1),
-    "siglip_vision_model": TransformersFamily(
-        SiglipVisionModel, "encoder.layers", 0, mean=_SIGLIP_MEAN, std=_SIGLIP_MEAN
-    ),
+    "siglip_vision_model": TransformersFamily(SiglipVisionModel, "encoder.layers", 0, **_HALF),
     "dinov2": TransformersFamily(Dinov2Model, "encoder.layer", 1, any_side=True, **_IMAGENET),
     "dinov2_with_registers": TransformersFamily(
         Dinov2WithRegistersModel, "encoder.layer", 1, any_side=True, **_IMAGENET
     ),
+    "dinov3_vit": TransformersFamily(DINOv3ViTModel, "model.layer", 1, any_side=True, **_IMAGENET),
+    # Not every checkpoint has the pooler, which stands behind the features.
+    "vit": TransformersFamily(ViTModel, "layers", 1, options={"add_pooling_layer": False}, **_HALF),
 }
 """By the `model_type` of the vision config. Another one is another entry."""
 
@@ -89,7 +93,7 @@ def load(name: EncoderName, dtype: torch.dtype, **kwargs: Any) -> PreTrainedMode
         ModelError: no checkpoint there, another kind of model, or weights missing from it.
     """
     family = _family(_vision_config(name).model_type, name)
-    return load_complete(family.model_class, name.model, dtype=dtype, **kwargs)
+    return load_complete(family.model_class, name.model, dtype=dtype, **family.options, **kwargs)
 
 
 def load_config(name: EncoderName) -> PreTrainedConfig:
@@ -100,33 +104,24 @@ def load_config(name: EncoderName) -> PreTrainedConfig:
 
 
 def load_transform(name: EncoderName, geometry: Geometry) -> ImageTransform:
-    """Size, mean, std and interpolation of the checkpoint's `preprocessor_config.json`, else of its model.
+    """Size, mean, std and interpolation of the checkpoint's image processor, else of its model.
 
     Raises:
         ModelError: no checkpoint there, or a preprocessor that does not give a square of the model's size.
     """
     config = _vision_config(name)
     family = _family(config.model_type, name)
-    try:
-        file = cached_file(name.model, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        file = None
-    fields = {}
-    if file is not None:
-        with load_errors(name.model):
-            fields = json.loads(Path(file).read_text())
-    size = config.image_size
-    given = fields.get("crop_size") or fields.get("size") or size
-    sides: Sequence[int] = list(given.values()) if isinstance(given, dict) else [given]
+    said, size = Preprocessor.of(name.model), config.image_size
+    field = "crop_size" if "crop_size" in said.fields else "size"
+    given = said.fields.get(field, size)
+    sides = [side for side in given.values() if side is not None] if isinstance(given, dict) else [given]
+    if not all(type(side) is int and side > 0 for side in sides):
+        raise said.wrong(field, "give whole numbers of pixels")
     if len(set(sides)) != 1 or (sides[0] != size and not family.any_side):
         raise ModelError(f"{name.text!r}: the preprocessor crops to {given}, the model takes {size} pixels")
-    return ImageTransform(
-        name.side or sides[0],
-        tuple(fields.get("image_mean") or family.mean),
-        tuple(fields.get("image_std") or family.std),
-        geometry,
-        Image.Resampling(fields.get("resample") or Image.Resampling.BICUBIC).name.lower(),
-    )
+    mean, std = said.normalisation(family.mean, family.std)
+    interpolation = said.resample(Image.Resampling.BICUBIC).name.lower()
+    return ImageTransform(name.side or sides[0], mean, std, geometry, interpolation)
 
 
 def _vision_config(name: EncoderName) -> PreTrainedConfig:

@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ET
+from argparse import Namespace
 from xml.parsers.expat import ExpatError
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from olavlm.cache import FeatureStore, ImageRoots
 from olavlm.pipelines import probe, report
 from olavlm.pipelines.cli import JobFailed
+from olavlm.pipelines.downstream.command import open_source
 from olavlm.pipelines.downstream.probe_source import ProbeSource
 from olavlm.pipelines.layer_plot import Line, layer_plot
 from olavlm.student.training.trainer import train
@@ -100,6 +102,23 @@ def test_predictions_for_pictures_are_those_that_were_scored(scene, runs, sample
         assert found.tolist() == pytest.approx(cosines[f"gen/{layer}"], abs=1e-5)
     with pytest.raises(JobFailed, match="one of seg is scored"):
         ProbeSource(runs[0], "seg", roots, torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt"), [("da2k", "Describe the image."), ("fid", "Describe the image in two lines.")]
+)
+def test_each_benchmark_asks_its_own_prompt(task, prompt, runs, scene, sample_images, monkeypatch):
+    """DA-2K what the public code asks there, the others what stood beside the images in the probes' training."""
+    asked = Namespace(task=task, source=str(runs[0]), images=[str(sample_images)], device="cpu", key=None)
+    source = open_source(asked, "gen")
+    model, read = source.predict.model, []
+    states = model.states
+    monkeypatch.setattr(model, "states", lambda layers, ids, **rest: read.append(ids) or states(layers, ids, **rest))
+    samples = json.loads((scene[0] / "held-out.json").read_text())
+    source.read([sample["image"] for sample in samples])
+    (ids,) = read
+    for row in ids:
+        assert prompt in model.tokenizer.decode(row)
 
 
 def test_the_report_draws_what_the_probes_predict(runs, tmp_path, capsys):

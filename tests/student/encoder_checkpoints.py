@@ -12,10 +12,14 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     PreTrainedModel,
     SiglipConfig,
     SiglipModel,
     SiglipVisionConfig,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 VIT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -54,6 +58,18 @@ def write(root: Path) -> dict[str, str]:
                 Dinov2WithRegistersConfig(**VIT, image_size=56, patch_size=14, num_register_tokens=4)
             ),
             {},
+        ),
+        "dinov3": _transformers(
+            root / "dinov3",
+            DINOv3ViTModel(
+                DINOv3ViTConfig(**VIT, intermediate_size=48, image_size=64, patch_size=16, num_register_tokens=4)
+            ),
+            {"size": {"height": 48, "width": 48}, "resample": 2},
+        ),
+        "vit": _transformers(
+            root / "vit-classifier",  # without the pooler, and with a classifier
+            ViTForImageClassification(ViTConfig(**vision | VIT)),
+            half | {"size": 48, "resample": 2},
         ),
     }
     for name, (architecture, settings) in TIMM.items():

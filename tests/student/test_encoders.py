@@ -1,4 +1,5 @@
 import importlib.util
+import io
 import json
 import pickle
 import shutil
@@ -15,16 +16,21 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPProcessor,
     CLIPVisionModel,
     Dinov2Model,
     Dinov2WithRegistersModel,
+    DINOv3ViTModel,
     SiglipVisionModel,
+    ViTModel,
 )
 
+from olavlm.cache import decode_rgb
 from olavlm.student.data.encoder_features import tower_digest
 from olavlm.student.errors import ModelError, RecipeError
 from olavlm.student.model import OlaVLM
 from olavlm.student.model_config import OlaVLMConfig
+from olavlm.student.text.conversation import load_tokenizer
 from olavlm.student.training.checkpoint import is_adapter, load_checkpoint, save_adapter
 from olavlm.student.training.trainer import train
 from olavlm.student.vision.encoder_name import EncoderName
@@ -34,7 +40,7 @@ from olavlm.student.vision.tower_configs import OpenClipTowerConfig
 from olavlm.teachers import load_teacher
 
 FAMILIES = (
-    "siglip", "siglip tower", "dinov2", "dinov2 with registers", "timm vit", "timm eva02", "timm swin",
+    "siglip", "siglip tower", "dinov2", "dinov2 with registers", "dinov3", "vit", "timm vit", "timm eva02", "timm swin",
     "timm convnext", "open_clip vit", "open_clip convnext",
 )  # fmt: skip
 
@@ -86,6 +92,12 @@ def test_whole_clip_model_folder(tiny, tmp_path):
 def test_bad_checkpoints(tiny, tmp_path):
     with pytest.raises(ModelError, match="cannot load a model from '/nowhere/at/all'"):
         VisionEncoder.from_pretrained("/nowhere/at/all")
+    config = json.dumps({"model_type": "siglip2_vision_model"})
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(
+        ModelError, match="'siglip2_vision_model' is no known encoder; choose one of: clip_vision_model"
+    ):
+        VisionEncoder.from_pretrained(tmp_path)
     with pytest.raises(ModelError, match="'llama' is no known encoder; choose one of: clip_vision_model"):
         VisionEncoder.from_pretrained(tiny["llm"])
     folder = shutil.copytree(tiny["encoder"], tmp_path / "incomplete")
@@ -119,6 +131,18 @@ def test_square_by_hand():
     np.testing.assert_allclose(transform(image), expected, atol=1e-5)
 
 
+def test_16_bits_are_shown_as_a_store_decodes_them():
+    samples = np.random.default_rng(0).integers(0, 65536, (56, 56), dtype=np.uint16)
+    whole = Image.fromarray(samples)
+    whole.save(file := io.BytesIO(), "png")
+    expected = ImageTransform(56)(decode_rgb(file.getvalue()))
+    big_endian = Image.frombytes("I;16B", (56, 56), samples.astype(">u2").tobytes())
+    for image in (whole, big_endian, Image.fromarray(samples.astype(np.int32))):
+        np.testing.assert_array_equal(ImageTransform(56)(image), expected, image.mode)
+    with pytest.raises(ModelError, match=r"mode 'F'.*scale them to 8 bits"):
+        ImageTransform(56)(Image.new("F", (56, 56), 0.5))
+
+
 def test_pad_by_hand():
     image = picture(56, 28)
     transform = ImageTransform(56, geometry="pad")
@@ -148,6 +172,49 @@ def test_transform_of_a_checkpoint(tiny, tmp_path):
         load_image_transform(folder)
     preprocessor.unlink()
     assert load_image_transform(folder) == ImageTransform(56)
+
+
+def test_values_of_a_preprocessor(tiny, tmp_path):
+    folder = shutil.copytree(tiny["encoder"], tmp_path / "encoder")
+    preprocessor = folder / "preprocessor_config.json"
+    names = ("crop_size", "size", "image_mean", "image_std", "resample", "do_normalize")
+    preprocessor.write_text(json.dumps(dict.fromkeys(names)))
+    assert load_image_transform(folder) == ImageTransform(56), "null counts as absent"
+    preprocessor.write_text(json.dumps({"resample": 0, "do_normalize": False}))
+    transform = ImageTransform(56, (0.0,) * 3, (1.0,) * 3, interpolation="nearest")
+    assert load_image_transform(folder) == transform
+    for field, value in (
+        ("resample", 9),
+        ("image_mean", 0.5),
+        ("image_std", [0.5, 0.5]),
+        ("image_std", [0.5, 0.5, 0]),
+        ("crop_size", "56"),
+        ("size", {"shortest_edge": [56]}),
+        ("do_normalize", "no"),
+    ):
+        preprocessor.write_text(json.dumps({field: value}))
+        with pytest.raises(ModelError) as caught:
+            load_image_transform(folder)
+        assert str(caught.value).startswith(f"'{folder}', preprocessor_config.json: {field} is {value!r}; ")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_processor_saved_by_transformers_5(tiny, tmp_path):
+    """It has the image processor in the file of the whole processor, and no file of its own."""
+    folder = shutil.copytree(tiny["encoder"], tmp_path / "encoder")
+    square = {"height": 56, "width": 56}
+    processor = CLIPImageProcessor(size=square, crop_size=square, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    CLIPProcessor(processor, load_tokenizer(tiny["llm"])).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "preprocessor_config.json").exists()
+    shutil.copy(tmp_path / "saved" / "processor_config.json", folder)
+    assert load_image_transform(folder) == ImageTransform(56, (0.5,) * 3, (0.25,) * 3)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1] * 3}))
+    assert load_image_transform(folder) == ImageTransform(56, (0.5,) * 3, (0.25,) * 3), "as transformers reads them"
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))  # of transformers 4
+    assert load_image_transform(folder) == ImageTransform(56, (0.1,) * 3)
+    (folder / "processor_config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"its processor_config\.json is not a JSON object"):
+        load_image_transform(folder)
 
 
 @pytest.mark.parametrize("family", ["tiny", *FAMILIES])
@@ -188,9 +255,14 @@ def oracle(name, path):
         if name == "open_clip convnext":
             return lambda pixels: _after(visual.trunk.stages[-1], visual, pixels, channels_last=False)
         return lambda pixels: _after(visual.transformer.resblocks[-2], visual, pixels)[:, 1:]
-    classes = {"dinov2": Dinov2Model, "dinov2 with registers": Dinov2WithRegistersModel}
+    classes = {
+        "dinov2": Dinov2Model,
+        "dinov2 with registers": Dinov2WithRegistersModel,
+        "dinov3": DINOv3ViTModel,
+        "vit": ViTModel,
+    }
     model = classes.get(name, SiglipVisionModel).from_pretrained(folder)
-    prefix = {"dinov2": 1, "dinov2 with registers": 5}.get(name, 0)
+    prefix = {"dinov2": 1, "dinov2 with registers": 5, "dinov3": 5, "vit": 1}.get(name, 0)
     return lambda pixels: model(pixels, output_hidden_states=True).hidden_states[-2][:, prefix:]
 
 
@@ -219,7 +291,7 @@ def test_features_are_the_librarys_own(names, name):
     assert not any(module.training for module in encoder.modules())
 
 
-@pytest.mark.parametrize("name", ["siglip", "dinov2", "timm vit", "timm eva02", "open_clip vit"])
+@pytest.mark.parametrize("name", ["siglip", "dinov2", "dinov3", "vit", "timm vit", "timm eva02", "open_clip vit"])
 def test_tokens_lie_row_by_row(names, name):
     """A mark in one patch changes, in the first block's patch embedding, that patch's token the most."""
     encoder = VisionEncoder.from_pretrained(names[name], select_layer=1)
@@ -268,7 +340,7 @@ def test_model_with_each_encoder(names, name, tiny, tokenizer, tmp_path):
 
 def test_buffers_that_no_checkpoint_holds(names, tiny, tokenizer, tmp_path):
     """transformers builds without memory and leaves them empty; rotary and relative positions live in such."""
-    for name in ("timm eva02", "timm swin"):
+    for name in ("dinov3", "timm eva02", "timm swin"):
         model = OlaVLM.build(tiny["llm"], names[name], tokenizer)
         model.save_pretrained(tmp_path / name)
         before = dict(model.vision.tower.named_non_persistent_buffers())
@@ -300,6 +372,8 @@ def test_convnext_xxlarge_at_the_papers_shapes():
         ("siglip tower", 48, 0.5, "bicubic"),
         ("dinov2", 56, 0.485, "bilinear"),
         ("dinov2 with registers", 56, 0.485, "bicubic"),
+        ("dinov3", 48, 0.485, "bilinear"),
+        ("vit", 48, 0.5, "bilinear"),
         ("timm vit", 160, 0.5, "bicubic"),
         ("open_clip vit", 32, 0.4, "bilinear"),
     ],
@@ -331,6 +405,8 @@ def test_interpolation_is_pillows():
     [
         ("siglip", 96, (12, 12)),
         ("dinov2", 84, (6, 6)),
+        ("dinov3", 80, (5, 5)),
+        ("vit", 96, (12, 12)),
         ("timm vit", 320, (20, 20)),
         ("timm convnext", 256, (8, 8)),
         ("open_clip vit", 64, (8, 8)),

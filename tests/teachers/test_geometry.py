@@ -1,7 +1,10 @@
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from olavlm.cache import decode_rgb
 from olavlm.teachers import TeacherError, geometry
 from olavlm.teachers.geometry import Resizing, frame, long_edge_fit, short_edge_crop
 
@@ -12,6 +15,24 @@ def columns(width: int, height: int) -> Image.Image:
     """A picture whose red value is the column and green value the row."""
     rows, cols = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([cols, rows, 0 * cols], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_16_bits_are_shown_as_a_store_decodes_them(mode):
+    samples = np.array([[0, 255, 256, 30000], [40000, 65279, 65280, 65535]], dtype=np.uint16)
+    whole = Image.fromarray(samples)
+    image = {"I;16": whole, "I;16B": Image.frombytes("I;16B", (4, 2), samples.astype(">u2").tobytes()),
+             "I": Image.fromarray(samples.astype(np.int32))}[mode]  # fmt: skip
+    assert image.mode == mode
+    whole.save(file := io.BytesIO(), "png")
+    expected = np.asarray(decode_rgb(file.getvalue()))
+    assert expected[:, :, 0].tolist() == [[0, 0, 1, 117], [156, 254, 255, 255]]
+    np.testing.assert_array_equal(np.asarray(frame(image, "reference", MEAN)), expected)
+
+
+def test_float_samples_are_refused():
+    with pytest.raises(TeacherError, match=r"mode 'F'.*scale them to 8 bits"):
+        frame(Image.new("F", (2, 2), 0.5), "reference", MEAN)
 
 
 def test_reference_leaves_the_picture():
@@ -53,12 +74,20 @@ def test_short_edge_crop_rounds_down():
     np.testing.assert_array_equal(np.asarray(short_edge_crop(image, 4)), whole[:, 1:5])
 
 
+@pytest.mark.parametrize(("cut", "left"), [(1, 0), (2, 1), (3, 2), (5, 2), (7, 4)])
+def test_half_a_pixel_to_the_even_number(cut, left):
+    image = columns(4 + cut, 4)
+    assert short_edge_crop(image, 4, half="even").getpixel((0, 0))[0] == left
+    assert short_edge_crop(image, 4).getpixel((0, 0))[0] == cut // 2
+
+
+@pytest.mark.parametrize("half", ["down", "even"])
 @pytest.mark.parametrize("size", [(400, 30), (30, 400), (401, 37)])
-def test_resizing_only_what_is_kept_is_the_same(size, monkeypatch):
+def test_resizing_only_what_is_kept_is_the_same(size, half, monkeypatch):
     image = columns(*size)
-    whole = np.asarray(short_edge_crop(image, 50)).astype(int)
+    whole = np.asarray(short_edge_crop(image, 50, half=half)).astype(int)
     monkeypatch.setattr(geometry, "LONGEST_SIDE", 50)
-    part = np.asarray(short_edge_crop(image, 50))
+    part = np.asarray(short_edge_crop(image, 50, half=half))
     assert abs(part - whole).max() <= 1
 
 
@@ -87,18 +116,28 @@ def test_the_long_edge_is_fitted_and_filled():
 def test_a_long_edge_beyond_the_side_is_cut():
     image = columns(6, 6)
     cut = long_edge_fit(image, 3, edge=6, resample=Image.Resampling.NEAREST, fill=(0, 0, 0))
-    np.testing.assert_array_equal(np.asarray(cut), np.asarray(image)[1:4, 1:4])  # half of three, rounded down
+    np.testing.assert_array_equal(np.asarray(cut), np.asarray(image)[2:5, 2:5])  # half of three, rounded to even
 
 
 @pytest.mark.parametrize(
     ("resizing", "text"),
     [
-        (Resizing("short edge", 224, 248, Image.Resampling.BICUBIC), "short edge to 248 bicubic, centre crop 224"),
+        (
+            Resizing("short edge", 224, 248, Image.Resampling.BICUBIC),
+            "short edge to 248 bicubic, centre crop 224 rounded to even",
+        ),
         (Resizing("squash", 336, 336, Image.Resampling.BILINEAR), "squash to 336 bilinear"),
-        (Resizing("squash", 224, 256, Image.Resampling.BICUBIC), "squash to 256 bicubic, centre crop 224"),
+        (
+            Resizing("squash", 224, 256, Image.Resampling.BICUBIC),
+            "squash to 256 bicubic, centre crop 224 rounded to even",
+        ),
         (
             Resizing("long edge", 8, 8, Image.Resampling.LANCZOS, (1, 2, 3)),
             "long edge to 8 lanczos, centred on (1, 2, 3)",
+        ),
+        (
+            Resizing("long edge", 8, 9, Image.Resampling.LANCZOS),
+            "long edge to 9 lanczos, centred on (0, 0, 0), centre crop 8 rounded to even",
         ),
     ],
 )

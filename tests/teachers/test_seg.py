@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import OneFormerModel
 
 from olavlm.teachers import TeacherError, load_teacher
+from olavlm.teachers.preprocessor import Preprocessor
 from olavlm.teachers.seg import processed_side
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -115,6 +116,23 @@ def test_the_folders_own_preprocessing_is_followed(seg_folder, backbone, picture
     assert teacher.card.mean == tuple(mean)
 
 
+def test_a_processor_saved_by_transformers_5_is_followed(seg_folder, hub, tiny):
+    """It has the image processor in the file of the whole processor, and no file of its own; from the hub, too."""
+    (seg_folder / "preprocessor_config.json").unlink(missing_ok=True)
+    section = {"size": {"shortest_edge": 672, "longest_edge": 672}, "image_mean": [0.5, 0.4, 0.3], "image_std": None}
+    whole = {"processor_class": "OneFormerProcessor", "image_processor": section}
+    (seg_folder / "processor_config.json").write_text(json.dumps(whole))
+    hub("someone/saved", seg_folder)
+    local, remote = (load_teacher("seg", model=model, device="cpu").card for model in (seg_folder, "someone/saved"))
+    assert (local.size, local.mean, local.std) == ((672, 672), (0.5, 0.4, 0.3), tuple(STD))
+    assert remote.fingerprint() == local.fingerprint()
+    (seg_folder / "preprocessor_config.json").write_text(json.dumps({"size": 640}))  # transformers reads the section
+    assert load_teacher("seg", model=seg_folder, device="cpu").card == local
+    (seg_folder / "processor_config.json").write_text(json.dumps({"image_processor": "section"}))
+    with pytest.raises(TeacherError, match=r"processor_config\.json: its image_processor is 'section'"):
+        load_teacher("seg", model=seg_folder, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("processor", "side"),
     [
@@ -123,16 +141,54 @@ def test_the_folders_own_preprocessing_is_followed(seg_folder, backbone, picture
         ({"size": 640, "max_size": 2560}, 640),
         ({"size": {"shortest_edge": 900, "longest_edge": 850}}, 850),
         ({"size": {"shortest_edge": 512}}, 512),
+        ({"size": {"shortest_edge": 512, "longest_edge": None}}, 512),
         ({"size": {"height": 512, "width": 512}}, 512),
     ],
 )
 def test_processed_side(processor, side):
-    assert processed_side(processor, 768) == side
+    assert processed_side(Preprocessor(processor), 768) == side
 
 
 def test_a_size_that_is_no_square_is_refused():
     with pytest.raises(TeacherError, match="stage4-768"):
-        processed_side({"size": {"height": 512, "width": 640}}, 768)
+        processed_side(Preprocessor({"size": {"height": 512, "width": 640}}), 768)
+
+
+def test_null_counts_as_absent(seg_folder, teachers):
+    names = ("size", "max_size", "resample", "image_mean", "image_std", "do_resize", "do_normalize")
+    (seg_folder / "preprocessor_config.json").write_text(json.dumps(dict.fromkeys(names)))
+    card = load_teacher("seg", model=seg_folder, device="cpu").card
+    assert card.fingerprint() == teachers["seg"].card.fingerprint()
+
+
+def test_pixels_that_are_not_normalised(seg_folder):
+    (seg_folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "image_mean": [0.5] * 3}))
+    card = load_teacher("seg", model=seg_folder, device="cpu").card
+    assert (card.mean, card.std) == ((0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("resample", 9),
+        ("resample", "bilinear"),
+        ("size", "800"),
+        ("size", {"shortest_edge": "800"}),
+        ("size", {"height": [512], "width": [512]}),
+        ("size", 0),
+        ("image_mean", 0.5),
+        ("image_mean", [0.5, 0.5]),
+        ("image_std", [0.5, 0.5, 0]),
+        ("do_resize", "no"),
+        ("do_normalize", 1),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_one_line(field, value, seg_folder):
+    (seg_folder / "preprocessor_config.json").write_text(json.dumps({field: value}))
+    with pytest.raises(TeacherError) as caught:
+        load_teacher("seg", model=seg_folder, device="cpu")
+    assert str(caught.value).startswith(f"{seg_folder}: preprocessor_config.json: {field} is {value!r}; ")
+    assert "\n" not in str(caught.value)
 
 
 def test_tensor_names_of_older_checkpoints_load(seg_folder, teachers, pictures):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from olavlm.teachers import TeacherError, load_teacher
+from olavlm.teachers.timm_models import preprocessing_of
 
 DINOV2, SWIN = "vit_small_patch14_reg4_dinov2", "swin_tiny_patch4_window7_224"
 every_architecture = pytest.mark.parametrize(
@@ -115,6 +117,23 @@ def test_pixels_are_those_of_timms_own_transform(interpolation, crop_mode, crop_
         np.testing.assert_array_equal(teacher.prepare(picture), np.asarray(expected).transpose(2, 0, 1))
 
 
+@pytest.mark.parametrize("side", [224, 336, 384])
+@pytest.mark.parametrize(("crop_mode", "crop_pct"), [("center", 1.0), ("squash", 0.99), ("border", 0.99)])
+def test_the_crop_is_timms_to_the_pixel(crop_mode, crop_pct, side):
+    """Of an odd number of pixels too many timm leaves the even half."""
+    config = {"crop_mode": crop_mode, "crop_pct": crop_pct, "interpolation": "bicubic"}
+    network = SimpleNamespace(pretrained_cfg=config | {"input_size": (3, side, side)})
+    resizing = preprocessing_of(network, "model").resizing
+    config = timm.data.resolve_model_data_config(network)
+    steps = timm.data.create_transform(**config).transforms[:-2]
+    for size in [(640, 427), (427, 640), (1024, 683), (500, 375)]:
+        picture = Image.effect_noise(size, 80).convert("RGB")
+        expected = picture
+        for step in steps:
+            expected = step(expected)
+        np.testing.assert_array_equal(np.asarray(resizing(picture)), np.asarray(expected))
+
+
 def test_a_file_and_a_folder_are_the_same_teacher(tmp_path):
     """A file alone is of the model that the name says; with a config.json beside it, of the one described there."""
     torch.manual_seed(0)
@@ -129,7 +148,7 @@ def test_a_file_and_a_folder_are_the_same_teacher(tmp_path):
     assert (cards[0].grid, cards[0].mean, cards[0].recipe["resize"]) == (
         (10, 10),
         (0.5, 0.5, 0.5),
-        "short edge to 168 bicubic, centre crop 160",
+        "short edge to 168 bicubic, centre crop 160 rounded to even",
     )
 
 

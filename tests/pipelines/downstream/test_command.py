@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,6 +177,14 @@ def test_fid_draws_once_and_compares(store, names, sample_images, tmp_path, monk
     a, b = (brightness(Image.open(f) for f in sorted(place.rglob("*.png"))) for place in (pictures, reference))
     expected = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
     assert layer == {"fid": pytest.approx(expected), "pictures": 3, "reference_pictures": 4}
+    assert main([*words, "--limit", "2"]) == 0  # the third lies there, and is not asked for
+    (layer,) = json.loads((tmp_path / "s.json").read_text())["layers"].values()
+    a = brightness(Image.open(pictures / "targets" / f"{name}.png") for name in names[:2])
+    expected = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
+    assert layer == {"fid": pytest.approx(expected), "pictures": 2, "reference_pictures": 4}
+    assert len(drawn) == 3
+    assert main(["--task", "fid-reference", *roots, *again, "--limit", "3"]) == 0
+    assert fid.read_statistics(tmp_path / "again.npz")[0] == pytest.approx(brightness(map(Image.open, made[:3])).mean())
     note = pictures / "targets" / "drawn-of.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | {"card": "another"}))
     assert main(words) == 1
@@ -209,6 +218,37 @@ def test_what_does_not_fit_is_one_line(store, annotations, sample_images, tmp_pa
         assert message in errors
         assert errors.startswith("olavlm-probe: error: ")
         assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--limit", "--batch-size"])
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_numbers_of_images_are_positive(flag, value, store, annotations, sample_images, capsys):
+    words = ["--task", "da2k", "--source", store, "--images", str(sample_images), "--annotations", str(annotations)]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, flag, value])
+    assert ended.value.code == 2
+    assert f"{value} is not a positive number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["da2k", "fid"])
+def test_nothing_scored_is_a_failure(task, store, names, annotations, sample_images, tmp_path, capsys, monkeypatch):
+    class Empty(command.StoreSource):
+        def read(self, images):
+            features, valid = super().read(images)
+            return features, valid & False
+
+    monkeypatch.setattr(command, "open_source", lambda args, teacher: Empty(args.source, teacher))
+    decoder = SimpleNamespace(weights_sha256=FeatureStore(store)[command.TEACHER_OF[task]].card["weights_sha256"])
+    monkeypatch.setattr("olavlm.teachers.decoders.load_decoder", lambda *_, **__: decoder)
+    coco = tmp_path / "instances.json"
+    coco.write_text(json.dumps({"images": [{"file_name": name} for name in names]}))
+    said = str(annotations if task == "da2k" else coco)
+    words = ["--task", task, "--source", store, "--annotations", said, "--images", str(sample_images),
+             "--pictures", str(tmp_path / "pictures"), "--output", str(tmp_path / "s.json")]  # fmt: skip
+    assert main(words) == 1
+    errors = capsys.readouterr().err
+    assert f"nothing was scored: {names[0]}: no features (3 left out in all); check" in errors
+    assert not (tmp_path / "s.json").exists()
 
 
 def test_another_checkpoint_does_not_decode(store, annotations, sample_images, tmp_path, capsys):

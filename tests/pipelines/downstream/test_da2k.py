@@ -73,6 +73,10 @@ def test_a_value_is_that_of_the_resized_map(size):
     [
         ("[]", "not an object of image paths"),
         ("{", "not JSON"),
+        ('{"a/b.jpg": null}', "a/b.jpg: None is no list of pairs"),
+        ('{"a/b.jpg": []}', r"a/b.jpg: \[\] is no list of pairs"),
+        ('{"a/b.jpg": {"point1": [1, 2]}}', "is no list of pairs"),
+        ('{"a/b.jpg": [null]}', "a/b.jpg: needs point1 and point2"),
         ('{"a/b.jpg": [{"point1": [1, 2], "closer_point": "point1"}]}', "a/b.jpg: needs point1 and point2"),
         ('{"a/b.jpg": [{"point1": [1, 2], "point2": [1, 2], "closer_point": "left"}]}', "'left'"),
     ],

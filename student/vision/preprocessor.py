@@ -1,0 +1,89 @@
+"""What a transformers checkpoint says of how its pictures are made ready, checked field by field."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from PIL import Image
+
+from olavlm.student.errors import ModelError
+from olavlm.student.loading import find_file, load_errors
+
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+
+Channels = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """The fields of a checkpoint's image processor. One that is null counts as absent."""
+
+    fields: Mapping[str, Any]
+    place: str
+    """Checkpoint and file, for messages."""
+
+    @classmethod
+    def of(cls, name: str) -> "Preprocessor":
+        """Of a folder or hub id, read as transformers reads it: a section of the whole processor's file, where
+        transformers 5 keeps it, ahead of a file of its own. Without either there are no fields.
+
+        Raises:
+            ModelError: a file that cannot be read.
+        """
+        file, fields = PROCESSOR, _read_json(name, PROCESSOR).get("image_processor")
+        if fields is None:
+            file, fields = PREPROCESSOR, _read_json(name, PREPROCESSOR)
+        place = f"{name!r}, {file}"
+        if not isinstance(fields, dict):
+            raise ModelError(f"{place}: its image_processor is {fields!r}, not a JSON object; save the processor again")
+        return cls({key: value for key, value in fields.items() if value is not None}, place)
+
+    def resample(self, default: Image.Resampling) -> Image.Resampling:
+        """Pillow's filter; ModelError for a number that is none."""
+        try:
+            return Image.Resampling(self.fields.get("resample", default))
+        except ValueError:
+            numbers = ", ".join(f"{known.value} {known.name.lower()}" for known in Image.Resampling)
+            raise self.wrong("resample", f"give the number of one of Pillow's filters, {numbers}") from None
+
+    def normalisation(self, mean: Channels, std: Channels) -> tuple[Channels, Channels]:
+        """Mean and std of pixels in [0, 1], by default those given; 0 and 1 where nothing is normalised.
+
+        Raises:
+            ModelError: what is not three numbers.
+        """
+        if not self.flag("do_normalize"):
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        return self._channels("image_mean", mean), self._channels("image_std", std)
+
+    def flag(self, name: str) -> bool:
+        """Whether a step is done, as by default; ModelError for what is neither true nor false."""
+        value = self.fields.get(name, True)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "write true or false")
+        return value
+
+    def wrong(self, name: str, remedy: str) -> ModelError:
+        """To be raised: a field whose value cannot be used."""
+        return ModelError(f"{self.place}: {name} is {self.fields.get(name)!r}; {remedy}")
+
+    def _channels(self, name: str, default: Channels) -> Channels:
+        value = self.fields.get(name, default)
+        numbers = isinstance(value, list | tuple) and all(type(x) in (int, float) and isfinite(x) for x in value)
+        if not numbers or len(value) != 3 or (name == "image_std" and min(value) <= 0):
+            raise self.wrong(name, "give numbers of red, green and blue, those of image_std above 0")
+        return tuple(value)
+
+
+def _read_json(name: str, filename: str) -> dict[str, Any]:
+    """{} for a file that is not there."""
+    file = find_file(name, filename)
+    if file is None:
+        return {}
+    with load_errors(name):
+        values = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ModelError(f"{name!r}: its {filename} is not a JSON object; save the processor again")
+    return values
