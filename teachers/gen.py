@@ -1,8 +1,7 @@
 """The gen teacher: the CLIP image embedding that conditions Stable Diffusion unCLIP (an OpenCLIP ViT-H/14).
 
 One token a picture: the projected embedding, not L2-normalised, as the target of OLA-VLM (arXiv 2412.09585). The same
-weights in open_clip's layout are `open_clip:ViT-H-14/laion2b_s32b_b79k`, with the same features of the same crop: where
-an odd number of pixels is cut, open_clip's own may lie one pixel further.
+weights in open_clip's layout give the same features as `open_clip:ViT-H-14/laion2b_s32b_b79k`.
 """
 
 from __future__ import annotations

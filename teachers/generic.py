@@ -18,7 +18,7 @@ from olavlm.teachers.base import PixelTeacher, library_versions
 from olavlm.teachers.card import Card
 from olavlm.teachers.checkpoint import Checkpoint, one_line, weights_digest
 from olavlm.teachers.errors import TeacherError
-from olavlm.teachers.geometry import ResizeMode, Resizing
+from olavlm.teachers.geometry import HalfPixel, ResizeMode, Resizing
 
 Read = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 """(network, normalised pixels [B, 3, H, W]) -> a feature map [B, dim, rows, columns] or an embedding [B, dim]."""
@@ -111,12 +111,12 @@ def probe(network: torch.nn.Module, read: Read, size: tuple[int, int], what: str
 
 def make_preprocessing(
     model: str, *, mode: str, side: int | Sequence[int], edge: int, interpolation: str, fill: Sequence[int],
-    mean: Sequence[float], std: Sequence[float],
+    mean: Sequence[float], std: Sequence[float], half: HalfPixel = "down",
 ) -> Preprocessing:  # fmt: skip
     """A configuration's preprocessing, checked.
 
     Args:
-        mode, edge, fill: as in `Resizing`.
+        mode, edge, fill, half: as in `Resizing`.
         side: of the input, or height and width.
         interpolation: Pillow's name, small letters; `random` is of training, and bicubic here.
 
@@ -136,5 +136,5 @@ def make_preprocessing(
     except KeyError:
         names = ", ".join(known.name.lower() for known in Image.Resampling)
         raise TeacherError(f"{model}: interpolation {interpolation!r} is none of Pillow's ({names})") from None
-    resizing = Resizing(mode, height, max(edge, height), resample, tuple(fill))
+    resizing = Resizing(mode, height, max(edge, height), resample, tuple(fill), half)
     return Preprocessing(resizing, tuple(mean), tuple(std))

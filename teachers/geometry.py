@@ -15,7 +15,7 @@ GEOMETRIES = ("reference", "square", "pad")
 ResizeMode = Literal["short edge", "long edge", "squash"]
 HalfPixel = Literal["down", "even"]
 """Where the centre lies when an odd number of pixels is cut: half of it rounded down, as the CLIP image processor does,
-or to the even number, as torchvision does, and so timm and open_clip."""
+or to the even number, as torchvision does, and so timm."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -118,26 +118,28 @@ def _margin(cut: int, half: HalfPixel) -> int:
 
 
 def long_edge_fit(
-    image: Image.Image, side: int, *, edge: int, resample: Image.Resampling, fill: tuple[int, int, int]
+    image: Image.Image,
+    side: int,
+    *,
+    edge: int,
+    resample: Image.Resampling,
+    fill: tuple[int, int, int],
+    half: HalfPixel = "down",
 ) -> Image.Image:
     """Resize the longer edge to `edge`, then cut, or fill up with the colour `fill`, to the centre square of `side`.
 
-    As timm and open_clip do: half of what is cut is rounded to the even number, half of what is filled up is rounded
-    down.
+    Half of what is cut is rounded as `half` says, half of what is filled up is rounded down.
     """
     ratio = max(image.size) / edge
     image = image.resize((max(1, round(image.width / ratio)), max(1, round(image.height / ratio))), resample)
     canvas = Image.new("RGB", (side, side), fill)
-    canvas.paste(image, tuple((side - x) // 2 if x < side else -_margin(x - side, "even") for x in image.size))
+    canvas.paste(image, tuple((side - x) // 2 if x < side else -_margin(x - side, half) for x in image.size))
     return canvas
 
 
 @dataclass(frozen=True)
 class Resizing:
-    """How a network that is described by a configuration wants its pictures; `str` is the text for a card.
-
-    The configurations are those of timm and open_clip, and so is the centre: see `HalfPixel`.
-    """
+    """How a network that is described by a configuration wants its pictures; `str` is the text for a card."""
 
     mode: ResizeMode
     side: int
@@ -147,14 +149,17 @@ class Resizing:
     resample: Image.Resampling
     fill: tuple[int, int, int] = (0, 0, 0)
     """Beside a picture whose longer edge was fitted."""
+    half: HalfPixel = "down"
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """A picture of any size, RGB, as (side, side)."""
         if self.mode == "short edge":
-            return short_edge_crop(image, self.side, edge=self.edge, resample=self.resample, half="even")
+            return short_edge_crop(image, self.side, edge=self.edge, resample=self.resample, half=self.half)
         if self.mode == "long edge":
-            return long_edge_fit(image, self.side, edge=self.edge, resample=self.resample, fill=self.fill)
-        return centre_crop(squash(image, self.edge, self.resample), self.side, "even")
+            return long_edge_fit(
+                image, self.side, edge=self.edge, resample=self.resample, fill=self.fill, half=self.half
+            )
+        return centre_crop(squash(image, self.edge, self.resample), self.side, self.half)
 
     def __str__(self) -> str:
         text = f"{self.mode} to {self.edge} {self.resample.name.lower()}"
@@ -162,7 +167,7 @@ class Resizing:
             text = f"{text}, centred on {self.fill}"
         if self.edge == self.side and self.mode != "short edge":
             return text
-        return f"{text}, centre crop {self.side} rounded to even"
+        return f"{text}, centre crop {self.side}" + (" rounded to even" if self.half == "even" else "")
 
     def within(self, geometry: str) -> Resizing:
         """This resizing behind a `frame`: with `square` and `pad` all of the frame is kept, for grids to be aligned."""

@@ -1,11 +1,13 @@
 """`open_clip:MODEL/PRETRAINED`: the image tower of any open_clip model as a teacher.
 
-    load_teacher("open_clip:ViT-H-14/laion2b_s32b_b79k")    # unCLIP's image encoder, as `gen`, in open_clip's own crop
+    load_teacher("open_clip:ViT-H-14/laion2b_s32b_b79k")    # unCLIP's image encoder, as `gen`, from open_clip's weights
     load_teacher("open_clip:ViT-H-14/laion2b_s32b_b79k", model="open_clip_model.safetensors")
     load_teacher("open_clip:my-model", model="FOLDER")      # open_clip_config.json and open_clip_model.safetensors
 
 `embedding` is `encode_image`, not normalised. `tokens` are the tower's final patch tokens after its norm, or its last
-feature map. Only the image tower is built, and only its tensors are read.
+feature map. Only the image tower is built, and only its tensors are read. Where an odd number of pixels is cut, half of
+it is rounded down, as `gen` does it, not to the even number, as open_clip does: so the same weights give the same
+features by either name.
 """
 
 from __future__ import annotations

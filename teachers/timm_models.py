@@ -122,6 +122,7 @@ def preprocessing_of(network: torch.nn.Module, model: str) -> Preprocessing:
         fill=[round(255 * value) for value in config["mean"]],
         mean=config["mean"],
         std=config["std"],
+        half="even",
     )
 
 

@@ -115,28 +115,29 @@ def test_the_long_edge_is_fitted_and_filled():
 
 def test_a_long_edge_beyond_the_side_is_cut():
     image = columns(6, 6)
-    cut = long_edge_fit(image, 3, edge=6, resample=Image.Resampling.NEAREST, fill=(0, 0, 0))
-    np.testing.assert_array_equal(np.asarray(cut), np.asarray(image)[2:5, 2:5])  # half of three, rounded to even
+    for half, at in (("down", 1), ("even", 2)):  # of three
+        cut = long_edge_fit(image, 3, edge=6, resample=Image.Resampling.NEAREST, fill=(0, 0, 0), half=half)
+        np.testing.assert_array_equal(np.asarray(cut), np.asarray(image)[at : at + 3, at : at + 3])
 
 
 @pytest.mark.parametrize(
     ("resizing", "text"),
     [
         (
-            Resizing("short edge", 224, 248, Image.Resampling.BICUBIC),
+            Resizing("short edge", 224, 248, Image.Resampling.BICUBIC, half="even"),
             "short edge to 248 bicubic, centre crop 224 rounded to even",
         ),
         (Resizing("squash", 336, 336, Image.Resampling.BILINEAR), "squash to 336 bilinear"),
         (
             Resizing("squash", 224, 256, Image.Resampling.BICUBIC),
-            "squash to 256 bicubic, centre crop 224 rounded to even",
+            "squash to 256 bicubic, centre crop 224",
         ),
         (
             Resizing("long edge", 8, 8, Image.Resampling.LANCZOS, (1, 2, 3)),
             "long edge to 8 lanczos, centred on (1, 2, 3)",
         ),
         (
-            Resizing("long edge", 8, 9, Image.Resampling.LANCZOS),
+            Resizing("long edge", 8, 9, Image.Resampling.LANCZOS, half="even"),
             "long edge to 9 lanczos, centred on (0, 0, 0), centre crop 8 rounded to even",
         ),
     ],

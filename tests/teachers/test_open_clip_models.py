@@ -7,7 +7,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from olavlm.cache import decode_rgb
@@ -55,17 +54,11 @@ def normalised(teacher, pictures) -> torch.Tensor:
     return (pixels - torch.tensor(teacher.card.mean).view(3, 1, 1)) / torch.tensor(teacher.card.std).view(3, 1, 1)
 
 
-def cut_of(picture) -> int:
-    """Pixels of the longer edge too many for the crop; half of them is rounded up by open_clip if they are 3 of 4."""
-    return int(224 * max(picture.size) / min(picture.size)) - 224
-
-
 def test_the_unclip_encoder_is_the_same_as_through_transformers(teachers, sample_images):
-    """The same weights in both libraries' layouts, on photographs, from the file to the embedding of the same crop."""
+    """The same weights in both libraries' layouts, on photographs, from the file to the embedding."""
     pictures = [decode_rgb(path.read_bytes(), path.name) for path in sorted(sample_images.iterdir())]
     ours, theirs = teachers["open_clip:tiny"], teachers["gen"]
-    pictures = [picture for picture in pictures if cut_of(picture) % 4 != 3]
-    assert len(pictures) >= 12
+    assert len(pictures) >= 16
     for picture in pictures:
         np.testing.assert_array_equal(ours.prepare(picture), theirs.prepare(picture))
     features, expected = ours.encode(pictures), theirs.encode(pictures)
@@ -110,7 +103,8 @@ def test_pixels_are_those_of_open_clips_own_transform(resize_mode, interpolation
     teacher = load_teacher("open_clip:tiny", model=with_config(folder, preprocess_cfg=settings), device="cpu")
     steps = open_clip.image_transform(224, is_train=False, **settings).transforms[:-3]
     assert teacher.card.mean == (0.5, 0.5, 0.5)
-    for picture in (*pictures, *(Image.effect_noise(size, 80).convert("RGB") for size in [(640, 427), (427, 640)])):
+    # Of the second picture's 319 rows too many torchvision cuts 160 above, we 159, as CLIP's image processor and `gen`.
+    for picture in (pictures[0], *pictures[2:]):
         expected = picture
         for step in steps:
             expected = step(expected)
@@ -167,7 +161,7 @@ def test_a_file_of_a_registered_model(hub, open_clip_folder, tmp_path, monkeypat
     untagged = load_teacher("open_clip:tiny-registered", model=tmp_path / "alone.safetensors", device="cpu").card
     assert (untagged.recipe["quick_gelu"], untagged.recipe["resize"]) == (
         False,
-        "short edge to 224 bicubic, centre crop 224 rounded to even",
+        "short edge to 224 bicubic, centre crop 224",
     )
     assert "name a file, open_clip:tiny-registered=FILE" in refused("open_clip:tiny-registered")
     assert "no such pretrained weights; tiny-registered has photos" in refused("open_clip:tiny-registered/drawings")
