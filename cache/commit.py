@@ -151,7 +151,7 @@ class OpenShard:
         """Rows."""
         self._replaced, self._revision = revisions_of(writer.commits, shard)  # records, and the number to publish
         self._replacement = Replacement(writer.staging, writer.layout, shard)
-        self._put_by = False  # whether there is a replacement that this writer is to remove
+        self._put_by = False  # whether there may be a replacement that this writer is to remove
         self._temporary = None if files.is_local(writer.group) else Path(tempfile.mkdtemp(prefix="olavlm-staging-"))
         folder = self._temporary or writer.staging
         folder.mkdir(parents=True, exist_ok=True)
@@ -319,7 +319,7 @@ class OpenShard:
             # Removed and not withdrawn: the other publishes under this number, and `.withdrawn` would hide its record.
             files.remove(writer.commits / record.name)
             raise LeaseLost(f"shard {self.shard} was taken over by another writer; this work is dropped")
-        self._put_by = self.carried_over > 0
+        self._put_by = self.carried_over > 0 or (self._revision > 0 and not self._replaced)
         step("release")
         self.drop()
         return record
