@@ -23,7 +23,8 @@ from .features import TeacherFeatures, card_checksum
 from .lease import is_live, leased
 from .ledger import write_index
 from .plan import Plan, segment_name
-from .records import canonical_json
+from .records import canonical_json, withdrawn_shards
+from .replacement import vouched_rows
 from .shard import Layout, read_metadata, same_array
 from .store import FORMAT, RESERVED, FeatureStore
 
@@ -312,17 +313,22 @@ def pending(group: TeacherFeatures, limit: int | None = None, *, retry_failed: b
     rows = group.plan.rows[:limit]
     failed = {row for row, _ in group.failures()} if retry_failed else set()
     todo = set(group.missing_rows(rows).tolist()) | failed.intersection(rows.tolist())
-    tasks = []
+    tasks, withdrawn = [], withdrawn_shards(files.names(group.folder / "commits"))
     for shard in sorted({group.layout.shard_of(row) for row in todo}):
         first = shard * group.layout.shard_rows
         wanted = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + group.layout.shard_rows)]
         stop = int(wanted[-1]) + 1
+        segment = group.plan.segment_of(first).hash
         try:
             record = group.record(shard)
         except CorruptFeatures:
             record = None  # to a writer a damaged shard does not exist
-        if record is not None:
-            stop = max(stop, record.rows[1])  # a committed row is never given up
+            withdrawn.add(shard)
+        there = [record] if record is not None else []
+        if shard in withdrawn:  # its rows may be carried over
+            found = vouched_rows(group.folder, group.layout, group.fingerprint, shard, segment)
+            there += [vouched.record for vouched in found]
+        stop = max([stop, *(r.rows[1] for r in there)])  # a committed row is never given up
         supersedes = None if record is None else record.revision
-        tasks.append(ShardTask(group.key, shard, first, stop, group.plan.segment_of(first).hash, supersedes))
+        tasks.append(ShardTask(group.key, shard, first, stop, segment, supersedes))
     return tasks

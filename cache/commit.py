@@ -1,7 +1,7 @@
 """Committing a shard: lease, stage, compare, place, publish.
 
     lease     leases/000012.0 by exclusive create: one writer a shard (lease.py)
-    recover   a shard file without a record, or a record that is not the file's: both are removed
+    recover   staged files of the dead, and shard files without any record, are removed
     stage     staging/000012.NONCE.features (and .scales), row by row; closed with the shard index
     compare   read back, every row's crc32c and the file's
     fsync     the staged files
@@ -13,7 +13,8 @@ On an object store the staged files lie in a temporary folder of this machine, a
 
 A crash before `record` leaves a shard that does not exist; whoever takes its lease next sweeps up. A writer that was
 taken for dead and wakes up finds its staged file or its lease gone, or the shard placed, and drops its work.
-Replacing a shard withdraws its record before its file is touched.
+Replacing a shard withdraws its record before its file is touched. A shard whose records or files are damaged stays as
+it is until its replacement is ready, for there may be rows in it that can be carried over (`OpenShard.carry_over`).
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from google_crc32c import extend
 
 from . import files
 from .codec import Fidelity
 from .errors import BadImage, CorruptFeatures, LeaseLost
 from .files import Location
 from .lease import Lease, acquire_lease
-from .records import Record, ShardFile, revisions_of, valid_record, withdraw
-from .shard import CRC_BYTES, ArrayLayout, Layout, crc32c
-
-_SMALL_ROW = 2**16  # bytes; smaller rows are written and read many at a time
+from .records import Record, revisions_of, valid_record, withdraw
+from .replacement import Replacement, is_of_replacement, vouched_rows
+from .shard import Layout
+from .staged import Staged
+from .vouched import VouchedRows
 
 
 class ShardWriter:
@@ -57,16 +59,17 @@ class ShardWriter:
     def begin(self, shard: int, rows: tuple[int, int], segment: str) -> OpenShard:
         """Lease `shard` for plan rows [start, stop) and sweep up what a dead writer left.
 
-        Raises `LeaseHeld`. A committed shard may be begun again, to replace it; it stands until `commit`.
+        Raises `LeaseHeld`. A shard that is there may be begun again, to replace it; it stands until `commit`, sound or
+        damaged.
         """
         assert self.layout.shard_of(rows[0]) == self.layout.shard_of(rows[1] - 1) == shard, (shard, rows)
         self.on_step("lease")
         lease = acquire_lease(self.leases, shard)
         try:
             self.on_step("recover")
-            self._recover(lease, segment=segment)
+            standing = self._recover(lease, segment=segment)
             self.on_step("stage")
-            return OpenShard(self, lease, shard, rows, segment)
+            return OpenShard(self, lease, shard, rows, segment, standing)
         except BaseException:
             lease.release()
             raise
@@ -78,7 +81,9 @@ class ShardWriter:
         """
         lease = acquire_lease(self.leases, shard)
         try:
-            self._recover(lease, keep=not withdraw_all)
+            record = self._recover(lease, keep=not withdraw_all)
+            if record is not None or withdraw_all:
+                Replacement(self.staging, self.layout, shard).remove()
         finally:
             lease.release()
 
@@ -89,6 +94,10 @@ class ShardWriter:
         except CorruptFeatures:
             return None
 
+    def vouched_rows(self, shard: int, segment: str) -> list[VouchedRows]:
+        """As `replacement.vouched_rows`."""
+        return vouched_rows(self.group, self.layout, self.fingerprint, shard, segment)
+
     def shard_files(self, shard: int) -> dict[str, Location]:
         """Where the shard's files are, or would be, by array."""
         return {name: array.file(self.group, shard) for name, array in self.layout.arrays.items()}
@@ -98,117 +107,62 @@ class ShardWriter:
         for file in reversed(self.shard_files(shard).values()):
             files.remove(file)
 
-    def _recover(self, lease: Lease, keep: bool = True, segment: str | None = None) -> None:
-        """Leave the shard's files and the record that counts, or nothing. One of another segment does not count.
+    def _recover(self, lease: Lease, keep: bool = True, segment: str | None = None) -> Record | None:
+        """Sweep up what dead writers left; the record that counts, if it is of `segment` (of any by default).
 
-        Who was taken for dead must not sweep up what its successor has placed.
+        Of a shard that exists that record alone stays; of one that has no record, nothing; of a damaged one, all. What
+        is put by for rows to be carried over stays until a record counts, see `replacement.py`. Who was taken for dead
+        must not sweep up what its successor has placed.
         """
         shard = lease.shard
         lease.check()
+        record = self.valid_record(shard) if keep else None
+        revisions, _ = revisions_of(self.commits, shard)
         if files.is_local(self.staging):
             for left in self.staging.glob(f"{shard:06d}.*"):
-                left.unlink(missing_ok=True)
-        record = self.valid_record(shard) if keep else None
-        if record is not None and segment not in (None, record.segment):
-            record = None
-        for file in revisions_of(self.commits, shard)[0]:
+                if record is not None or not keep or not is_of_replacement(left.name):
+                    left.unlink(missing_ok=True)
+        for file in revisions if record is not None or not keep else ():
             if record is None or file.name != record.name:
                 lease.check()
                 withdraw(file)
-        if record is None:
+        if not revisions or not keep:
             lease.check()
             self.remove_files(shard)
-
-
-class _Staged:
-    """One array's shard file on its way: rows are added in order, then the index."""
-
-    def __init__(self, layout: ArrayLayout, path: Path) -> None:
-        self.layout, self.path = layout, path
-        self.file = path.open("xb", buffering=2**20)
-        self.rows_crc32c: list[int | None] = []
-        self.rows_bytes: list[int | None] = []
-        self.size = self.crc32 = 0  # known once it was read back
-        self._index = b""
-
-    def add(self, row: np.ndarray | None) -> None:
-        if row is None:
-            self.rows_crc32c.append(None)
-            self.rows_bytes.append(None)
-            return
-        chunk = self.layout.pack(row)
-        checksum, length = crc32c(chunk), chunk.nbytes if isinstance(chunk, np.ndarray) else len(chunk)
-        self.rows_crc32c.append(checksum)
-        self.rows_bytes.append(length)
-        self.file.write(chunk)
-        self.file.write(checksum.to_bytes(CRC_BYTES, "little"))
-
-    def add_batch(self, rows: np.ndarray, valid: np.ndarray) -> None:
-        """As `add` for each of `rows` (n, *row_shape), where `valid` (n,) is False for None; small rows cost less."""
-        if self.layout.compress != "none" or self.layout.row_bytes > _SMALL_ROW:
-            for row, is_valid in zip(rows, valid, strict=True):
-                self.add(row if is_valid else None)
-            return
-        rows = rows[valid].reshape(-1).view(np.uint8).reshape(-1, self.layout.row_bytes)
-        slots = np.empty(len(rows), [("row", np.uint8, (self.layout.row_bytes,)), ("crc32c", "<u4")])
-        slots["row"] = rows
-        checksums = [extend(0, row) for row in rows]
-        slots["crc32c"] = checksums
-        self.file.write(slots)
-        upcoming = iter(checksums)
-        self.rows_crc32c += (next(upcoming) if is_valid else None for is_valid in valid)
-        self.rows_bytes += (self.layout.row_bytes if is_valid else None for is_valid in valid)
-
-    def close_with_index(self, first_offset: int) -> None:
-        """`first_offset` is that of the first row in the shard."""
-        valid = [(first_offset + i, n + CRC_BYTES) for i, n in enumerate(self.rows_bytes) if n is not None]
-        self._index = self.layout.index(*zip(*valid, strict=True))
-        self.file.write(self._index)
-        self.file.flush()
-
-    def compare(self) -> None:
-        """Read the file back and compare every row, its checksum and the index with what was meant.
-
-        Raises `CorruptFeatures`, or FileNotFoundError if it was swept up.
-        """
-        buffer = np.empty(max(n for n in self.rows_bytes if n is not None) + CRC_BYTES, np.uint8)
-        total = size = 0
-        with self.path.open("rb", buffering=_SMALL_ROW) as staged:
-            for expected, length in zip(self.rows_crc32c, self.rows_bytes, strict=True):
-                if expected is None:
-                    continue
-                slot, trailer = buffer[: length + CRC_BYTES], expected.to_bytes(CRC_BYTES, "little")
-                whole = staged.readinto(slot) == len(slot) and slot[length:].tobytes() == trailer
-                if not whole or extend(0, slot[:length]) != expected:
-                    raise CorruptFeatures(f"{self.path}: reads back differently than written")
-                total, size = zlib.crc32(slot, total), size + len(slot)
-            index = staged.read()
-        if index != self._index:
-            raise CorruptFeatures(f"{self.path}: reads back differently than written")
-        self.crc32, self.size = zlib.crc32(index, total), size + len(index)
-
-    def entry(self) -> ShardFile:
-        packed = None if self.layout.compress == "none" else self.rows_bytes
-        return ShardFile(self.size, self.crc32, self.rows_crc32c, packed)
+        return record if record is None or segment in (None, record.segment) else None
 
 
 class OpenShard:
     """A leased shard being written: `append` every row in order, then `commit` or `drop`."""
 
-    def __init__(self, writer: ShardWriter, lease: Lease, shard: int, rows: tuple[int, int], segment: str) -> None:
+    def __init__(
+        self,
+        writer: ShardWriter,
+        lease: Lease,
+        shard: int,
+        rows: tuple[int, int],
+        segment: str,
+        standing: Record | None = None,
+    ) -> None:
         self.writer, self.lease, self.shard, self.rows, self.segment = writer, lease, shard, rows, segment
-        self._standing, self._revision = revisions_of(writer.commits, shard)  # to replace, and the number to publish
+        self.standing = standing
+        """The record that counts, which this shard is to replace; None if the shard does not exist or is damaged."""
+        self.carried_over = 0
+        """Rows."""
+        self._replaced, self._revision = revisions_of(writer.commits, shard)  # records, and the number to publish
+        self._replacement = Replacement(writer.staging, writer.layout, shard)
+        self._put_by = False  # whether there may be a replacement that this writer is to remove
         self._temporary = None if files.is_local(writer.group) else Path(tempfile.mkdtemp(prefix="olavlm-staging-"))
         folder = self._temporary or writer.staging
         folder.mkdir(parents=True, exist_ok=True)
-        self._staged: dict[str, _Staged] = {}
+        self._staged: dict[str, Staged] = {}
         self._reasons: list[dict[str, str] | None] = []
         self._images: list[str | None] = []
         self._fidelity: list[Fidelity] = []
         self._began = time.perf_counter()
         try:
             for name, array in writer.layout.arrays.items():
-                self._staged[name] = _Staged(array, folder / f"{shard:06d}.{lease.nonce}.{name}")
+                self._staged[name] = Staged(array, folder / f"{shard:06d}.{lease.nonce}.{name}")
         except BaseException:
             self.drop()
             raise
@@ -218,6 +172,11 @@ class OpenShard:
 
     def __exit__(self, *exc: object) -> None:
         self.drop()  # after commit there is nothing left to drop
+
+    @property
+    def next_row(self) -> int:
+        """That is appended next."""
+        return self.rows[0] + len(self._reasons)
 
     def append(
         self,
@@ -270,6 +229,21 @@ class OpenShard:
         for name, staged in self._staged.items():
             staged.add_batch(parts[name], valid)
 
+    def carry_over(self, row: int) -> tuple[dict[str, np.ndarray], str | None] | None:
+        """A row to append once more as it is stored: its part of each array, and the sha256 of its image.
+
+        None if no record of the shard to be replaced vouches for it, or its bytes are damaged.
+        """
+        for vouched in self._vouched:
+            if (found := vouched.read(row)) is not None:
+                self.carried_over += 1
+                return found
+        return None
+
+    @cached_property
+    def _vouched(self) -> list[VouchedRows]:
+        return self.writer.vouched_rows(self.shard, self.segment)
+
     def _note(self, sha256: str | None, rejection: tuple[str | None, str] | None, fidelity: Fidelity | None) -> None:
         """What the record will say of the next row."""
         if rejection is not None:
@@ -293,7 +267,8 @@ class OpenShard:
     ) -> Record:
         """Make the shard exist. Raises `LeaseLost` if it was taken over, `CorruptFeatures` if the disk lies.
 
-        Fidelity and norms are those of the rows appended, or those of the record `like` that they were copied from.
+        Fidelity and norms are those of the rows appended with them, or those of the record `like` that rows were copied
+        from; of rows that were carried over they are not known.
         """
         writer, step = self.writer, self.writer.on_step
         start, stop = self.rows
@@ -313,11 +288,16 @@ class OpenShard:
                     done.result()
 
         self.lease.check()
-        if revisions_of(writer.commits, self.shard) != (self._standing, self._revision):
+        if revisions_of(writer.commits, self.shard) != (self._replaced, self._revision):
             raise LeaseLost(f"shard {self.shard} was committed by another writer; this work is dropped")
-        for file in self._standing:
+        if self._replaced and self.carried_over:
+            staged_files = {staged.layout.name: staged.path for staged in filled}
+            self._put_by = True
+            self._unless_swept_up(self._replacement.keep, staged_files, self._record(filled, timings, host, like))
+        for file in self._replaced:
             step("withdraw")
             self.lease.check()
+            self._put_by = False  # what stood is gone: it stays until the record is there
             try:
                 withdraw(file)
             except FileNotFoundError:
@@ -329,10 +309,32 @@ class OpenShard:
             self._unless_swept_up(self._place, staged)
         step("record")
         self.lease.check()
-        record = Record(
+        record = self._record(filled, timings, host, like)
+        try:
+            record.publish(writer.commits)
+        except FileExistsError:
+            raise LeaseLost(f"shard {self.shard} was committed by another writer; this work is dropped") from None
+        if not self.lease.held() and not self._is_in_place(record):
+            # Taken for dead between the last check and the record, which is of files that are gone.
+            # Removed and not withdrawn: the other publishes under this number, and `.withdrawn` would hide its record.
+            files.remove(writer.commits / record.name)
+            raise LeaseLost(f"shard {self.shard} was taken over by another writer; this work is dropped")
+        self._put_by = self.carried_over > 0 or (self._revision > 0 and not self._replaced)
+        step("release")
+        self.drop()
+        return record
+
+    def _record(
+        self,
+        filled: Sequence[Staged],
+        timings: dict[str, float] | None,
+        host: dict[str, str] | None,
+        like: Record | None,
+    ) -> Record:
+        return Record(
             shard=self.shard,
             revision=self._revision,
-            fingerprint=writer.fingerprint,
+            fingerprint=self.writer.fingerprint,
             segment=self.segment,
             rows=self.rows,
             reasons=self._reasons,
@@ -343,18 +345,6 @@ class OpenShard:
             timings={"commit_s": time.perf_counter() - self._began, **(timings or {})},
             host={"host": socket.gethostname(), **(host or {})},
         )
-        try:
-            record.publish(writer.commits)
-        except FileExistsError:
-            raise LeaseLost(f"shard {self.shard} was committed by another writer; this work is dropped") from None
-        if not self.lease.held() and not self._is_in_place(record):
-            # Taken for dead between the last check and the record, which is of files that are gone.
-            # Removed and not withdrawn: the other publishes under this number, and `.withdrawn` would hide its record.
-            files.remove(writer.commits / record.name)
-            raise LeaseLost(f"shard {self.shard} was taken over by another writer; this work is dropped")
-        step("release")
-        self.drop()
-        return record
 
     def drop(self) -> None:
         """Give the shard up (or, after `commit`, tidy): the staged names and the lease go."""
@@ -363,12 +353,14 @@ class OpenShard:
                 with contextlib.suppress(OSError):  # on a full disk: what could not be flushed is not wanted
                     staged.file.close()
                 staged.path.unlink(missing_ok=True)
+            if self._put_by:
+                self._replacement.remove()
             if self._temporary is not None:
                 shutil.rmtree(self._temporary, ignore_errors=True)
         finally:
             self.lease.release()
 
-    def _place(self, staged: _Staged) -> None:
+    def _place(self, staged: Staged) -> None:
         target = staged.layout.file(self.writer.group, self.shard)
         try:
             files.place(staged.path, target)

@@ -12,7 +12,6 @@ import hashlib
 import operator
 import os
 import resource
-from array import array as stdlib_array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +28,8 @@ from .ledger import Ledger
 from .local_cache import LocalCache
 from .plan import Plan
 from .records import Record, canonical_json, valid_record
-from .shard import CRC_BYTES, ArrayLayout, Layout, read_metadata
+from .shard import CRC_BYTES, Layout, read_metadata
+from .vouched import Chunks
 
 # Shard files kept open by one reader, of which a process may have several.
 _OPEN_FILES = min(1024, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16))
@@ -81,45 +81,6 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
-class _Chunks:
-    """Where one array's rows lie in a shard file, and their checksums, as a record says.
-
-    Kept in arrays of the standard library: as small as numpy's, and an item of them is a Python number at once.
-    """
-
-    def __init__(self, array: ArrayLayout, record: Record) -> None:
-        self.array, recorded = array, record.files.get(array.name)
-        self.content = (record.revision, recorded.crc32, recorded.size) if recorded else ()  # of the file, in short
-        valid = np.array([reason is None for reason in record.reasons])
-        self.crc32c = stdlib_array("I", [c or 0 for c in recorded.rows_crc32c] if recorded else [0] * len(valid))
-        if recorded and recorded.rows_bytes:
-            lengths = np.array([n or 0 for n in recorded.rows_bytes], np.int64)
-        else:
-            lengths = np.where(valid, array.row_bytes, 0)
-        slots = np.where(valid, lengths + CRC_BYTES, 0)
-        self.lengths = stdlib_array("q", lengths.tolist())
-        self.starts = stdlib_array("q", (np.cumsum(slots) - slots).tolist())
-        self.data_bytes = int(slots.sum())
-        offsets = record.rows[0] - record.shard * array.shard_rows + np.flatnonzero(valid)
-        self.index = array.index(offsets, slots[valid])
-
-    def range_of(self, offset: int) -> tuple[int, int]:
-        """Of a row's chunk and its crc32c in the shard file: [start, stop)."""
-        return self.starts[offset], self.starts[offset] + self.lengths[offset] + CRC_BYTES
-
-    def take(self, slot: bytes | Exception, offset: int, into: np.ndarray) -> bool:
-        """Fill `into` from a chunk and its crc32c as read, if they are what the record names."""
-        expected = self.crc32c[offset]
-        if isinstance(slot, Exception) or len(slot) != self.lengths[offset] + CRC_BYTES:
-            return False
-        if extend(0, slot[:-CRC_BYTES]) != expected or slot[-CRC_BYTES:] != expected.to_bytes(CRC_BYTES, "little"):
-            return False
-        if self.array.compress != "none":
-            return self.array.unpack(slot[:-CRC_BYTES], into)
-        into.reshape(-1).view(np.uint8)[:] = np.frombuffer(slot, np.uint8, len(slot) - CRC_BYTES)
-        return True
-
-
 @dataclass
 class _Shard:
     """What is needed of a record to read its rows."""
@@ -127,7 +88,7 @@ class _Shard:
     start: int
     stop: int
     valid: bytes  # 1 or 0 a row
-    chunks: dict[str, _Chunks]
+    chunks: dict[str, Chunks]
     reasons: dict[int, dict[str, str]]
     revision: int
     index_checked: bool = False
@@ -296,7 +257,7 @@ class TeacherFeatures:
             known = self._shards[number] = _Shard(
                 *record.rows,
                 bytes(reason is None for reason in record.reasons),
-                {name: _Chunks(array, record) for name, array in self.layout.arrays.items()},
+                {name: Chunks(array, record) for name, array in self.layout.arrays.items()},
                 {i: reason for i, reason in enumerate(record.reasons) if reason is not None},
                 record.revision,
             )
@@ -410,7 +371,7 @@ class TeacherFeatures:
                 )
             faulty = shard.revision
 
-    def _find(self, chunks: _Chunks, shard: int, span: Span, sound: Sound) -> bool:
+    def _find(self, chunks: Chunks, shard: int, span: Span, sound: Sound) -> bool:
         """Whether bytes [start, stop) of a shard file are sound: those of the local cache, or else the store's."""
         if self._kept(chunks, shard, span, sound):
             return True
@@ -420,7 +381,7 @@ class TeacherFeatures:
         self._keep(chunks, shard, span, found)
         return True
 
-    def _kept(self, chunks: _Chunks, shard: int, span: Span, sound: Sound) -> bool:
+    def _kept(self, chunks: Chunks, shard: int, span: Span, sound: Sound) -> bool:
         """Whether the local cache has sound bytes [start, stop) of a shard file."""
         if self._local_cache is None:
             return False
@@ -430,11 +391,11 @@ class TeacherFeatures:
         self._local_cache.used(file)
         return True
 
-    def _keep(self, chunks: _Chunks, shard: int, span: Span, found: bytes) -> None:
+    def _keep(self, chunks: Chunks, shard: int, span: Span, found: bytes) -> None:
         if self._local_cache is not None:
             self._local_cache.keep(self._local_file(chunks, shard), span[0], found)
 
-    def _local_file(self, chunks: _Chunks, shard: int) -> Path:
+    def _local_file(self, chunks: Chunks, shard: int) -> Path:
         return self._local_cache.file(self.folder, self.fingerprint, chunks.array.name, shard, *chunks.content)
 
     def _read_range(self, name: str, shard: int, start: int, stop: int) -> bytes:

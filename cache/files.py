@@ -14,6 +14,7 @@ is tried by `probe` before a store is written there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import os
 import random
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from upath import UPath
 
 Location: TypeAlias = "Path | UPath"
+UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EISDIR)
+"""Errors of a name whose content is lost: a sector that its disk cannot give back, a folder in a file's place."""
 _LARGEST_PUT = 5 * 2**30  # bytes that S3 takes in one request
 _TRIES = 5  # of a conditional PUT that the server could not decide
 

@@ -19,6 +19,7 @@ from .features import TeacherFeatures
 from .files import Location
 from .lease import is_live, leased
 from .records import latest_records, revisions_of
+from .replacement import is_of_replacement
 from .shard import read_metadata
 from .store import RESERVED, FeatureStore
 from .verify import shards_to_verify
@@ -59,7 +60,7 @@ def collect(path: str, *, older_than: float = YOUNG_SECONDS, dry_run: bool = Fal
 
 
 def _folders(store: FeatureStore) -> list[Location]:
-    parts = ("", "commits", "leases", "features", "scales")
+    parts = ("", "commits", "leases", "staging", "features", "scales")
     return [store.path, *(store.path / n for n in ("plan", "runs")), *(
         store.path / key / part if part else store.path / key for key in store.teachers for part in parts
     )]  # fmt: skip
@@ -106,6 +107,8 @@ def _of_teacher(group: TeacherFeatures, builder: StoreBuilder | None) -> Iterato
     busy = set(leases) - sweep
     for name, stamp in staged.items():
         if name.partition(".")[0].isdigit() and (shard := int(name.partition(".")[0])) not in busy:
+            if is_of_replacement(name) and (shard not in latest or shard in damaged):
+                continue  # of rows that the next writer carries over
             yield Garbage("staged file", str(group.folder / "staging" / name), stamp.size)
             sweep.add(shard)
     for shard in shards_to_verify(group):
@@ -114,12 +117,13 @@ def _of_teacher(group: TeacherFeatures, builder: StoreBuilder | None) -> Iterato
         superseded = revisions_of(group.folder / "commits", shard)[0][1:]
         if shard in damaged:
             sweep.discard(shard)
-        elif superseded or shard not in latest:
-            for file in superseded:
-                yield Garbage("superseded record", str(file), files.size(file) or 0)
-            for array in group.layout.arrays.values() if shard not in latest else ():
-                if (size := files.size(array.file(group.folder, shard))) is not None:
-                    yield Garbage("shard file without a record", str(array.file(group.folder, shard)), size)
+            continue
+        shard_files = (array.file(group.folder, shard) for array in group.layout.arrays.values())
+        sizes = {file: files.size(file) for file in shard_files if shard not in latest}
+        found = [Garbage("superseded record", str(file), files.size(file) or 0) for file in superseded]
+        found += [Garbage("shard file without a record", str(f), size) for f, size in sizes.items() if size is not None]
+        if found:
+            yield from found
             sweep.add(shard)
     if builder is not None:
         writer = builder.writer(group)

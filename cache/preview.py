@@ -11,6 +11,7 @@ import json
 import operator
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +46,7 @@ def preview(
 
     Args:
         image: an image path of the plan, or a row.
-        roots: image roots as for `ImageRoots`; by default those of the newest extraction into the store.
+        roots: image roots as for `ImageRoots`; by default those of the extractions into the store.
 
     Raises:
         MissingFeatures: the image or row is not in the plan.
@@ -122,24 +123,42 @@ def why(error: Exception) -> str:
     return f"cannot be read: {error}"
 
 
-def extracted_from(store: FeatureStore) -> list[str]:
-    """The image roots of the newest extraction into `store` that still exist, [] if none is known.
+@dataclass(frozen=True)
+class RecordedRoot:
+    """An image root `[PREFIX=]LOCATION` of an extraction into a store."""
 
-    Relative ones are looked for here, and where that extraction was started.
+    spec: str
+    """As it is on record."""
+    here: str | None
+    """As it can be reached now; None if it is gone."""
+
+
+def recorded_roots(store: FeatureStore) -> list[RecordedRoot]:
+    """The image roots of all extractions into `store`, those of the newest first, each once; [] if none is known.
+
+    A data set that grew may have its images in several. Relative ones are looked for here, and where that extraction
+    was started.
     """
+    found: dict[str, RecordedRoot] = {}
     folder = store.path / "runs"
     for name in reversed(files.names(folder)):
         if not name.endswith(".json"):
             continue
         try:
             arguments = json.loads(files.read(folder / name))["arguments"]
-            specs, recorded = list(arguments["images"]), str(arguments.get("store", ""))
+            specs, recorded = list(map(str, arguments["images"])), str(arguments.get("store", ""))
         except (OSError, ValueError, KeyError, TypeError):
             continue
         base = started_in(store.path, recorded) if isinstance(store.path, Path) else None  # a URL is nobody's folder
-        found = [reachable_root(str(spec), base) for spec in specs]
-        return [spec for spec in found if spec is not None]
-    return []
+        for spec in specs:
+            root = RecordedRoot(spec, reachable_root(spec, base))
+            found.setdefault(root.here or root.spec, root)
+    return list(found.values())
+
+
+def extracted_from(store: FeatureStore) -> list[str]:
+    """Those of `recorded_roots` that still exist."""
+    return [root.here for root in recorded_roots(store) if root.here is not None]
 
 
 def started_in(folder: Path, recorded: str) -> Path | None:

@@ -116,25 +116,38 @@ class Record:
 
     def publish(self, folder: Location) -> None:
         """Write `folder/name`; raises FileExistsError if another writer was first."""
+        files.publish(folder / self.name, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """As it is written."""
         content = {"format": FORMAT, **self._content()}
         content["checksum"] = hashlib.sha256(canonical_json(content)).hexdigest()
-        files.publish(folder / self.name, canonical_json(content) + b"\n")
+        return canonical_json(content) + b"\n"
 
     @classmethod
     def read(cls, file: Location) -> Record:
-        """Read and check a record; raises `CorruptFeatures` if it is not what was written."""
-        raw = files.read(file)
+        """Read and check a record; raises `CorruptFeatures` if it is not what was written, or its disk lost it."""
+        try:
+            record = cls.parse(files.read(file), file)
+        except OSError as e:
+            if e.errno not in files.UNREADABLE:
+                raise
+            raise CorruptFeatures(f"commit record {file} cannot be read: {e.strerror}") from None
+        if record.name != file.name:
+            raise CorruptFeatures(f"commit record {file} is damaged: it is the record {record.name}")
+        return record
+
+    @classmethod
+    def parse(cls, raw: bytes, file: Location) -> Record:
+        """A record of its bytes, which `file` holds; raises `CorruptFeatures`."""
         try:
             content = json.loads(_checked(raw))
             if content.pop("format") != FORMAT:
                 raise ValueError("unknown format number")
             content["files"] = {name: ShardFile(**f) for name, f in content["files"].items()}
-            record = cls(**{**content, "rows": tuple(content["rows"])})
-            if record.name != file.name:
-                raise ValueError(f"it is the record {record.name}")
+            return cls(**{**content, "rows": tuple(content["rows"])})
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as e:
             raise CorruptFeatures(f"commit record {file} is damaged: {e}") from None
-        return record
 
 
 def _checked(raw: bytes) -> bytes:
@@ -161,12 +174,23 @@ def shards_on_record(folder: Location) -> list[int]:
 
 def latest_records(names: Iterable[str]) -> dict[int, int]:
     """The highest revision of each shard that has a record, by the names in a folder of records."""
-    found = {(int(m[1]), int(m[2]), m[3]) for m in map(_NAME.fullmatch, names) if m}
+    found = _numbered(names)
     latest = {}
     for shard, revision, kind in sorted(found):
         if kind == "json" and (shard, revision, "withdrawn") not in found:
             latest[shard] = revision
     return latest
+
+
+def withdrawn_shards(names: Iterable[str]) -> set[int]:
+    """The shards that had a record once and have none now: their writer died while it replaced them."""
+    found = _numbered(names)
+    return {shard for shard, _, _ in found} - latest_records(names).keys()
+
+
+def _numbered(names: Iterable[str]) -> set[tuple[int, int, str]]:
+    """(shard, revision, kind) of every name of a record."""
+    return {(int(m[1]), int(m[2]), m[3]) for m in map(_NAME.fullmatch, names) if m}
 
 
 def revisions_of(folder: Location, shard: int) -> tuple[list[Location], int]:

@@ -29,33 +29,47 @@ class Transfer:
     held: int = 0
     """by another writer, which is at work on them"""
     damaged: list[str] = field(default_factory=list)
-    """What is wrong with the source's shards that could not be copied."""
+    """What is wrong with shards that could not be copied."""
+    quarantined: list[dict] = field(default_factory=list)
+    """Rows that are valid in the source and cannot be in the target: row, image, reason and detail of each."""
 
 
 OnShard = Callable[[str, int], None]
 """Called with key and number of rows for every shard dealt with."""
 
 
-def copy_shard(source: TeacherFeatures, record: Record, writer: ShardWriter, supersedes: Record | None) -> bool:
+def copy_shard(
+    source: TeacherFeatures, record: Record, writer: ShardWriter, supersedes: Record | None, *, unite: bool = False
+) -> bool:
     """Commit the source's shard of `record` through `writer`; False if another has committed it meanwhile.
 
-    Rows of the same storage dtype are copied as they are stored, others are decoded and encoded. Raises
-    `CorruptFeatures` if the source is damaged, `LeaseHeld` and `LeaseLost`, and `StoreError` if it was replaced
-    meanwhile.
+    Rows of the same storage dtype are copied as they are stored, others are decoded and encoded. To `unite` is to let
+    a row that is not valid in the source stay what it is. Raises `CorruptFeatures` if the source is damaged, or what
+    should stay, `LeaseHeld` and `LeaseLost`, and `StoreError` if the source was replaced meanwhile.
     """
     as_stored = source.layout.dtype == writer.layout.dtype
-    with writer.begin(record.shard, record.rows, record.segment) as shard:
-        standing = writer.valid_record(record.shard)
+    vouched = writer.vouched_rows(record.shard, record.segment) if unite else []
+    stays = vouched[0].record if vouched else None
+    rows = record.rows[0], max(record.rows[1], stays.rows[1] if stays else 0)
+    with writer.begin(record.shard, rows, record.segment) as shard:
+        standing = shard.standing
         if standing is not None and (supersedes is None or standing.revision != supersedes.revision):
             return False
-        for row, reason, sha256 in zip(range(*record.rows), record.reasons, record.images_sha256, strict=True):
-            if reason is not None:
-                shard.append(None, image_sha256=sha256, **reason)
-            elif as_stored:
-                parts, _ = source.read_stored([row])
-                shard.append_stored({name: part[0] for name, part in parts.items()}, image_sha256=sha256)
+        for row in range(*rows):
+            if _is_valid(record, row):
+                sha256 = record.images_sha256[row - rows[0]]
+                if as_stored:
+                    parts, _ = source.read_stored([row])
+                    shard.append_stored({name: part[0] for name, part in parts.items()}, image_sha256=sha256)
+                else:
+                    shard.append(source[row], image_sha256=sha256)
+            elif unite and (found := shard.carry_over(row)) is not None:
+                shard.append_stored(found[0], image_sha256=found[1])
+            elif stays and _is_valid(stays, row):
+                raise CorruptFeatures(f"{writer.group}: row {row} is damaged, and the source has no valid one either")
             else:
-                shard.append(source[row], image_sha256=sha256)
+                of = stays if stays and row < stays.rows[1] else record
+                shard.append(None, image_sha256=of.images_sha256[row - rows[0]], **of.reasons[row - rows[0]])
             shard.lease.renew()
         if source.record(record.shard) != record:
             raise StoreError(f"{source.folder}: shard {record.shard} was replaced while it was copied; run it again")
@@ -63,12 +77,16 @@ def copy_shard(source: TeacherFeatures, record: Record, writer: ShardWriter, sup
     return True
 
 
+def _is_valid(record: Record, row: int) -> bool:
+    return row < record.rows[1] and record.reasons[row - record.rows[0]] is None
+
+
 def merge(target: str, sources: Sequence[str], on_shard: OnShard = lambda key, rows: None) -> list[Transfer]:
-    """Copy into `target` every shard that it lacks and one of `sources` has; it is made if it is not there.
+    """Copy into `target` every row that it lacks and one of `sources` has; it is made if it is not there.
 
     All must have the same plan, or the target's is the beginning of it, and a teacher the same card and layout, or
-    `StoreError` says what differs. Where two have a shard, the target's stands unless the other covers its rows and
-    has more valid ones.
+    `StoreError` says what differs. Where two have a shard, the target's stands unless the other has valid rows that it
+    has not, or more rows: then the shard is written anew, with every row that is valid in either.
     """
     builder, opened = StoreBuilder(target), [FeatureStore(s) for s in sources]
     for source in opened:
@@ -83,7 +101,7 @@ def merge(target: str, sources: Sequence[str], on_shard: OnShard = lambda key, r
                 shard_rows=group.layout.shard_rows,
                 compress=group.layout.compress,
             )
-            done.append(_copy_all(group, into, builder, _is_better, on_shard))
+            done.append(_copy_all(group, into, builder, _offers_more, on_shard, unite=True))
     builder.index()
     return done
 
@@ -99,7 +117,8 @@ def convert(
 ) -> list[Transfer]:
     """Write the teachers of `source` (or those of `keys`) to the store `target` in another storage dtype.
 
-    `dtype` None keeps each teacher's. The records of the target hold the fidelity to the source's features. Raises
+    `dtype` None keeps each teacher's. The records of the target hold the fidelity to the source's features; a row that
+    the dtype cannot hold is quarantined there, which `Transfer.quarantined` tells of, on a second run too. Raises
     `StoreError` for features that are already quantised, which another dtype would only lose more of.
     """
     opened = FeatureStore(source)
@@ -120,7 +139,13 @@ def convert(
             shard_rows=group.layout.shard_rows,
             compress=compress,
         )
-        done.append(_copy_all(group, into, builder, lambda there, here: _covers_more(here, there), on_shard))
+        done.append(_copy_all(group, into, builder, _has_changed, on_shard))
+        rejected = set(group.ledger().failures.rows.tolist())
+        done[-1].quarantined = [
+            {"row": row, "image": e.image, "reason": e.reason, "detail": e.detail}
+            for row, e in into.failures()
+            if row not in rejected
+        ]
     builder.index()
     return done
 
@@ -146,6 +171,7 @@ def _copy_all(
     builder: StoreBuilder,
     better: Callable[[Record, Record], bool],
     on_shard: OnShard,
+    unite: bool = False,
 ) -> Transfer:
     done, writer = Transfer(source.key), builder.writer(target)
     ledger = source.ledger()
@@ -157,7 +183,7 @@ def _copy_all(
                 continue
             if there is not None and not better(there, here):
                 done.already_there += 1
-            elif copy_shard(source, here, writer, there):
+            elif copy_shard(source, here, writer, there, unite=unite):
                 done.copied += 1
             else:
                 done.already_there += 1
@@ -170,13 +196,16 @@ def _copy_all(
     return done
 
 
-def _is_better(there: Record, here: Record) -> bool:
-    """A committed row is never given up, and then more valid ones count."""
-    return here.rows[1] >= there.rows[1] and (here.num_valid, here.rows[1]) > (there.num_valid, there.rows[1])
-
-
-def _covers_more(here: Record, there: Record) -> bool:
-    """Whether the source has come further since it was converted."""
-    return (
-        here.rows[1] > there.rows[1] or here.images_sha256 != there.images_sha256 or here.num_valid != there.num_valid
+def _offers_more(there: Record, here: Record) -> bool:
+    """Whether `here` covers rows that `there` does not, or has valid ones that are not valid there."""
+    return here.rows[1] > there.rows[1] or any(
+        _is_valid(here, row) and not _is_valid(there, row) for row in range(*here.rows)
     )
+
+
+def _has_changed(there: Record, here: Record) -> bool:
+    """Whether the source has come further since it was converted. What overflows in the target always will."""
+    if here.rows[1] > there.rows[1] or here.images_sha256 != there.images_sha256:
+        return True
+    pairs = zip(there.reasons, here.reasons, strict=True)
+    return any((a is None) != (b is None) and not (b is None and a["reason"] == "overflow") for a, b in pairs)

@@ -16,14 +16,16 @@ import io
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 
 from . import files
 from .errors import CorruptFeatures, StoreError
 from .features import TeacherFeatures
+from .files import Location
 from .lease import is_live, leased
-from .records import Record, latest_records, record_name, revisions_of, valid_record
+from .records import Record, latest_records, record_name, revisions_of, valid_record, withdrawn_shards
 from .shard import CRC_BYTES, ArrayLayout, crc32c, read_metadata
 from .store import RESERVED, FeatureStore
 
@@ -36,7 +38,8 @@ class Finding:
     shard: int | None
     """None for what is the whole teacher's."""
     kind: str
-    """metadata, plan, record, no-record (a shard file that no record vouches for), size, row, index or file"""
+    """metadata, plan, record, withdrawn (a shard whose writer died while it was replaced), no-record (a shard file that
+    no record vouches for), size, row, index, file or unreadable"""
     detail: str
 
     def __str__(self) -> str:
@@ -61,8 +64,9 @@ def open_teachers(store: FeatureStore, keys: list[str] | None = None) -> Iterato
 
 
 def shards_to_verify(group: TeacherFeatures) -> list[int]:
-    """Every shard that has a record or a file, ascending."""
-    return sorted({*latest_records(files.names(group.folder / "commits")), *_files_by_shard(group)})
+    """Every shard that has a record, a withdrawn one too, or a file, ascending."""
+    names = files.names(group.folder / "commits")
+    return sorted({*latest_records(names), *withdrawn_shards(names), *_files_by_shard(group)})
 
 
 def verify(
@@ -73,20 +77,37 @@ def verify(
     What is found in a shard that a live writer is at work on is its own, and not told.
     """
     yield from _extent(group)
-    there = _files_by_shard(group)
+    there, suspects = _files_by_shard(group), []
     for shard in shards_to_verify(group):
-        found = list(_shard(group, shard, there.get(shard, []), fast))
-        if found:
-            lease = leased(group.folder / "leases").get(shard)
-            if lease is None or not is_live(lease):
-                # Once more, as things are now: the plan may have grown, and the shard been replaced, in between.
-                again = FeatureStore(group.folder.parent)[group.key]
-                arrays = [n for n, a in again.layout.arrays.items() if files.exists(a.file(again.folder, shard))]
-                yield from _shard(again, shard, arrays, fast)
+        if _shard(group, shard, there.get(shard, []), fast):
+            suspects.append(shard)
         on_shard(shard)
+    if not suspects:
+        return
+    # Once more, as things are now: the plan may have grown, and a shard been replaced, in between.
+    again = FeatureStore(group.folder.parent)[group.key]
+    for shard in suspects:
+        lease = leased(group.folder / "leases").get(shard)
+        if lease is None or not is_live(lease):
+            arrays = [n for n, a in again.layout.arrays.items() if files.exists(a.file(again.folder, shard))]
+            yield from _shard(again, shard, arrays, fast)
 
 
-def _shard(group: TeacherFeatures, shard: int, arrays: list[str], fast: bool) -> Iterator[Finding]:
+def _shard(group: TeacherFeatures, shard: int, arrays: list[str], fast: bool) -> list[Finding]:
+    """What is wrong with one shard; on an object store an error of the server is no damage, and is raised."""
+    found = []
+    try:
+        found += _findings(group, shard, arrays, fast)
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        if not files.is_local(group.folder):
+            raise
+        found.append(Finding(group.key, shard, "unreadable", f"{e.filename}: {e.strerror}"))
+    return found
+
+
+def _findings(group: TeacherFeatures, shard: int, arrays: list[str], fast: bool) -> Iterator[Finding]:
     damaged = list(_records(group, shard))
     yield from damaged
     try:
@@ -98,11 +119,20 @@ def _shard(group: TeacherFeatures, shard: int, arrays: list[str], fast: bool) ->
     if record is None and (beyond := valid_record(group.folder, group.layout, shard, group.fingerprint)) is not None:
         yield Finding(group.key, None, "plan", f"shard {shard} is of rows {beyond.rows}, which the plan does not hold")
         return
+    if record is None and not arrays and _is_withdrawn(group, shard):
+        yield Finding(group.key, shard, "withdrawn", "its writer died before the record that replaces it was there")
     for name in arrays:
         if record is None or name not in record.files:
             yield Finding(group.key, shard, "no-record", f"{name} file that no valid record vouches for")
     for name in record.files if record is not None and not fast else ():
         yield from _bytes(group, record, group.layout.arrays[name])
+
+
+def _is_withdrawn(group: TeacherFeatures, shard: int) -> bool:
+    """Whether a shard of the plan had a record once, and has none now."""
+    standing, free = revisions_of(group.folder / "commits", shard)
+    first = shard * group.layout.shard_rows
+    return bool(free and not standing) and any(s.start <= first < s.stop for s in group.plan.segments)
 
 
 def _extent(group: TeacherFeatures) -> Iterator[Finding]:
@@ -148,7 +178,7 @@ def _bytes(group: TeacherFeatures, record: Record, array: ArrayLayout) -> Iterat
             if expected is None:
                 continue
             length = recorded.rows_bytes[i] if recorded.rows_bytes else array.row_bytes
-            slot = file.read(length + CRC_BYTES)
+            slot = _next(file, length + CRC_BYTES, path)
             total = zlib.crc32(slot, total)
             slots.append((first - record.shard * array.shard_rows + i, len(slot)))
             chunk, trailer = slot[:-CRC_BYTES], slot[-CRC_BYTES:]
@@ -161,11 +191,18 @@ def _bytes(group: TeacherFeatures, record: Record, array: ArrayLayout) -> Iterat
                 )
             elif array.compress != "none" and not array.unpack(chunk, row):
                 yield Finding(group.key, record.shard, "row", f"{array.name} of row {first + i} does not unpack")
-        rest = file.read()
+        rest = _next(file, -1, path)
     if rest != array.index(*zip(*slots, strict=True)):
         yield Finding(group.key, record.shard, "index", f"of {path}")
     if zlib.crc32(rest, total) != recorded.crc32:
         yield Finding(group.key, record.shard, "file", f"{path} has another crc32 than its record")
+
+
+def _next(file: BinaryIO, count: int, path: Location) -> bytes:
+    try:
+        return file.read(count)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None  # which alone does not say of what file
 
 
 def _files_by_shard(group: TeacherFeatures) -> dict[int, list[str]]:

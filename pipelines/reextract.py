@@ -1,7 +1,7 @@
-"""The teachers once more: on a few rows to compare with what is stored, and on the shards that are broken.
+"""The teachers once more, as they were: loaded again, and run on a few rows to compare with what is stored.
 
 What is needed to load a teacher is on its card, and where the images were, and in which batches they went, is in the
-record of the extraction (STORE/runs). Both can be given anew, for a store that has moved to another machine.
+records of the extractions (STORE/runs). Both can be given anew, for a store that has moved to another machine.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ from olavlm.cache import (
     FeatureStore,
     Finding,
     ImageRoots,
-    ShardTask,
-    StoreBuilder,
     StoreError,
     TeacherFeatures,
-    pending,
 )
 from olavlm.cache import files as cache_files
 from olavlm.cache.display import extracted_from
@@ -31,13 +28,9 @@ from olavlm.cache.images import decode_rgb
 from olavlm.teachers import Teacher
 from olavlm.teachers.base import resolve_device
 
-from .cli import JobFailed, Stopped, UsageError
-from .extract import absolute_model, sweep
+from .cli import JobFailed, UsageError
+from .extract import absolute_model
 from .extraction.extractor import TeacherSpec
-from .extraction.places import Job
-from .extraction.preflight import readable
-from .extraction.record import RunRecord
-from .extraction.summary import Tally
 
 LIVE_COSINE = 0.999  # of a stored row with the teacher's answer of now
 BATCH = 8
@@ -100,83 +93,6 @@ def _compare(
         if cosine < LIVE_COSINE:
             tell(row, f"cosine {cosine:.6f} with the teacher's answer of now, at least {LIVE_COSINE} is expected")
     return alike, found
-
-
-def repair_store(store: FeatureStore, findings: list[Finding], args: argparse.Namespace) -> dict[str, list[int]]:
-    """Extract the shards with findings again, those rows and no others; the shards done, by teacher.
-
-    A shard stands, broken as it is, until its replacement is ready, so that a repair that was stopped can be run again.
-    Raises `JobFailed` for what extracting again does not mend, and for a teacher that is not the one of the card.
-    """
-    from .extraction.cluster import run_tasks  # Ray takes long to import
-
-    beyond = [f for f in findings if f.shard is None]
-    if {f.key for f in beyond} == {f.key for f in findings}:
-        raise JobFailed(
-            f"{beyond[0]}: this is not mended by extracting again; restore the file from a copy, or olavlm-cache drop "
-            f"{args.store} {beyond[0].key} and extract it anew"
-        )
-    broken: dict[str, set[int]] = {}
-    for finding in findings:
-        if not any(f.key == finding.key for f in beyond):
-            broken.setdefault(finding.key, set()).add(finding.shard)
-    roots = image_roots(store, args.images)
-    device, specs, batches = str(resolve_device(args.device)), [], set()
-    for key in broken:
-        load_again(store[key], args)
-        specs.append(spec_of(store[key], args))
-        batches.add(recorded_arguments(store, key).get("batch_size", 16))
-    if len(batches) > 1:
-        raise JobFailed(
-            f"the teachers {', '.join(broken)} were extracted in batches of {sorted(batches)}; repair one at a time, "
-            "with --teacher"
-        )
-    builder, tasks = StoreBuilder(args.store), []
-    for key, shards in broken.items():
-        tasks += _tasks(FeatureStore(args.store)[key], shards)
-    tally, outcome, batch, images = Tally(), "failed", batches.pop(), args.images or extracted_from(store)
-    job = Job(
-        args.store,
-        images,
-        specs,
-        batch,
-        device,
-        address=args.address,
-        workers=args.workers,
-        known_images=readable(roots, store.plan["image"]),
-    )
-    # With images and batch as an extraction's record has them, for who repairs what this repair made.
-    record = RunRecord(builder.path, argparse.Namespace(**{**vars(args), "images": images, "batch_size": batch}), specs)
-    try:
-        run_tasks(job, tasks, tally)
-        outcome = "broken off" if tally.broken_off else "shards given up" if tally.given_up else "done"
-    except Stopped as e:
-        outcome = f"stopped by {e}"
-        sweep(builder, tasks)
-        raise
-    finally:
-        record.end(tally, outcome)
-    builder.index()
-    if tally.broken_off:
-        raise JobFailed(tally.broken_off)
-    if tally.given_up:
-        raise JobFailed(f"{len(tally.given_up)} shards were given up: {tally.given_up[0]}")
-    return {key: sorted(shards) for key, shards in broken.items()}
-
-
-def _tasks(group: TeacherFeatures, shards: set[int]) -> list[ShardTask]:
-    """Where a shard's record is whole, it says which rows there were; else all that the plan has."""
-    tasks, unknown = [], set()
-    for shard in sorted(shards):
-        try:
-            record = group.record(shard)
-        except CorruptFeatures:
-            record = None
-        if record is None:
-            unknown.add(shard)
-        else:
-            tasks.append(ShardTask(group.key, shard, *record.rows, record.segment, record.revision))
-    return tasks + [t for t in pending(group) if t.shard in unknown]
 
 
 def image_roots(store: FeatureStore, given: list[str] | None) -> ImageRoots:

@@ -34,9 +34,9 @@ from olavlm.cache.verify import open_teachers, shards_to_verify
 
 from .cli import JobFailed, Progress, UsageError, command
 from .extraction.record import Running, record_copy, running_extractions
+from .failed_rows import SHOWN, failed_rows, named
 
 RATE_SECONDS = 900.0  # a running job's rate is that of its shards committed in this time
-SHOWN = 20  # findings and failures printed a teacher; --json has them all
 
 _LINES = [line.partition("  ")[0] for line in __doc__.splitlines() if line.startswith("olavlm-cache ")]
 EXAMPLES = {line.split()[1]: line for line in _LINES}
@@ -66,7 +66,7 @@ def arguments() -> argparse.ArgumentParser:
 
     def extraction(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--images", nargs="+", action="extend", metavar="[PREFIX=]DIR|ZIP|URL",
-                         help="image roots (default: those of the newest extraction into the store)")  # fmt: skip
+                         help="image roots (default: those of the extractions into the store)")  # fmt: skip
         sub.add_argument("--model", action="append", default=[], metavar="KEY=MODEL",
                          help="where a teacher's model is now, if not where its card says")  # fmt: skip
         sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -86,14 +86,22 @@ def arguments() -> argparse.ArgumentParser:
                      help="also run the teacher on N random rows and compare: cosine at least 0.999")  # fmt: skip
     sub.add_argument("--seed", type=_count, help="of the random rows (default: drawn, and printed)")
     extraction(sub)
-    sub = add("repair", "extract again exactly what verify finds broken", repair)
+    sub = add(
+        "repair",
+        "extract again exactly what verify finds broken; a sound row whose image is gone stays, and exit status 1 says "
+        "that a broken one could not be had again",
+        repair,
+    )
     teachers(sub)
     extraction(sub)
     sub.add_argument("--fast", action="store_true", help="what records and sizes show, not every checksum")
     sub.add_argument("--workers", type=_count, help="actors (default: one a GPU, or one a CPU core)")
     sub.add_argument("--address", help="of a Ray cluster")
     sub = add(
-        "convert", "write the features to another store in another storage dtype, and say what it cost", convert_store
+        "convert",
+        "write the features to another store in another storage dtype, and say what it cost; exit status 1 if the "
+        "dtype cannot hold a row",
+        convert_store,
     )
     sub.add_argument("target", metavar="OUT", help="the store to write; run again to finish it")
     sub.add_argument(
@@ -158,9 +166,7 @@ def status(args: argparse.Namespace) -> Answer:
             continue
         ledger, coverage = group.ledger(), group.coverage()
         job = running_job(group, extractions.get(group.key))
-        failures = [
-            {"row": row, "image": f.image, "reason": f.reason, "detail": f.detail} for row, f in group.failures()
-        ]
+        failures = list(failed_rows(group).values())
         value["teachers"][group.key] = {
             **asdict(coverage),
             "covered": coverage.covered,
@@ -266,7 +272,7 @@ def find_damage(store: FeatureStore, keys: list[str] | None, *, fast: bool) -> t
 
 
 def repair(args: argparse.Namespace) -> Answer:
-    from .reextract import repair_store
+    from .repair import repair_store
 
     FeatureStore(args.store)  # is it one? a builder would make it
     StoreBuilder(args.store).grow()
@@ -279,12 +285,14 @@ def repair(args: argparse.Namespace) -> Answer:
     left, _ = find_damage(FeatureStore(args.store), args.teacher, fast=args.fast)
     value = {
         "findings": [asdict(f) for f in findings],
-        "repaired": repaired,
+        "repaired": repaired.extracted,
+        "removed": repaired.removed,
+        "carried_over": repaired.carried_over,
+        "quarantined": repaired.quarantined,
         "left": [asdict(f) for f in left],
         "sound": not left,
     }
-    done = ", ".join(f"{key} shards {', '.join(map(str, shards))}" for key, shards in repaired.items())
-    return value, "\n".join([f"extracted again: {done}", *_named(left)]), not left
+    return value, "\n".join([*repaired.lines(), *_named(left)]), not left and not repaired.quarantined
 
 
 def convert_store(args: argparse.Namespace) -> Answer:
@@ -317,7 +325,8 @@ def convert_store(args: argparse.Namespace) -> Answer:
                 else ""
             )
         )
-    return value, "\n".join(lines + _left(done)), not any(t.held or t.damaged for t in done)
+        lines += named(transfer.key, transfer.quarantined)
+    return value, "\n".join(lines + _left(done)), not any(t.held or t.damaged or t.quarantined for t in done)
 
 
 def merge_stores(args: argparse.Namespace) -> Answer:
@@ -334,7 +343,9 @@ def merge_stores(args: argparse.Namespace) -> Answer:
         "teachers": {key: asdict(group.coverage()) for key, group in store.items()},
     }
     lines = [f"{t.key}: {t.copied} shards copied, {t.already_there} there already" for t in done]
-    lines += [f"{key}: {group.coverage()}" for key, group in store.items()]
+    for key, group in store.items():
+        lines.append(f"{key}: {group.coverage()}")
+        lines += named(key, list(failed_rows(group).values()))
     lost = any(t.held or t.damaged for t in done) and not all(g.coverage().complete for g in store.values())
     return value, "\n".join(lines + _left(done)), not lost
 
@@ -382,7 +393,7 @@ def _named(findings: list[Finding]) -> list[str]:
 def _left(done: list[Transfer]) -> list[str]:
     held, damaged = sum(t.held for t in done), [d for t in done for d in t.damaged]
     lines = [f"{held} shards are being written by another; run the same command again"] if held else []
-    return lines + [f"damaged in the source: {printable(d)}" for d in damaged[:SHOWN]]
+    return lines + [f"damaged, not copied: {printable(d)}" for d in damaged[:SHOWN]]
 
 
 def _size(count: float) -> str:

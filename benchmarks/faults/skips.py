@@ -17,9 +17,10 @@ from pathlib import Path
 from unittest import mock
 
 from olavlm.cache import commit, files, lease, ledger, records
-from olavlm.cache.commit import OpenShard, ShardWriter, _Staged
+from olavlm.cache.commit import OpenShard, ShardWriter
 from olavlm.cache.lease import Lease
 from olavlm.cache.records import Record, canonical_json
+from olavlm.cache.staged import Staged
 
 Skip = contextlib.AbstractContextManager
 
@@ -78,7 +79,7 @@ def recover() -> Skip:
 def staging() -> Iterator[None]:
     """A shard is written under its public name."""
 
-    class InPlace(_Staged):
+    class InPlace(Staged):
         def __init__(self, layout, path: Path) -> None:
             shard, _, _ = path.name.split(".")
             public = layout.file(path.parent.parent, int(shard))
@@ -94,18 +95,18 @@ def staging() -> Iterator[None]:
         if not (file.exists() and file.samefile(staged)):
             place(staged, file)
 
-    with mock.patch.object(commit, "_Staged", InPlace), mock.patch.object(files, "place", placed):
+    with mock.patch.object(commit, "Staged", InPlace), mock.patch.object(files, "place", placed):
         yield
 
 
 def compare() -> Skip:
     """What was staged is not compared with what was meant."""
 
-    def believe(self: _Staged) -> None:
+    def believe(self: Staged) -> None:
         raw = self.path.read_bytes()
         self.size, self.crc32 = len(raw), zlib.crc32(raw)
 
-    return mock.patch.object(_Staged, "compare", believe)
+    return mock.patch.object(Staged, "compare", believe)
 
 
 def fsync_of_the_file() -> Skip:
@@ -142,7 +143,7 @@ def errors_of_place() -> Skip:
     """A shard file that could not be placed is passed over."""
     place = OpenShard._place
 
-    def placed(self: OpenShard, staged: _Staged) -> None:
+    def placed(self: OpenShard, staged: Staged) -> None:
         with contextlib.suppress(PermissionError):
             place(self, staged)
 
@@ -177,7 +178,7 @@ def record_last() -> Iterator[None]:
     def removing(self: ShardWriter, shard: int) -> None:
         remove(self, shard) if waiting is None else waiting.append(lambda: remove(self, shard))
 
-    def placing(self: OpenShard, staged: _Staged) -> None:
+    def placing(self: OpenShard, staged: Staged) -> None:
         waiting.append(lambda: place(self, staged))
 
     def publishing(self: Record, folder: Path) -> None:

@@ -41,7 +41,7 @@ numpy {numpy}, pyarrow {pyarrow}, zarr {zarr}. Numbers:
 |---|---|---|
 | `make` | store, plan and metadata, each file written under a private name, then linked | no half file is ever seen |
 | `lease` | `leases/000012.0` by exclusive create | one writer a shard |
-| `recover` | removes staged files, files without a record, records that are not the files' | what the dead leave |
+| `recover` | removes staged files and files without a record; damage stays until `withdraw` | what the dead leave |
 | `stage` | the shard is written under a private name | what stands, stands until all is ready |
 | `compare` | every byte is read back and compared with what was meant | disks that lie |
 | `fsync` | the staged files are flushed | power cuts |

@@ -13,6 +13,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+
 from olavlm.cache import LeaseHeld, LeaseLost, OpenShard, ShardTask, ShardWriter, TeacherFeatures
 from olavlm.cache.records import Record
 from olavlm.teachers import Teacher
@@ -35,6 +37,8 @@ class ShardResult:
     detail: str = ""
     quarantined: int = 0
     bytes: int = 0
+    carried_over: int = 0
+    """Rows that were valid before, whose images cannot be had now: their stored bytes stay."""
 
 
 def one_line(error: Exception) -> str:
@@ -98,7 +102,7 @@ class ShardJob:
         with self._noting():
             writer = ShardWriter(self.group.folder, self.group.layout, self.group.fingerprint, self._step)
             self._shard = writer.begin(task.shard, (task.start, task.stop), task.segment)
-            standing = writer.valid_record(task.shard)
+            standing = self._shard.standing
             if standing is not None and standing.revision != task.supersedes:
                 self.give_up("done")
 
@@ -109,21 +113,43 @@ class ShardJob:
         images_sha256: Sequence[str | None],
         rejections: Sequence[tuple[str, str] | None],
     ) -> None:
-        """Write the next rows, or with None for `encoded` that all of them are rejected.
+        """Write the next rows, or with None for `encoded` that the images of all of them are rejected.
 
-        `rejections` has (reason, detail) for a row whose image was, `seconds` is what the device took.
+        `rejections` has (reason, detail) for a row whose image was, `seconds` is what the device took. A row whose
+        image was rejected, and which the shard to be replaced has sound features of, keeps those.
         """
         self._forward_seconds += seconds
         with self._noting():
             self._step("stage")
+            images_sha256, rejections = list(images_sha256), list(rejections)
+            carried = self._carry_over(images_sha256, rejections)
             if encoded is None:
-                for sha256, (reason, detail) in zip(images_sha256, rejections, strict=True):
-                    self._shard.append_stored(None, image_sha256=sha256, reason=reason, detail=detail)
+                for i, (sha256, rejection) in enumerate(zip(images_sha256, rejections, strict=True)):
+                    reason, detail = rejection or (None, "")
+                    self._shard.append_stored(carried.get(i), image_sha256=sha256, reason=reason, detail=detail)
                 return
             parts, reasons, fidelity = encoded.rows(len(rejections))
-            rejections = [r or (reason and (reason, "")) for r, reason in zip(rejections, reasons, strict=True)]
-            fidelity = [None if r else f for r, f in zip(rejections, fidelity, strict=True)]
+            for i, reason in enumerate(reasons):
+                if i in carried:
+                    for name, part in carried[i].items():
+                        parts[name][i] = part
+                elif reason and not rejections[i]:
+                    rejections[i] = reason, ""
+            fidelity = [
+                None if r or i in carried else f for i, (r, f) in enumerate(zip(rejections, fidelity, strict=True))
+            ]
             self._shard.append_batch(parts, images_sha256=images_sha256, rejections=rejections, fidelity=fidelity)
+
+    def _carry_over(
+        self, images_sha256: list[str | None], rejections: list[tuple[str, str] | None]
+    ) -> dict[int, dict[str, np.ndarray]]:
+        """The stored parts of those of the next rows that stay as they are, which are then rejected no more."""
+        carried, first = {}, self._shard.next_row
+        for i, rejection in enumerate(rejections):
+            if rejection and (found := self._shard.carry_over(first + i)) is not None:
+                carried[i], images_sha256[i] = found
+                rejections[i] = None
+        return carried
 
     def renew(self) -> None:
         """Give a sign of life while the shard is leased."""
@@ -152,4 +178,5 @@ class ShardJob:
     def _result(self, record: Record | None) -> ShardResult:
         if record is None:
             return ShardResult(self.task, *self._given_up)
-        return ShardResult(self.task, "committed", "", self.task.num_rows - record.num_valid, record.bytes)
+        quarantined, carried_over = self.task.num_rows - record.num_valid, self._shard.carried_over
+        return ShardResult(self.task, "committed", "", quarantined, record.bytes, carried_over)

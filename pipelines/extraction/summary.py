@@ -30,6 +30,7 @@ class Done:
     rows: int = 0
     bytes: int = 0
     quarantined: int = 0
+    carried_over: int = 0
 
 
 @dataclass
@@ -63,9 +64,10 @@ class Tally:
         done.rows += result.task.num_rows
         done.bytes += result.bytes
         done.quarantined += result.quarantined
+        done.carried_over += result.carried_over
 
     def total(self, what: str) -> int:
-        """Of `shards`, `rows`, `bytes` or `quarantined`."""
+        """Of `shards`, `rows`, `bytes`, `quarantined` or `carried_over`."""
         return sum(getattr(done, what) for done in self.teachers.values())
 
     def shares(self) -> dict[str, float]:
@@ -102,6 +104,8 @@ def summarise(
         coverage = group.coverage(rows)
         done = tally.teachers.get(spec.key)
         print(f"{spec.key}: {coverage}" + (f"; this run {_pace(done.rows, done.bytes, seconds)}" if done else ""))
+        if done and done.carried_over:
+            print(f"  {carried_over_words(done.carried_over)}")
         wanted = set(rows.tolist())
         bad += [(spec.key, row, failure) for row, failure in group.failures() if row in wanted]
         missing += coverage.missing
@@ -126,6 +130,10 @@ def summarise(
             + ("--retry-failed tries quarantined rows again" if bad else "run the same command again")
         )
     return 0
+
+
+def carried_over_words(rows: int) -> str:
+    return f"{counted(rows, 'valid row')} kept the features they had: the images cannot be had now"
 
 
 def cost_words(tally: Tally, seconds: float) -> str:

@@ -304,6 +304,28 @@ def test_pending_of_damaged_shards(small):
     np.testing.assert_array_equal(store.group.read(range(10))[0], store.features)
 
 
+def test_a_small_limit_gives_up_no_row_of_a_shard_whose_replacement_was_not_finished(small):
+    """Rows beyond it may be there, put by, and nowhere else."""
+    store = small().fill({1: "empty"})
+
+    def fail(step: str) -> None:
+        if step == "place":
+            raise KeyboardInterrupt
+
+    task = store.task(0, limit=2, retry_failed=True)
+    with store.writer(fail).begin(0, (task.start, task.stop), task.segment) as shard:
+        for row in range(4):
+            parts, sha256 = shard.carry_over(row) or (None, None)
+            shard.append_stored(parts, image_sha256=sha256, reason="empty")
+        with pytest.raises(KeyboardInterrupt):
+            shard.commit()
+    assert spans(pending(store.group, 2)) == [(0, 0, 4)]
+    store.builder.writer(store.group).sweep(0)  # as `olavlm-cache gc` does
+    assert spans(pending(store.group, 2)) == [(0, 0, 4)]
+    os.truncate(store.shard_file(1), 10)
+    assert spans(pending(store.group, 5)) == [(0, 0, 4), (1, 4, 8)]
+
+
 PROGRAM = """
 import sys
 from olavlm.cache import StoreBuilder

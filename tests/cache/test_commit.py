@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from olavlm.cache import BadImage, CorruptFeatures, LeaseHeld, LeaseLost, MissingFeatures, commit, pending
+from olavlm.cache import BadImage, CorruptFeatures, LeaseHeld, LeaseLost, MissingFeatures, pending, staged
 from olavlm.cache.lease import leased
 
 DTYPES = ["float32", "int8"]  # a shard of one file, and of two
@@ -241,7 +241,7 @@ def append_in_batches(store, task, size: int, bad: dict[int, str]):
 )
 def test_rows_appended_in_batches_are_the_same_bytes_and_record(small, monkeypatch, dtype, compress, small_row):
     """Written one by one or many at once, with rejected rows among them, or nothing but those."""
-    monkeypatch.setattr(commit, "_SMALL_ROW", small_row)
+    monkeypatch.setattr(staged, "SMALL_ROW", small_row)
     options = {"rows": 11, "shard_rows": 11, "dtype": dtype, "compress": compress}
     for bad in ({}, {0: "missing", 4: "empty", 5: "truncated", 10: "overflow"}, dict.fromkeys(range(11), "missing")):
         one_by_one = small(f"one by one {len(bad)}", **options)
@@ -410,6 +410,100 @@ def test_a_writer_taken_for_dead_after_its_record_has_done_its_work(small, monke
         monkeypatch.setattr(shard, "_fidelity_summary", late)  # after the last check, before the record
         assert shard.commit().revision == 0
     np.testing.assert_array_equal(store.group[4], store.features[4])
+
+
+def carry_over(store, *gone: int) -> None:
+    """Try the failed rows of shard 1 again, when the images of the rows `gone` cannot be had any more."""
+    task = next((t for t in pending(store.group, retry_failed=True) if t.shard == SHARD), None)
+    if task is None:
+        return
+    with store.writer().begin(SHARD, (task.start, task.stop), task.segment) as shard:
+        for row in range(task.start, task.stop):
+            if row not in gone:
+                shard.append(store.features[row], image_sha256=hashlib.sha256(b"image %d" % row).hexdigest())
+            elif (found := shard.carry_over(row)) is not None:
+                shard.append_stored(found[0], image_sha256=found[1])
+            else:
+                shard.append(None, image_sha256=None, reason="missing")
+        shard.commit()
+
+
+@pytest.mark.parametrize(("dtype", "compress"), [("float32", "none"), ("int8", "none"), ("int4", "zstd")])
+def test_a_row_is_carried_over_as_it_is_stored(small, dtype, compress):
+    store = small(dtype=dtype, compress=compress).fill(BAD)
+    before = store.group.record(SHARD)
+    carry_over(store, 4, 5)
+    after = store.group.record(SHARD)
+    assert (after.revision, after.files, after.images_sha256) == (1, before.files, before.images_sha256)
+    assert [r and r["reason"] for r in after.reasons] == [None, "missing", None, None]  # it never was valid
+    norms = np.linalg.norm(store.features[6:8].reshape(2, -1), axis=1)  # of the rows that were computed
+    assert (after.norms["min"], after.norms["max"]) == pytest.approx((norms.min(), norms.max()))
+    np.testing.assert_array_equal(store.group[4], store.expected[4])
+    assert store.staged() == []
+
+
+@pytest.mark.parametrize("damage", ["cut short", "index", "another row", "record"])
+def test_rows_are_carried_over_from_a_damaged_shard(small, damage):
+    """Those that a whole record vouches for, byte for byte; and it stands as it is until it is replaced."""
+    whole, store = small("a").fill(), small("b").fill()
+    file = store.shard_file(SHARD)
+    data = bytearray(file.read_bytes())
+    data[{"index": -1, "another row": 60}.get(damage, 0)] ^= damage in ("index", "another row")
+    file.write_bytes(data[: 3 * 52] if damage == "cut short" else data)
+    if damage == "record":
+        store.record_file(SHARD).write_bytes(b"{")
+    before = snapshot(store)
+    with store.writer().begin(SHARD, (4, 8), store.group.plan.segments[0].hash) as shard:
+        found = [row for row in range(4, 8) if shard.carry_over(row) is not None]
+    assert snapshot(store) == before
+    assert found == {"cut short": [4, 5, 6], "index": [4, 5, 6, 7], "another row": [4, 6, 7], "record": []}[damage]
+    if damage in ("cut short", "record"):  # the control: these do not count any more
+        assert [t.shard for t in pending(store.group)] == [SHARD]
+        store.fill()
+        assert store.shards() == whole.shards()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_killed_before_any_change_of_a_name_no_carried_over_row_is_lost(small, killed, dtype):
+    """While the old record is withdrawn and the new one is not there, and again while that is made good."""
+    uninterrupted = small("a", dtype=dtype).fill(BAD, limit=8)
+    carry_over(uninterrupted, 4)
+    missing = 0
+    for call in range(100):
+        store = small(f"store {call}", dtype=dtype).fill(BAD, limit=8)
+        if not killed(lambda store=store: carry_over(store, 4), call):
+            break
+        missing += store.group.record(SHARD) is None
+        killed(lambda store=store: carry_over(store, 4), call % 12)
+        store.writer().sweep(SHARD)
+        carry_over(store, 4)
+        assert store.shards() == uninterrupted.shards()
+        assert {**store.records()[SHARD], "revision": 1} == uninterrupted.records()[SHARD]
+        store.writer().sweep(SHARD)
+        assert [name for name in store.staged() if name[0] != "."] == store.leases() == []
+    assert 15 < call < 99
+    assert missing >= 3  # the control: it was killed there too
+
+
+@pytest.mark.parametrize("step", ["withdraw", "place", "record"])
+def test_a_replacement_that_fails_keeps_what_it_carried_over(small, step):
+    store = small().fill(BAD)
+
+    def fail(at: str) -> None:
+        if at == step:
+            raise KeyboardInterrupt
+
+    with store.writer(fail).begin(SHARD, (4, 8), store.task(SHARD, retry_failed=True).segment) as shard:
+        for row in range(4, 8):
+            parts, sha256 = shard.carry_over(row) or (None, None)
+            shard.append_stored(parts, image_sha256=sha256, reason="missing")
+        with pytest.raises(KeyboardInterrupt):
+            shard.commit()
+    assert (store.group.record(SHARD) is None) == (step != "withdraw")
+    assert store.leases() == []
+    carry_over(store, 4, 6, 7)
+    np.testing.assert_array_equal(store.group.read(range(4, 8))[0], store.expected[4:8])
+    assert store.staged() == []
 
 
 def test_two_live_writers(small):

@@ -24,6 +24,7 @@ from olavlm.cache import (
     preview,
 )
 from olavlm.cache.colours import PcaColours, heat_map, token_map
+from olavlm.cache.preview import recorded_roots
 
 IMAGES = ["a.png", "b/é.jpg", "c.png", "d.png"]
 GRID = (6, 8)
@@ -121,7 +122,7 @@ def test_what_is_missing_is_an_empty_panel_that_says_so(store, tmp_path, panels)
     assert {title: content for content, title, _ in panels}["map"].startswith("damaged: ")
 
 
-def test_roots_are_those_of_the_newest_extraction_wherever_it_was_started(store, tmp_path, panels, monkeypatch):
+def test_roots_are_those_of_all_extractions_wherever_they_were_started(store, tmp_path, panels, monkeypatch):
     store.preview(0)
     assert "give roots=" in panels[0][0]  # no extraction on record
     record_run(store, "20250101T000000Z-1", images=["elsewhere"], store="store")
@@ -132,11 +133,13 @@ def test_roots_are_those_of_the_newest_extraction_wherever_it_was_started(store,
     store.preview(0)
     assert isinstance(panels[0][0], Image.Image)
     record_run(store, "20250104T000000Z-1", images=["b=images/b"], store="store")
-    assert display.extracted_from(store) == [f"b={tmp_path / 'here/images/b'}"]
+    both = [f"b={tmp_path / 'here/images/b'}", str(tmp_path / "here/images")]
+    assert display.extracted_from(store) == both  # the newest first
     record_run(store, "20250105T000000Z-1", images=["images"], store=str(store.path))
-    assert display.extracted_from(store) == []  # an absolute store does not tell where
+    assert display.extracted_from(store) == both  # an absolute store does not tell where
+    assert [root.spec for root in recorded_roots(store) if root.here is None] == ["images", "gone", "elsewhere"]
     monkeypatch.chdir(tmp_path / "here")
-    assert display.extracted_from(store) == ["images"]
+    assert display.extracted_from(store)[0] == "images"
 
 
 def test_errors_of_the_caller_are_raised(store):

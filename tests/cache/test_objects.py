@@ -481,6 +481,30 @@ def test_it_grows_is_replaced_and_dropped(store_at, small):
     assert FeatureStore(store.path).teachers == []
 
 
+def test_a_row_that_a_replacement_carries_over_outlives_its_writer(store_at):
+    store = store_at(dtype="int8").fill({5: "missing"})
+    expected = store.group.read(range(4, 8))[0]
+
+    def replace(on_step=None) -> None:
+        with store.writer(on_step).begin(1, (4, 8), store.group.plan.segments[0].hash) as shard:
+            for row in range(4, 8):
+                parts, sha256 = shard.carry_over(row) or (None, None)
+                shard.append_stored(parts, image_sha256=sha256, reason="missing")
+            shard.commit()
+
+    def fail(step: str) -> None:
+        if step == "place":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace(fail)
+    assert store.group.record(1) is None
+    assert len(files.names(store.group.folder / "staging")) == 3
+    replace()
+    np.testing.assert_array_equal(store.group.read(range(4, 8))[0], expected)
+    assert files.names(store.group.folder / "staging") == []
+
+
 def test_a_store_copied_to_s3_by_any_tool_is_a_store(small, bucket):
     local = small(dtype="int8").fill({5: "missing"})
     local.builder.index()

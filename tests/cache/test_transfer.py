@@ -56,6 +56,86 @@ def test_more_valid_rows_win_and_the_target_s_stand_otherwise(small):
     assert partial.group.coverage().complete
 
 
+@pytest.mark.parametrize(("dtype", "compress"), [("float32", "none"), ("int8", "zstd")])
+def test_stores_of_which_each_has_other_valid_rows_make_the_whole(small, dtype, compress):
+    options = {"rows": 8, "shard_rows": 8, "dtype": dtype, "compress": compress}
+    whole = small("whole", **options).fill()
+    even = small("even", **options).fill(dict.fromkeys(range(1, 8, 2), "missing"))
+    odd = small("odd", **options).fill(dict.fromkeys(range(0, 8, 2), "truncated"))
+    for target, source in (("one", [even, odd]), ("two", [odd, even])):
+        done = merge(str(even.path.parent / target), [str(store.path) for store in source])
+        assert [t.copied for t in done] == [1, 1]
+        merged = FeatureStore(even.path.parent / target)["depth"]
+        assert merged.coverage().valid == 8
+        for name, array in merged.layout.arrays.items():
+            assert array.file(merged.folder, 0).read_bytes() == whole.shard_file(0, name).read_bytes()
+        assert merged.record(0).images_sha256 == whole.group.record(0).images_sha256
+        assert list(verify(merged)) == []
+        again = merge(str(even.path.parent / target), [str(even.path), str(odd.path)])
+        assert [(t.copied, t.already_there) for t in again] == [(0, 1), (0, 1)]
+
+
+def test_merging_gives_up_no_valid_row_of_the_target(small):
+    store = small("a", rows=8, shard_rows=8).fill({2: "empty", 3: "missing", 7: "empty"})
+    other = small("b", rows=8, shard_rows=8).fill({0: "missing", 4: "missing", 7: "truncated"}, limit=8)
+    merge(str(store.path), [str(other.path)])
+    assert [(row, e.reason) for row, e in store.group.failures()] == [(7, "empty")]
+    np.testing.assert_array_equal(store.group.read(range(7))[0], store.features[:7])
+    fewer = small("c", rows=8, shard_rows=8).fill({0: "empty"}, limit=3)  # and the other way round
+    merge(str(other.path), [str(fewer.path)])
+    assert [(row, e.reason) for row, e in other.group.failures()] == [(0, "missing"), (4, "missing"), (7, "truncated")]
+    merge(str(fewer.path), [str(other.path)])
+    assert fewer.group.coverage().valid == 5
+
+
+def test_a_merge_killed_before_any_change_of_a_name_is_finished_by_the_same_command(small, killed):
+    """The target's rows are in no other store, and the source has fewer."""
+    options = {"rows": 8, "shard_rows": 8}
+    other = small("other", **options).fill({0: "missing", 2: "missing"}, limit=5)
+    merged = small("merged", **options).fill({1: "empty", 7: "missing"})
+    merge(str(merged.path), [str(other.path)])
+    assert [row for row, _ in merged.group.failures()] == [7]
+    missing = 0
+    for call in range(100):
+        store = small(f"store {call}", **options).fill({1: "empty", 7: "missing"})
+        if not killed(lambda store=store: merge(str(store.path), [str(other.path)]), call):
+            break
+        missing += store.group.record(0) is None
+        merge(str(store.path), [str(other.path)])
+        assert store.shards() == merged.shards()
+        assert {**store.records()[0], "revision": 1} == merged.records()[0]
+    assert 15 < call < 99
+    assert missing >= 3
+
+
+def test_a_damaged_row_of_the_target_is_not_given_up_for_a_quarantined_one(small):
+    store = small("a", rows=4).fill({1: "missing"})
+    other = small("b", rows=4).fill({0: "missing"})
+    data = bytearray(store.shard_file(0).read_bytes())
+    data[7] ^= 1  # of row 0
+    store.shard_file(0).write_bytes(data)
+    (done,) = merge(str(store.path), [str(other.path)])
+    assert done.copied == 0
+    assert "row 0 is damaged, and the source has no valid one either" in done.damaged[0]
+    assert store.shard_file(0).read_bytes() == data
+    merge(str(store.path), [str(small("c", rows=4).fill().path)])
+    np.testing.assert_array_equal(store.group.read(range(4))[0], store.features)
+
+
+def test_a_row_that_the_dtype_cannot_hold_is_told_and_not_copied_again(small, tmp_path):
+    store = small(rows=8)
+    store.features[5, 1, 2] = 1e6
+    store.fill({6: "missing"})
+    for copied, there in ((2, 0), (0, 2)):
+        (done,) = convert(str(store.path), str(tmp_path / "new"), dtype="float16")
+        assert (done.copied, done.already_there) == (copied, there)
+        assert done.quarantined == [{"row": 5, "image": "photos/00005.jpg", "reason": "overflow", "detail": ""}]
+    store.fill(retry_failed=True)  # the control: what else changes is followed
+    (done,) = convert(str(store.path), str(tmp_path / "new"), dtype="float16")
+    assert (done.copied, done.already_there, len(done.quarantined)) == (1, 1, 1)
+    assert [row for row, _ in FeatureStore(tmp_path / "new")["depth"].failures()] == [5]
+
+
 @pytest.mark.parametrize(
     ("options", "rule"),
     [

@@ -1,11 +1,14 @@
 """`verify` finds what is not as it was written, says where, and finds nothing else."""
 
+import errno
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from olavlm.cache import FeatureStore, Finding, StoreError, verify
+from olavlm.cache import FeatureStore, Finding, StoreError, files, verify
 from olavlm.cache.verify import open_teachers
 
 STORAGE = [("float16", "none"), ("float32", "none"), ("int8", "none"), ("int4", "zstd"), ("float16", "zstd")]
@@ -164,3 +167,100 @@ def test_reading_and_verifying_agree_on_random_damage(small, rng):
                 assert row // 4 == shard
         assert raised
         change(file, at, by)
+
+
+def test_a_shard_whose_replacement_was_never_finished_is_told(small, start):
+    store = small().fill({5: "missing"})
+    task = store.task(SHARD, retry_failed=True)
+
+    def die(step: str) -> None:
+        if step == "place":
+            os._exit(9)
+
+    assert start(lambda child: store.commit(task, on_step=die)).wait() == 9
+    assert found(store) == found(store, fast=True) == [(SHARD, "withdrawn")]
+    store.fill()
+    assert found(store) == []
+    assert store.record_file(SHARD).with_suffix(".withdrawn").exists()  # the control: a replaced record is no finding
+    store.builder.drop("depth")
+    store.builder.ensure_teacher("depth", store.card, dtype="float32", shard_rows=4)
+    assert found(store) == []
+
+
+@pytest.mark.parametrize("damage", ["record", "cut short", "gone"])
+def test_damage_stays_in_sight_until_the_shard_is_done_again(small, damage):
+    store = small().fill()
+    if damage == "record":
+        change(store.record_file(SHARD), 100)
+    elif damage == "cut short":
+        os.truncate(store.shard_file(SHARD), 60)
+    else:
+        store.shard_file(SHARD).unlink()
+    before = found(store)
+    assert [shard for shard, _ in before] == [SHARD]
+    task = store.task(SHARD)
+    store.writer().begin(SHARD, (task.start, task.stop), task.segment).drop()
+    store.writer().sweep(SHARD)  # as an extraction that was stopped does
+    assert found(store) == before
+    store.fill()
+    assert found(store) == []
+
+
+def test_what_the_disk_cannot_give_back_is_a_finding_and_the_rest_is_gone_over(small, monkeypatch):
+    store = small(rows=16).fill()
+    change(store.shard_file(3), 7)
+    store.record_file(1).unlink()
+    store.record_file(1).mkdir()
+    lost = {store.shard_file(0), store.record_file(2)}
+
+    class Unreadable:
+        def __init__(self, file) -> None:
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc: object) -> None:
+            self.file.close()
+
+        def read(self, count: int):
+            raise OSError(errno.EIO, "Input/output error")
+
+    real, read = Path.open, files.read
+
+    def refuse(file: Path) -> bytes:
+        if file in lost:
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return read(file)
+
+    monkeypatch.setattr(
+        Path, "open", lambda path, *a, **k: (Unreadable if path in lost else lambda f: f)(real(path, *a, **k))
+    )
+    monkeypatch.setattr(files, "read", refuse)
+    findings = list(verify(store.group))
+    assert [(f.shard, f.kind) for f in findings] == [
+        (0, "unreadable"),
+        (1, "record"),
+        (2, "record"),
+        (3, "row"),
+        (3, "file"),
+    ]
+    for finding, file in zip(findings, (store.shard_file(0), store.record_file(1), store.record_file(2)), strict=False):
+        assert str(file) in finding.detail
+    assert store.group.ledger().damaged.keys() == {2}
+    assert store.group.missing_rows().tolist() == list(range(4, 12))
+
+
+def test_a_badly_damaged_store_is_opened_once_more_and_not_for_every_shard(small, monkeypatch):
+    store, opened = small(rows=40).fill(), []
+    for shard in range(10):
+        change(store.record_file(shard), 100)
+    group, init = store.group, FeatureStore.__init__
+
+    def counted(self, *args, **options) -> None:
+        opened.append(args)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(FeatureStore, "__init__", counted)
+    assert len(list(verify(group))) == 10
+    assert len(opened) == 1

@@ -267,6 +267,114 @@ def test_a_repair_that_was_stopped_is_run_again(store, sample_images, answer, mo
     assert shard_files(store) == before
 
 
+def record_run(folder, name: str, images: list) -> None:
+    (folder / "runs").mkdir(exist_ok=True)
+    arguments = {"images": [str(i) for i in images], "store": str(folder), "batch_size": BATCH}
+    run = {"teachers": [{"key": key} for key in ("depth", "gen", "seg")], "arguments": arguments}
+    (folder / "runs" / f"{name}.json").write_text(json.dumps(run))
+
+
+ROW = 576 * 32 * 4 + 4  # bytes of a row of depth and its checksum
+
+
+def test_repair_wants_every_image_root_on_record_that_it_needs(
+    store, sample_images, tmp_path, answer, capsys, without_ray
+):
+    plan, before = FeatureStore(store).rows, shard_files(store)
+    for row in range(10):
+        root = tmp_path / ("a" if row < 4 else "b")
+        (root / plan.image_of(row)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sample_images / plan.image_of(row), root / plan.image_of(row))
+    record_run(store, "20250101T000000Z-1", [tmp_path / "a"])
+    record_run(store, "20250102T000000Z-1", [tmp_path / "b"])  # of a data set that has grown
+    flip(store / "depth" / "features" / "c" / "0" / "0" / "0", 2 * ROW)
+    (tmp_path / "a").rename(tmp_path / "away")
+    everything = {f: f.read_bytes() for f in store.rglob("*") if f.is_file()}
+    assert main(["repair", str(store), "--workers", "1"]) == 1
+    assert f"and {tmp_path / 'a'}, on record as an image root, is not here" in capsys.readouterr().err
+    assert {f: f.read_bytes() for f in store.rglob("*") if f.is_file()} == everything
+
+    flip(store / "gen" / "features" / "c" / "1" / "0" / "0")
+    (status, value) = answer("repair", store, "--workers", 1, "--teacher", "gen")  # for which it takes b alone
+    assert (status, value["repaired"]) == (0, {"gen": [1]})
+    (record,) = (
+        r for f in (store / "runs").glob("*.json") if "command" in (r := json.loads(f.read_text())["arguments"])
+    )
+    assert record["images"] == [str(tmp_path / "b"), str(tmp_path / "a")]  # for the next repair
+    (tmp_path / "away").rename(tmp_path / "a")
+    assert answer("repair", store, "--workers", 1)[0] == 0
+    assert shard_files(store) == before
+
+
+def test_repair_keeps_sound_rows_whose_images_are_gone_and_names_the_others(
+    store, sample_images, tmp_path, answer, capsys, without_ray
+):
+    images, plan = shutil.copytree(sample_images, tmp_path / "images"), FeatureStore(store).rows
+    before = FeatureStore(store)["depth"].read(range(10))[0]
+    flip(store / "depth" / "features" / "c" / "0" / "0" / "0", ROW + 100)
+    for row in (1, 2):
+        (images / plan.image_of(row)).unlink()
+    status, value = answer("repair", store, "--images", images, "--workers", 1)
+    assert (status, value["sound"], value["carried_over"], value["left"]) == (1, True, 1, [])
+    assert [(r["row"], r["reason"]) for r in value["quarantined"]["depth"]] == [(1, "missing")]
+    after, valid = FeatureStore(store)["depth"].read(range(10))
+    assert np.flatnonzero(~valid).tolist() == [1]
+    np.testing.assert_array_equal(after[valid], before[valid])
+    flip(store / "depth" / "features" / "c" / "0" / "0" / "0", 100)
+    assert main(["repair", str(store), "--images", str(images), "--workers", "1"]) == 0  # row 1 was known to be lost
+    assert "1 valid row kept the features they had" in capsys.readouterr().out
+    np.testing.assert_array_equal(FeatureStore(store)["depth"].read(range(10))[0], after)
+
+
+def test_repair_does_again_what_a_replacement_left_undone(store, sample_images, answer, without_ray):
+    before, group = shard_files(store), FeatureStore(store)["gen"]
+
+    def fail(step: str) -> None:
+        if step == "place":
+            raise KeyboardInterrupt
+
+    record = group.record(1)
+    with StoreBuilder(store).writer(group, fail).begin(1, record.rows, record.segment) as shard:
+        for row in range(*record.rows):
+            shard.append(group[row], image_sha256=None)
+        with pytest.raises(KeyboardInterrupt):
+            shard.commit()
+    status, value = answer("verify", store)
+    assert (status, [(f["shard"], f["kind"]) for f in value["findings"]]) == (1, [(1, "withdrawn")])
+    assert answer("repair", store, "--images", sample_images, "--workers", 1)[0] == 0
+    assert shard_files(store) == before
+
+
+def test_repair_removes_what_the_plan_has_no_shard_for(store, answer, monkeypatch):
+    from olavlm.pipelines.extraction import cluster
+
+    monkeypatch.setattr(cluster, "run_tasks", lambda *args: pytest.fail("there is nothing to extract"))
+    before, lost = shard_files(store), store / "gen" / "features" / "c" / "99" / "0" / "0"
+    lost.parent.mkdir(parents=True)
+    shutil.copy(store / "gen" / "features" / "c" / "0" / "0" / "0", lost)
+    (store / "gen" / "commits" / "000098.0.json").write_bytes(b"{")
+    assert answer("verify", store)[0] == 1
+    status, value = answer("repair", store)
+    assert (status, value["repaired"], value["removed"]) == (0, {}, {"gen": [98, 99]})
+    assert shard_files(store) == before
+    assert answer("verify", store)[0] == 0
+
+
+def test_convert_names_the_rows_that_the_dtype_cannot_hold(store, tmp_path, answer, capsys):
+    commit_anew(store, "depth", 1, lambda row: np.where(np.arange(32) == 3, 1e6, row).astype(np.float32))
+    words = ["convert", store, tmp_path / "half", "--dtype", "float16", "--teacher", "depth"]
+    for copied in (3, 0):
+        status, value = answer(*words)
+        depth = value["teachers"]["depth"]
+        assert (status, depth["copied"]) == (1, copied)
+        assert [(r["row"], r["reason"]) for r in depth["quarantined"]] == [(row, "overflow") for row in range(4, 8)]
+    assert main([str(w) for w in words]) == 1
+    assert f"depth row 4 {FeatureStore(store).rows.image_of(4)}: overflow" in capsys.readouterr().out
+    assert answer("merge", tmp_path / "both", tmp_path / "half")[0] == 0  # which names them too
+    assert main(["merge", str(tmp_path / "both"), str(tmp_path / "half")]) == 0
+    assert "depth row 7" in capsys.readouterr().out
+
+
 def test_convert_reports_what_it_saved_and_what_it_cost(store, tmp_path, answer):
     status, value = answer("convert", store, tmp_path / "small", "--dtype", "int8", "--teacher", "depth")
     depth = value["teachers"]["depth"]

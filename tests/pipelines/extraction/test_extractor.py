@@ -238,6 +238,55 @@ def test_features_that_cannot_be_stored_are_quarantined(scene):
     assert None not in group.record(0).images_sha256
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_valid_row_whose_image_cannot_be_had_any_more_keeps_its_features(scene, dtype):
+    scene = scene(10)
+    store, good = scene.store("a", dtype), (scene.images / "3.png").read_bytes()
+    (scene.images / "3.png").write_bytes(b"")
+    (scene.images / "8.png").unlink()
+    scene.worker(store).extract(scene.tasks(store))
+    before = FeatureStore(store.path)["a"]
+    stored, records = before.read(range(10))[0], [before.record(shard) for shard in (0, 1)]
+
+    (scene.images / "3.png").write_bytes(good)  # mended
+    for row in (4, 5, 6, 7):  # a batch of its own, with no image left
+        (scene.images / f"{row}.png").unlink()
+    (scene.images / "0.png").write_bytes(good[:100])  # damaged
+    (scene.images / "1.png").write_bytes(good)  # another picture
+    (result, other) = scene.worker(store).extract(pending(before, retry_failed=True))
+    assert (result.outcome, result.quarantined, result.carried_over) == ("committed", 0, 5)
+    assert (other.quarantined, other.carried_over) == (1, 0)
+
+    after = FeatureStore(store.path)["a"]
+    values, record = after.read(range(10))[0], after.record(0)
+    np.testing.assert_array_equal(values[[0, 2, 4, 5, 6, 7, 9]], stored[[0, 2, 4, 5, 6, 7, 9]])
+    np.testing.assert_array_equal(values[1], values[3])  # what can be read is extracted anew
+    assert np.isfinite(values[3]).all()
+    assert [failure.image for _, failure in after.failures()] == ["8.png"]
+    kept = [0, 2, 4, 5, 6, 7]
+    assert [record.images_sha256[i] for i in kept] == [records[0].images_sha256[i] for i in kept]
+    assert record.images_sha256[1] == record.images_sha256[3] == hashlib.sha256(good).hexdigest()
+
+
+def test_a_larger_limit_gives_up_no_row_that_was_there_and_damaged_ones_are_not_kept(scene):
+    scene = scene(8)
+    store = scene.store("a")
+    worker = scene.worker(store)
+    worker.extract(pending(store["a"], 4))
+    before = FeatureStore(store.path)["a"].read(range(4))[0]
+    file = store.path / "a" / "features" / "c" / "0" / "0" / "0"
+    data = bytearray(file.read_bytes())
+    data[before[0].nbytes // 2 + 4 + 7] ^= 1  # of row 1, in float16
+    file.write_bytes(data)
+    for row in (0, 1):
+        (scene.images / f"{row}.png").unlink()
+    (result,) = worker.extract(pending(FeatureStore(store.path)["a"]))
+    assert (result.quarantined, result.carried_over) == (1, 1)
+    after = FeatureStore(store.path)["a"]
+    np.testing.assert_array_equal(after.read([0, 2, 3])[0], before[[0, 2, 3]])
+    assert after.failure(1).reason == "missing"
+
+
 def test_an_image_is_read_and_decoded_once_for_all_teachers_of_a_block(scene, monkeypatch):
     scene, read = scene(), []
     whole = ImageRoots.read
