@@ -25,7 +25,7 @@ class Replacement:
     """The copy of one shard's next revision, beside the staged files, if there is one."""
 
     def __init__(self, staging: Location, layout: Layout, shard: int) -> None:
-        self._layout, self._staging = layout, staging
+        self._layout = layout
         self._files = {name: staging / f"{shard:06d}.{_MARK}.{name}" for name in layout.arrays}
         self._record = staging / f"{shard:06d}.{_MARK}.record"
 
