@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.text.conversation import IMAGE_TOKEN, encode_prompt, terminator_id
+from olavlm.student.text.templates import CHAT, get_template
 
 
 def greedy_settings(given: GenerationConfig) -> GenerationConfig:
@@ -76,6 +77,7 @@ class Answering:
         ids = pad_sequence(prompts, batch_first=True, padding_side="left")
         mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
         pixels, features = self._seen([image for _, image in dialogues])
+        end = self._written_end(tokenizer)
         was_training = self.training
         self.eval()
         try:
@@ -90,13 +92,15 @@ class Answering:
                     "eos_token_id": self._stop_ids(tokenizer),
                     "pad_token_id": tokenizer.pad_token_id,
                     "suppress_tokens": self._never_said(),
+                    "stop_strings": [end] if end else None,
                     "tokenizer": tokenizer,  # for `stop_strings`
                 }
                 | kwargs,
             )
         finally:
             self.train(was_training)
-        return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new_ids]
+        answers = (tokenizer.decode(row, skip_special_tokens=True).strip() for row in new_ids)
+        return [answer.removesuffix(end).rstrip() for answer in answers]
 
     def _seen(self, images: Sequence[Image.Image | None]) -> tuple[torch.Tensor | None, dict[str, torch.Tensor] | None]:
         """Pixels (B, 3, S, S) and features of fused teachers (B, n, D) of pictures; zeros in a row without one."""
@@ -120,6 +124,13 @@ class Answering:
         ids = set(own if isinstance(own, list) else [own])
         ids |= {tokenizer.eos_token_id, terminator_id(tokenizer, self.config.template)}
         return sorted(ids - {None})
+
+    def _written_end(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The template's terminator where the tokenizer writes it in several tokens, which end answers together; or ''."""
+        template = self.config.template
+        if template == CHAT or terminator_id(tokenizer, template) is not None:
+            return ""
+        return get_template(template).assistant_end
 
     def _never_said(self) -> list[int]:
         """What is no part of an answer: what the LLM's own settings say, and `<image>`, which stands for a picture."""

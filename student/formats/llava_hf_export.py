@@ -78,6 +78,8 @@ def to_llava_hf(model: OlaVLM, tokenizer: PreTrainedTokenizerBase, dtype: torch.
     dtype = dtype or llm.dtype
     parts = {"language model": llm.dtype, "projector and task tokens": model.projector[0].weight.dtype}
     notes = [f"{part}: {_name(dtype)}, and {_name(own)} in the run" for part, own in parts.items() if own != dtype]
+    if end := model._written_end(tokenizer):
+        notes.append(f"answers end with {end}, several tokens here: generate with stop_strings=[{end!r}]")
     rows = model.task_tokens().to(llm.get_input_embeddings().weight.dtype)
     ends = model._stop_ids(tokenizer)
     never_written = config.image_token_id if tokenizer.pad_token_id in ends else tokenizer.pad_token_id

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib
 import io
 import json
 from pathlib import Path
@@ -62,7 +61,7 @@ def test_rays_meet_solids_where_they_should(module, shape, origin, direction, t,
 
 def test_depth_is_the_cameras(module):
     """A sphere straight ahead begins its radius before its centre; the ground is where a ray has sunk to it."""
-    plan, scenes, render = (module(name) for name in ("plan", "scenes", "render"))
+    plan, scenes, render = (module(f"miniature.{name}") for name in ("plan", "scenes", "render"))
     dealt = dataclasses.replace(plan.plan_of(0, 0), kinds=(0, 5, 10))
     uniforms = np.stack([plan.placement_uniforms(0, 0, attempt, scenes.UNIFORMS) for attempt in range(20)])
     made = scenes.place([dealt] * 20, uniforms)
@@ -262,9 +261,8 @@ def test_a_world_is_written_once(module, written):
 
 
 def test_the_tables_are_those_of_the_results(module):
-    module("miniature.world")  # puts the repository's root on the path
     folder = ROOT / "benchmarks" / "miniature"
-    assert (folder / "README.md").read_text() == importlib.import_module("miniature.benchmarks.readme").rendered(folder)
+    assert (folder / "README.md").read_text() == module("readme").rendered(folder)
 
 
 def test_figures_are_kept_with_the_machine(module, tmp_path, monkeypatch, capsys):

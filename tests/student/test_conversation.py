@@ -1,10 +1,8 @@
-import re
-
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from olavlm.student.errors import ModelError, RecipeError, SampleError
+from olavlm.student.errors import ModelError, SampleError
 from olavlm.student.text.conversation import (
     IGNORE_INDEX,
     IMAGE_TOKEN,
@@ -16,7 +14,7 @@ from olavlm.student.text.conversation import (
     render,
     terminator_id,
 )
-from olavlm.student.text.templates import ALIASES, TEMPLATES, check_template
+from olavlm.student.text.templates import ALIASES, TEMPLATES
 
 CHATS = ("llama_3", "phi_3", "vicuna_v1")
 TEXT = ["A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT: </s> cup spoon Yes"]
@@ -263,18 +261,6 @@ def test_all_that_follows_the_open_prompt_is_supervised(answer):
     assert encoded["labels"][:start] == [IGNORE_INDEX] * start
     assert encoded["labels"][start:] == encoded["input_ids"][start:]
     assert tokenizer.eos_token_id in encoded["labels"]
-
-
-def test_a_template_needs_the_token_that_ends_its_answers():
-    """Or a terminator of several ordinary pieces would be learnt, at which nothing stops."""
-    vicuna, lacking = prepare_tokenizer(sentencepiece_like()), prepare_tokenizer(byte_level(True))
-    check_template("vicuna_v1", vicuna)
-    check_template("plain", lacking)
-    for name, end in (("llama_3", "<|eot_id|>"), ("phi_3", "<|end|>")):
-        for tokenizer in (vicuna, lacking):
-            with pytest.raises(RecipeError, match=re.escape(f"template {name} ends answers with {end}, which is no")):
-                check_template(name, tokenizer)
-        check_template(name, prepare_tokenizer(byte_level(True, terminator=end)))
 
 
 def test_what_a_tokenizer_adds_behind_is_left_out():

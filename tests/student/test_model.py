@@ -116,6 +116,27 @@ def test_round_trip(build, tmp_path, tokenizer, make_batch, samples, with_predic
     assert any(name.startswith("predictors.") for name in saved) is with_predictors
 
 
+@pytest.mark.parametrize(("template", "end"), [("phi_3", "<|end|>"), ("vicuna_v1", "</s>")])
+def test_an_answer_ends_where_its_template_does(build, tokenizer, monkeypatch, template, end):
+    """Also with a tokenizer that writes the terminator in several tokens, none of which ends an answer."""
+    model, said = build(template=template), {}
+    assert len(tokenizer(end, add_special_tokens=False)["input_ids"]) > 1
+
+    def generate(*_, **settings):
+        said.update(settings)
+        return torch.tensor([tokenizer(f"Yes.{end}", add_special_tokens=False)["input_ids"]])
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert model.answer(tokenizer, None, "Is it?") == "Yes."
+    assert said["stop_strings"] == [end]
+    model.config.template = "llama_3"
+    assert model.answer(tokenizer, None, "Is it?") == f"Yes.{end}"
+    assert said["stop_strings"] is None
+    monkeypatch.undo()
+    model.config.template = template
+    assert isinstance(model.answer(tokenizer, None, "Is it?", max_new_tokens=3), str)
+
+
 def test_of_the_language_models_generation_settings_tokens_are_kept(tiny, tokenizer, tmp_path):
     """Not how it draws: a penalty of repetitions would change scores, and no export of the model would have it."""
     shutil.copytree(tiny["llm"], tmp_path / "llm")
