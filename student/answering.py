@@ -126,7 +126,7 @@ class Answering:
         return sorted(ids - {None})
 
     def _written_end(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template's terminator, if the tokenizer writes it in several tokens, which end answers together; or ''."""
+        """The template's terminator if the tokenizer writes it in several tokens, which end answers together, or ''."""
         template = self.config.template
         if template == CHAT or terminator_id(tokenizer, template) is not None:
             return ""
