@@ -150,6 +150,7 @@ class Resizing:
     fill: tuple[int, int, int] = (0, 0, 0)
     """Beside a picture whose longer edge was fitted."""
     half: HalfPixel = "down"
+    """Of what is cut."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """A picture of any size, RGB, as (side, side)."""
