@@ -17,8 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from olavlm.cache import FeatureStore, ShardTask, ShardWriter, StoreBuilder, TeacherFeatures, pending
+from olavlm.cache import (
+    FeatureStore,
+    MissingFeatures,
+    ShardTask,
+    ShardWriter,
+    StoreBuilder,
+    TeacherFeatures,
+    files,
+    pending,
+)
 from olavlm.cache.codec import CODECS
+from olavlm.cache.records import shards_on_record
 
 NOBODY = 65534
 
@@ -107,10 +117,25 @@ class SmallStore:
 
     def leases(self) -> list[str]:
         """The names of the lease files, of any shard, without private ones that a killed writer left."""
-        return sorted(f.name for f in (self.path / "depth" / "leases").iterdir() if f.name[0] != ".")
+        return [name for name in files.names(self.path / "depth" / "leases") if name[0] != "."]
 
     def staged(self) -> list[str]:
-        return sorted(f.name for f in (self.path / "depth" / "staging").iterdir())
+        return files.names(self.path / "depth" / "staging")
+
+    def contents(self) -> dict[str, bytes]:
+        """What two stores of the same features must agree on, by path: all but the records, whose run differs."""
+        found = files.sizes_below(self.path)
+        return {
+            path: files.read(self.path / path) for path in found if "/commits/" not in path and path != "depth/index"
+        }
+
+    def assert_reads(self, row: int, committed: bool = True) -> None:
+        """To who opens it now; a row that is not committed is missing."""
+        if committed:
+            np.testing.assert_array_equal(self.group[row], self.features[row])
+        else:
+            with pytest.raises(MissingFeatures):
+                self.group[row]
 
     def shards(self) -> dict[str, bytes]:
         """Every shard file's bytes, of all arrays, by its path in the teacher's folder."""
@@ -119,8 +144,8 @@ class SmallStore:
 
     def records(self) -> dict[int, dict]:
         """What counts, without host and timings."""
-        records = {shard: self.group.record(shard) for shard in range(len(self.features))}
-        return {shard: record.comparable() for shard, record in records.items() if record is not None}
+        group = self.group
+        return {shard: group.record(shard).comparable() for shard in shards_on_record(group.folder / "commits")}
 
 
 @pytest.fixture
