@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from olavlm.student.recipes import load_recipe
@@ -20,10 +20,15 @@ class Arm:
     title: str
     rows: dict[str, str]
     """By table, such as `table 1`, what the paper's own row is called (pipelines/recipes/tables.yaml)."""
+    titles: dict[str, str] = field(default_factory=dict)
+    """By table, what it is called among that table's rows, if that is not its title."""
 
     @property
     def recipe(self) -> Path:
         return RECIPES / f"{self.name}.yaml"
+
+    def title_in(self, table: str) -> str:
+        return self.titles.get(table, self.title)
 
 
 SINGLE, DISTILLED = "single", "distilled"
@@ -34,7 +39,10 @@ ARMS = {
         Arm("feature_concat", "feature concat", {"table 1": "table1/vit-llama3-feature-concat"}),
         Arm("token_concat", "token concat", {"table 1": "table1/vit-llama3-token-concat"}),
         Arm(
-            DISTILLED, "distilled", {"table 1": "table1/vit-llama3", "table 4": "table4/pt", "table 5": "table5/n8"}
+            DISTILLED,
+            "distilled",
+            {"table 1": "table1/vit-llama3", "table 4": "table4/pt", "table 5": "table5/n8"},
+            {"table 4": "losses in PT (distilled)", "table 5": "8 tokens a task (distilled)"},
         ),
         Arm("tokens_only", "task tokens, no losses", {"table 4": "table4/tokens-only"}),
         Arm("losses_pt_ift", "losses in PT and IFT", {"table 4": "table4/pt-ift"}),

@@ -8,6 +8,7 @@ from typing import Any
 from ..figures import Figures, Seeds
 from ..intervals import Interval
 from .arms import ARMS, DISTILLED, SINGLE, distilled_layers
+from .results import SAME
 from .shortcuts import CHANCE
 
 _TITLE = {name: arm.title for name, arm in ARMS.items()}
@@ -18,11 +19,17 @@ def distilled_columns(task: str, blocks: int) -> list[str]:
     return [f"layer {layer}" for layer in distilled_layers(task, blocks)]
 
 
-def findings(figures: Mapping[str, Sequence[Figures]], blocks: int) -> list[str]:
-    """Of figure 3 and the tables of a language model of so many blocks; empty where nothing is compared."""
+def findings(
+    figures: Mapping[str, Sequence[Figures]], blocks: int, blind: Mapping[str, float] | None = None
+) -> list[str]:
+    """Of figure 3 and the tables of a language model of so many blocks; empty where nothing is compared.
+
+    Args:
+        blind: percent, by task, that can be answered without seeing any depth.
+    """
     found = [sentence for chart in figures.get("figure 3", ()) for sentence in _of_probes(chart, blocks)]
     for table in figures.get("table 1", ()):
-        found += [*_of_baselines(table), *_of_answers(table)]
+        found += [*_of_baselines(table, blind or {}), *_of_answers(table)]
     for name in ("table 4", "table 5"):
         found += [sentence for table in figures.get(name, ()) for sentence in _of_a_table(name, table)]
     return found
@@ -48,13 +55,20 @@ def _of_probes(chart: Any, blocks: int) -> Iterator[str]:
         + (f"; below 0 at {', '.join(below)}" if below else "")
         + "."
     )
+    if SAME in chart.values:
+        parts = []
+        for arm in (arm for arm in chart.values if arm != SAME):
+            gains = [chart.interval(arm, c).mean - chart.interval(SAME, c).mean for c in chart.columns]
+            parts.append(f"{arm} by {min(gains):.4f} to {max(gains):.4f}")
+        yield f"Above what is {SAME} ({chart.interval(SAME, chart.columns[0]).mean:.4f}) stand {', '.join(parts)}."
 
 
-def _of_baselines(table: Seeds) -> Iterator[str]:
+def _of_baselines(table: Seeds, blind: Mapping[str, float]) -> Iterator[str]:
     for name in ("feature_concat", "token_concat"):
         if _TITLE[name] in table.values:
             told = [
-                f"{task} {table.written(table.interval(_TITLE[name], task))} % (chance {100 * CHANCE[task]:g})"
+                f"{task} {table.written(table.interval(_TITLE[name], task))} % (chance {100 * CHANCE[task]:g}"
+                + (f", without any depth at least {blind[task]:.1f})" if task in blind else ")")
                 for task in ("Depth", "Distance")
                 if task in table.columns
             ]
@@ -68,15 +82,14 @@ def _of_answers(table: Seeds) -> Iterator[str]:
     if differences[table.columns[0]].values < 2:
         yield "Of one seed alone nothing is said about answers."
         return
-    better = [c for c, d in differences.items() if d.low > 0]
-    worse = [c for c, d in differences.items() if d.high < 0]
     told = ", ".join(f"{column} {signed(d, table.digits)}" for column, d in differences.items())
-    verdict = [
-        f"more right answers in {', '.join(better)}" if better else "",
-        f"fewer in {', '.join(worse)}" if worse else "",
-    ]
-    verdict = " and ".join(filter(None, verdict)) or "no difference that these seeds can tell from none"
-    yield f"Answers, distilled minus single encoder, in points: {told}. That is {verdict}."
+    overall = differences["Overall"]
+    verdict = "more right answers" if overall.low > 0 else "fewer right answers" if overall.high < 0 else ""
+    verdict = f"{verdict} overall" if verdict else "no difference overall that these seeds can tell from none"
+    yield (
+        f"Answers, distilled minus single encoder, in points: {told}. That is {verdict}. "
+        f"{_apart(differences, table.digits)}"
+    )
 
 
 def _of_a_table(name: str, table: Seeds) -> Iterator[str]:
@@ -88,8 +101,16 @@ def _of_a_table(name: str, table: Seeds) -> Iterator[str]:
         if seeds < 2:
             yield f"{told} in one seed, of which alone nothing is said."
             continue
-        apart = [f"{column} {signed(d, table.digits)}" for column, d in differences.items() if d.without_zero]
-        yield f"{told} over {seeds} seeds. The interval leaves out 0 in {', '.join(apart) or 'no column'}."
+        yield f"{told} over {seeds} seeds. {_apart(differences, table.digits)}"
+
+
+def _apart(differences: Mapping[str, Interval], digits: int) -> str:
+    """Which columns' intervals leave out 0, some of which do by chance alone: nothing is corrected for their number."""
+    found = [f"{column} {signed(d, digits)}" for column, d in differences.items() if d.without_zero]
+    return (
+        f"Of {len(differences)} intervals, each by itself and uncorrected, {len(found)} "
+        f"{'leaves' if len(found) == 1 else 'leave'} out 0{': ' if found else ''}{', '.join(found)}."
+    )
 
 
 def signed(interval: Interval, digits: int) -> str:

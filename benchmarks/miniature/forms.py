@@ -76,7 +76,7 @@ FORMS = {
             arms=tuple(ARMS),
             pt_epochs=0.7,
             ift_epochs=2.0,
-            probe_epochs=1.0,
+            probe_epochs=4.0,
             probe_tasks=("depth", "seg", "gen"),
             probe_batch=16,
             probe_lr=8e-3,
@@ -98,5 +98,5 @@ FORMS = {
         ),
     )
 }  # fmt: skip
-"""quick: figure 3 of depth on two cores in less than 25 minutes. full: all tables, nine hours of two cores.
+"""quick: figure 3 of depth on two cores in less than 25 minutes. full: all tables, some twelve hours of two cores.
 toy: that it runs; says nothing."""

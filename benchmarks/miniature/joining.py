@@ -14,7 +14,7 @@ Run = Mapping[str, Any]
 
 
 def joined(before: Run, now: Run) -> dict[str, Any]:
-    """`now`, behind the seeds of `before`; `now` alone where it has all of those, and all their arms, itself.
+    """`now`, behind the seeds of `before`; `now` alone where it has all of those, of every arm, itself.
 
     Raises:
         ValueError: what is kept is no run of this kind, is of another form, other small models or arms, shares some of
@@ -25,11 +25,12 @@ def joined(before: Run, now: Run) -> dict[str, Any]:
     if before["form"] != now["form"] or before["figures"].get("models") != now["figures"].get("models"):
         raise ValueError("what is there is of another form or of other small models; remove it, or give another --name")
     there, here = before["seeds"], now["seeds"]
-    if set(here) >= set(there) and _series(now).keys() >= _series(before).keys():
+    counts, had = _series(now), _series(before)
+    if set(here) >= set(there) and all(counts.get(key, 0) >= count for key, count in had.items()):
         return dict(now)
     if common := sorted(set(here) & set(there)):
         raise ValueError(
-            f"seeds {_listed(common)} are there already; run all again, with all the arms, or none: --first-seed"
+            f"seeds {_listed(common)} are there already; run all again, of all the arms, or none: --first-seed"
         )
     if (kept := before["figures"].keys()) != now["figures"].keys():
         raise ValueError(f"what is there has {', '.join(kept)}, and this run {', '.join(now['figures'])}")

@@ -17,6 +17,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from olavlm.cache import files
+
 from ..figures import Count
 from .lessons import Lessons, lessons
 from .plan import BLOCK
@@ -94,7 +96,7 @@ def make_models(
             shutil.rmtree(folder, ignore_errors=True)  # of a training that was stopped
             folder.mkdir(parents=True)
             there = {"trained": asked, **_train(name, folder, plan, data, seed, device)}
-            record.write_text(json.dumps(there, indent=1) + "\n")
+            files.replace(record, (json.dumps(there, indent=1) + "\n").encode())
         scores[name] = there["scores"]
         told = ", ".join(f"{what} {value:.3f}" for what, value in there["scores"].items())
         print(f"{name:<8} {there['megabytes']:.2f} MB, {there['seconds']:.0f} s: {told}", flush=True)

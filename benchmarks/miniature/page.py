@@ -27,6 +27,7 @@ from .arms import ARMS, DISTILLED, SINGLE
 from .findings import distilled_columns, findings, signed
 from .forms import Form
 from .pictures import Shown
+from .shortcuts import interval
 
 LEAD = (
     "The claim of OLA-VLM (arXiv 2412.09585), in a world small enough to hold: an LLM that is made to predict the "
@@ -38,21 +39,41 @@ TOY = "The toy form shows that everything runs. Nothing was trained long enough 
 PROBES_ABOUT = (
     "A probe learns to read the teacher's features from the states of one layer of the frozen model; its cosine with "
     "them on pictures that nothing was trained on says how well the layer represents them. Lines are means over "
-    "seeds, bands their 95 % intervals (Student's t). What tells the arms apart is the paired difference below: the "
+    "seeds, bands their 95 % intervals (Student's t); what counts is above a prediction that is the same for every "
+    "picture, the mean of the pictures to train on. What tells the arms apart is the paired difference below: the "
     "arms of a seed share their data, its order, and what their probes start from. World, questions, teachers and the "
     "models that training starts from are the same in all seeds: intervals say nothing of other ones."
 )
+ARMS_ABOUT = (
+    "PT, the first stage, trains on captions what joins the encoder and the language model; IFT, the second, trains "
+    "the language model, too, on dialogues. Single encoder is LLaVA-1.5. Feature concat and token concat are fed the "
+    "teachers' features, in training and in use: in the channels of the image's tokens, or as further tokens. "
+    "Distilled sees the encoder alone; in PT the teachers' features are predicted from the states of some of its "
+    "layers, for which it has task tokens of its own, which stay in IFT and in use."
+)
 ANSWERS_ABOUT = (
     "Accuracy in percent on held-out questions, asked and judged by olavlm-eval as CV-Bench is. Means over seeds, 95 % "
-    "intervals in brackets; differences are of the same seeds."
+    "intervals in brackets; differences are of the seeds that both arms have. Intervals are of other seeds of "
+    "training: of these questions, {questions} a task, another choice would move an accuracy near 50 by as much as "
+    "{error:.1f} points. Each is one by itself, uncorrected for how many there are.{blind}"
 )
+AGAIN_ABOUT = "As above; differences are of the seeds that both arms have."
 ITEMS_ABOUT = "Questions that only one of two models has right, a pair a seed, and McNemar's exact p value."
 PICTURES_ABOUT = (
     "Pictures that nothing was trained on, first seed. Every map but the truth is drawn by the depth teacher's own "
-    "decoder: of the teacher's features above, below of what probes read in a layer. Red is close, and each map spans "
-    "the colours by itself. The decoder reads four layers, and is given one, four times; it learned from four, and in "
-    "some of the batches from their mean, four times."
+    "decoder: of the teacher's features above, and of their mean over the pictures to train on, which is the same for "
+    "every picture; below of what probes read in a layer, which tells of a picture only where it differs from that "
+    "mean's. Red is close, and each map spans the colours by itself. The decoder reads four layers, and is given one, "
+    "four times; it learned from four, and in some of the batches from their mean, four times."
 )
+
+
+TABLES = {
+    "table 1": "Table 1: what answers gain",
+    "what is counted": "Count, by what is counted",
+    "table 4": "Table 4: in which stages there are losses",
+    "table 5": "Table 5: how many task tokens",
+}
 
 
 def page_of(run: Mapping[str, Any], shown: Sequence[Shown], commands: Sequence[str] = ()) -> str:
@@ -61,16 +82,17 @@ def page_of(run: Mapping[str, Any], shown: Sequence[Shown], commands: Sequence[s
     Args:
         run: as results/*.json has it.
         shown: pictures, if there are any.
-        commands: what was run, as a user would type it.
+        commands: what was done, as a user would type it.
     """
     figures = {name: from_json(found) for name, found in run["figures"].items()}
     parts = [
         f"<h1>The paper in miniature</h1><p class=lead>{escape(LEAD)}</p>",
         note(TOY) if run["size"] == "toy" else "",
         _tiles(figures, run),
-        block("What was found", _sentences(findings(figures, run["form"].get("blocks", Form.blocks)))),
+        block("What was found", _sentences(findings(figures, run["form"].get("blocks", Form.blocks), run["blind"]))),
+        block("What is compared", f"<p>{escape(ARMS_ABOUT)}</p>"),
         _probes(figures),
-        *(_answers(figures, name) for name in ("table 1", "table 4", "table 5")),
+        *(_answers(figures, name, run) for name in TABLES),
         _items(figures),
         _pictures(shown),
         _how(figures, run, commands),
@@ -133,14 +155,13 @@ def _table(figure: Seeds, title: str) -> str:
     return table(title, ["", "seeds", *figure.columns], rows, numbers=numbers, shown=True)
 
 
-def _answers(figures: Mapping[str, list[Figures]], name: str) -> str:
-    titles = {
-        "table 1": "Table 1: what answers gain",
-        "table 4": "Table 4: in which stages there are losses",
-        "table 5": "Table 5: how many task tokens",
-    }
+def _answers(figures: Mapping[str, list[Figures]], name: str, run: Mapping[str, Any]) -> str:
     content = "".join(_table(figure, figure.title) for figure in figures.get(name, ()))
-    return block(titles[name], content, ANSWERS_ABOUT if name == "table 1" else "")
+    told = ", ".join(f"{task} {percent:.1f}" for task, percent in run["blind"].items())
+    blind = f" Without seeing any depth, places, seen sizes and shapes answer at least {told}." if told else ""
+    questions = run["form"]["held_out"]
+    about = ANSWERS_ABOUT.format(questions=questions, error=100 * interval(0.5, questions), blind=blind)
+    return block(TABLES[name], content, about if name == next(iter(TABLES)) else AGAIN_ABOUT)
 
 
 def _items(figures: Mapping[str, list[Figures]]) -> str:
@@ -163,9 +184,11 @@ def _pictures(shown: Sequence[Shown]) -> str:
         ahead = {"truth": one.truth, **one.teacher}
         rows = [_maps("the world", ahead, one.name)]
         rows += [_maps(run, layers, one.name) for run, layers in one.layers.items()]
-        photograph = f"<figure>{picture(one.photograph, one.name)}<figcaption>{escape(one.name)}</figcaption></figure>"
+        told = f"<figcaption>{escape(one.name)}: {escape(one.caption)}</figcaption>"
+        photograph = f"<figure>{picture(one.photograph, f'photograph of {one.caption}')}{told}</figure>"
         samples.append(f'<div class="sample">{photograph}<div class="tasks">{"".join(rows)}</div></div>')
-    return block("Depth, from the LLM's layers", "".join(samples), PICTURES_ABOUT)
+    title = "Depth, from the LLM's layers" if any(one.layers for one in shown) else "The world, and depth"
+    return block(title, "".join(samples), PICTURES_ABOUT)
 
 
 def _maps(title: str, maps: Mapping[str, Any], name: str) -> str:

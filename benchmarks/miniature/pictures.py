@@ -4,6 +4,7 @@ read of them in the LLM's layers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 
 from .arms import ARMS
+from .forms import Form
+from .results import SAME, mean_features
 from .scenes import NEAREST
 from .steps import STAGES, run_folder
 
@@ -26,18 +29,20 @@ class Shown:
     """One picture and its maps, all of which are coloured from their own least to their own greatest closeness."""
 
     name: str
+    caption: str
+    """The objects that it shows, from left to right."""
     photograph: Image.Image
     truth: Image.Image
     teacher: dict[str, Image.Image]
-    """By what was decoded, in words."""
+    """By what was decoded, in words: the teacher's features, and their mean over all pictures to train on."""
     layers: dict[str, dict[str, Image.Image]]
     """By arm and stage in words, by layer."""
 
 
-def draw_pictures(root: Path, arms: Sequence[str], seed: int) -> list[Shown]:
-    """Of the arms' probes that are there; nothing without any."""
-    found = list(_probes(root, arms, seed))
-    if not found:
+def draw_pictures(root: Path, form: Form, arms: Sequence[str], seed: int) -> list[Shown]:
+    """With the layers of those arms whose probes are there; nothing until all features are."""
+    mean = mean_features(root, TASK, form)
+    if mean is None:
         return []
     from olavlm.cache import FeatureStore, ImageRoots
     from olavlm.student.probing.predictions import ProbePredictions
@@ -47,6 +52,8 @@ def draw_pictures(root: Path, arms: Sequence[str], seed: int) -> list[Shown]:
         depth = truth["depth"]
     rows = np.linspace(0, len(depth) - 1, SHOWN + 2).astype(int)[1:-1]
     names = [f"held_out/{row:06d}.jpg" for row in rows]
+    samples = json.loads((root / "world" / "held_out.json").read_text())
+    captions = {sample["image"]: sample["conversations"][-1]["value"] for sample in samples}
     decoder = load_decoder(TASK, model=str(root / "models" / TASK), device="cpu")
 
     def colours(closeness: np.ndarray) -> Image.Image:
@@ -58,7 +65,8 @@ def draw_pictures(root: Path, arms: Sequence[str], seed: int) -> list[Shown]:
     store, roots = FeatureStore(root / "features"), ImageRoots([str(root / "world" / "images")])
     teacher = {words: decoded(store[key].read(names)[0]) for key, words in KEYS.items() if key in store.teachers}
     by_run: dict[str, dict[str, list[Image.Image]]] = {}
-    for stage, arm, probes in found:
+    same = decoded(mean[None])[0]
+    for stage, arm, probes in _probes(root, arms, seed):
         predict = ProbePredictions(probes, roots, torch.device("cpu"))
         tasks = [task for task in predict.run.tasks if task.name == TASK]
         layers, _ = predict(names, tasks)
@@ -67,9 +75,10 @@ def draw_pictures(root: Path, arms: Sequence[str], seed: int) -> list[Shown]:
     return [
         Shown(
             name,
+            captions[name],
             roots.open(name),
             colours(NEAREST / depth[row]),
-            {words: maps[place] for words, maps in teacher.items()},
+            {**{words: maps[place] for words, maps in teacher.items()}, SAME: same},
             {run: {layer: maps[place] for layer, maps in layers.items()} for run, layers in by_run.items()},
         )
         for place, (name, row) in enumerate(zip(names, rows, strict=True))

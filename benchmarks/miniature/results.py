@@ -15,16 +15,22 @@ from typing import Any
 
 import numpy as np
 
+from olavlm.student.probing.settings import default_key
+
 from ..figures import Figures, ItemPairs, Seeds
 from ..machine import describe
 from .arms import ARMS, DISTILLED, SINGLE, arms_of
 from .forms import Form
 from .models import NAMES, scored
-from .run import PACKAGES, Journal
+from .run import FOLDER, PACKAGES, Journal
 from .steps import BENCHMARK, STAGES, covered, run_folder
 
+SHORTCUTS = FOLDER / "results" / "shortcuts.json"
 TABLES = {"table 1": SINGLE, "table 4": "tokens_only", "table 5": "n0"}
 """By table, the arm that its others are compared with."""
+SAME = "the same for every picture"
+"""A prediction that needs no picture: the mean of the features of those to train on."""
+COUNTED = ("objects", "a shape or a colour")
 _AT_ONCE = 480
 """Rows of features in memory."""
 COLUMNS = ("Count", "Relation", "Depth", "Distance", "2D", "3D", "Overall")
@@ -37,14 +43,15 @@ def collect(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) -
         "models": scored(root / "models", [name for name in NAMES if name != "llm" or not form.llm]),
         "figure 3": figure_3(root, form, arms, seeds),
         **{name: table(root, name, arms, seeds) for name in TABLES},
+        "what is counted": counted(root, arms, seeds),
         "item by item": item_pairs(root, arms, seeds),
     }
-    notes = [took(root)]
-    if figures["figure 3"]:
-        figures["figure 3"][-1].notes += notes
+    for figure in [figure for found in figures.values() for figure in found if isinstance(figure, Seeds)][:1]:
+        figure.notes.append(took(root))
     return {
         "size": form.name,
         "form": json.loads(json.dumps(form.settings())),  # as it is read again
+        "blind": blind_answers(),
         "seeds": _measured(figures, seeds),
         "machine": measured_on(root, runs),
         "seconds": round(sum(run["seconds"] for run in runs), 1),
@@ -71,10 +78,7 @@ def figure_3(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) 
     """Probes, layer by layer, of each task after each stage."""
     found = []
     for task in form.probe_tasks:
-        notes = []
-        if (same := blind_cosine(root, task, form)) is not None:
-            told = "A prediction that is the same for every picture, the mean of those to train on"
-            notes.append(f"{told}, has a cosine of {same:.4f} with {task}'s features.")
+        same = blind_cosine(root, task, form)
         for stage in STAGES:
             values = {}
             for arm in arms:
@@ -82,7 +86,11 @@ def figure_3(root: Path, form: Form, arms: Sequence[str], seeds: Sequence[int]) 
                     values[ARMS[arm].title] = _by_column(scored)
             title = f"Probes of {task} after {stage.upper()}, cosine with the teacher's features of held-out pictures"
             if values:
-                found.append(Seeds(title, values, _over(values, SINGLE), digits=4, notes=list(notes)))
+                over = _over(values, "figure 3", SINGLE)
+                if same is not None:
+                    first = next(iter(values.values()))
+                    values[SAME] = {layer: [same] * len(scores) for layer, scores in first.items()}
+                found.append(Seeds(title, values, over, digits=4))
     return found
 
 
@@ -92,7 +100,23 @@ def blind_cosine(root: Path, task: str, form: Form) -> float | None:
     None until all features are there.
     """
     from olavlm.cache import FeatureStore
-    from olavlm.student.probing.settings import default_key
+
+    mean = mean_features(root, task, form)
+    if mean is None:
+        return None
+    told, _ = FeatureStore(root / "features")[default_key(task)].read(
+        list(range(form.scenes, form.scenes + form.held_out))
+    )
+    told = told.reshape(len(told), -1).astype(np.float64)
+    return float(np.mean(told @ mean.ravel() / np.linalg.norm(told, axis=1)) / np.linalg.norm(mean))
+
+
+def mean_features(root: Path, task: str, form: Form) -> np.ndarray | None:
+    """Of what probes of a task predict, over the pictures to train on, float64 (tokens, dim).
+
+    None until all features are there.
+    """
+    from olavlm.cache import FeatureStore
 
     if not covered(root, form.scenes + form.held_out, [key := default_key(task)]):
         return None
@@ -101,9 +125,7 @@ def blind_cosine(root: Path, task: str, form: Form) -> float | None:
     for start in rows[::_AT_ONCE]:
         values, _ = features.read(list(rows[start : start + _AT_ONCE]))
         mean = mean + values.sum(axis=0, dtype=np.float64) / form.scenes
-    told, _ = features.read(list(range(form.scenes, form.scenes + form.held_out)))
-    told = told.reshape(len(told), -1).astype(np.float64)
-    return float(np.mean(told @ mean.ravel() / np.linalg.norm(told, axis=1)) / np.linalg.norm(mean))
+    return mean
 
 
 def probe_scores(run: Path) -> Path:
@@ -124,9 +146,40 @@ def table(root: Path, name: str, arms: Sequence[str], seeds: Sequence[int]) -> l
     values = {}
     for arm in arms_of(name):
         if arm.name in arms and (scored := _there(_answered(root, arm.name, seed) for seed in seeds)):
-            values[arm.title] = _by_column(scored)
+            values[arm.title_in(name)] = _by_column(scored)
     title = f"Paper's {name} in miniature, accuracy in %"
-    return [Seeds(title, values, _over(values, TABLES[name]), digits=1)] if len(values) > 1 else []
+    return [Seeds(title, values, _over(values, name, TABLES[name]), digits=1)] if len(values) > 1 else []
+
+
+def counted(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[Seeds]:
+    """Accuracies in percent of questions of Count, by what is to be counted."""
+    values = {}
+    for arm in arms:
+        if scored := _there(_counted(root, arm, seed) for seed in seeds):
+            values[ARMS[arm].title] = _by_column(scored)
+    return [Seeds("Count, by what is counted, accuracy in %", values, digits=1)] if values else []
+
+
+def _counted(root: Path, arm: str, seed: int) -> dict[str, float] | None:
+    from olavlm.pipelines.evaluation.predictions import Predictions
+
+    if not _answered(root, arm, seed):
+        return None
+    scores: dict[str, list[float]] = {what: [] for what in COUNTED}
+    for said in Predictions(benchmark_folder(root, arm, seed) / "predictions").done(BENCHMARK).values():
+        if said.item["kind"] == "Count":
+            scores[COUNTED[not said.prompt.startswith("How many objects ")]].append(said.score)
+    return {what: 100 * float(np.mean(found)) for what, found in scores.items()} if all(scores.values()) else None
+
+
+def blind_answers() -> dict[str, float]:
+    """Accuracies in percent, by task, of the best that is known to answer without seeing any depth (`shortcuts`)."""
+    *_, places = _read(SHORTCUTS)["figures"]["shortcuts"]
+    found: dict[str, float] = {}
+    for what, columns in places["values"].items():
+        task = what.partition(",")[0]
+        found[task] = max(found.get(task, 0.0), 100 * columns["accuracy"])
+    return found
 
 
 def benchmark_folder(root: Path, arm: str, seed: int) -> Path:
@@ -144,12 +197,12 @@ def _answered(root: Path, arm: str, seed: int) -> dict[str, float] | None:
 
 def item_pairs(root: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[ItemPairs]:
     """Every arm of a table against the one that the table's are compared with, on the same questions."""
-    asked = [(arm.name, base) for table, base in TABLES.items() for arm in arms_of(table) if arm.name != base]
-    pairs = (_item_pairs(root, *two, seeds) for two in asked if set(two) <= set(arms))
+    asked = [(name, arm.name, base) for name, base in TABLES.items() for arm in arms_of(name) if arm.name != base]
+    pairs = (_item_pairs(root, *one, seeds) for one in asked if set(one[1:]) <= set(arms))
     return [pair for pair in pairs if pair is not None]
 
 
-def _item_pairs(root: Path, arm: str, base: str, seeds: Sequence[int]) -> ItemPairs | None:
+def _item_pairs(root: Path, name: str, arm: str, base: str, seeds: Sequence[int]) -> ItemPairs | None:
     both = list(takewhile(lambda seed: all(_answered(root, name, seed) for name in (arm, base)), seeds))
     if not both:
         return None
@@ -159,7 +212,7 @@ def _item_pairs(root: Path, arm: str, base: str, seeds: Sequence[int]) -> ItemPa
         for name in found[0]
     }
     p = {name: [f[name]["p"] for f in found] for name in found[0]}
-    first, second = ARMS[arm].title, ARMS[base].title
+    first, second = ARMS[arm].title_in(name), ARMS[base].title_in(name)
     return ItemPairs(f"{first} against {second} on the same questions", first, second, both, counts, p)
 
 
@@ -184,10 +237,10 @@ def took(root: Path) -> str:
     return f"Seconds a step took, medians, with {workers} at a time: {', '.join(parts)}."
 
 
-def _over(values: Mapping[str, Any], other: str) -> dict[str, str]:
-    """Each arm, the distilled one first, over the one that they are compared with, by their titles."""
-    base = ARMS[other].title
-    first = [title for title in (ARMS[DISTILLED].title,) if title in values]
+def _over(values: Mapping[str, Any], name: str, other: str) -> dict[str, str]:
+    """Each arm of a table, the distilled one first, over the one that they are compared with, by their titles."""
+    base = ARMS[other].title_in(name)
+    first = [title for title in (ARMS[DISTILLED].title_in(name),) if title in values]
     return {title: base for title in dict.fromkeys([*first, *values]) if title != base} if base in values else {}
 
 

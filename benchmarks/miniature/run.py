@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -22,7 +23,10 @@ from multiprocessing import connection
 from pathlib import Path
 from statistics import median
 from time import perf_counter, time
+from typing import Any
 
+from olavlm.cache import files
+from olavlm.pipelines.cli import JobFailed, UsageError, positive
 from olavlm.teachers import miniature
 
 from ..machine import describe
@@ -42,44 +46,52 @@ GB_A_WORKER = 3
 _TAIL = 12
 
 
-class RunError(ValueError):
+class RunError(JobFailed):
     """A run that cannot begin, or go on."""
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 up, as the type of an argument."""
+    return 0 if text == "0" else positive(text)
+
+
+def name_of_results(text: str) -> str:
+    """A file's name, as the type of an argument."""
+    if not text or text != Path(text).name:
+        raise argparse.ArgumentTypeError(f"{text} is not the name of a file")
+    return text
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dir", type=Path, default=Path("miniature_run"), help="folder of everything (%(default)s)")
     p.add_argument("--form", choices=list(FORMS), default="quick", help="how large (%(default)s)")
-    p.add_argument("--seeds", type=int, metavar="N", help="how many (default: the form's)")
-    p.add_argument("--first-seed", type=int, default=0, metavar="N", help="the others follow it (%(default)s)")
+    p.add_argument("--seeds", type=positive, metavar="N", help="how many (default: the form's)")
+    p.add_argument("--first-seed", type=natural, default=0, metavar="N", help="the others follow it (%(default)s)")
     p.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     p.add_argument("--llm", metavar="MODEL", help="another language model, such as HuggingFaceTB/SmolLM2-135M-Instruct")
     p.add_argument("--measure", nargs="+", choices=[PROBES, ANSWERS], help="of trained models (default: the form's)")
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core, if memory allows)")
+    p.add_argument("--workers", type=positive, metavar="N", help="processes (default: one a core, if memory allows)")
     p.add_argument(
         "--train-models", action="store_true", help="train the small models, which come ready, in a new folder"
     )
-    p.add_argument("--name", help="keep the figures as results/NAME.json, beside its other seeds; render README.md")
+    p.add_argument(
+        "--name", type=name_of_results, help="keep the figures as results/NAME.json, beside its seeds; render README.md"
+    )
     p.add_argument("--list", action="store_true", help="print the commands, done or not, and run nothing")
     p.add_argument("--page", action="store_true", help="make the page of what is done, also while a run is at work")
 
 
 def chosen(args: argparse.Namespace) -> tuple[Form, list[str], list[int]]:
-    """Form, arms and seeds. RunError for arguments that cannot be."""
+    """Form, arms and seeds. UsageError for arguments that cannot be, together; RunError for an `--llm` that is none."""
     form = FORMS[args.form]
     seeds = form.seeds if args.seeds is None else args.seeds
-    if seeds < 1:
-        raise RunError(f"--seeds {seeds}: at least 1")
-    if args.first_seed < 0:
-        raise RunError(f"--first-seed {args.first_seed}: at least 0")
-    if args.workers is not None and args.workers < 1:
-        raise RunError(f"--workers {args.workers}: at least 1")
     if args.llm:
         form = replace(form, **_other_llm(args.llm))
     if args.measure:
-        form = replace(form, measured=tuple(args.measure))
+        form = replace(form, measured=tuple(dict.fromkeys(args.measure)))
     arms = [name for name in ARMS if name in (args.arms or form.arms)]
     if unmeasured := [name for name in arms if name not in (SINGLE, DISTILLED) and form.measured == (PROBES,)]:
-        raise RunError(f"{', '.join(unmeasured)}: trained, and not probed as figure 3 is; add --measure {ANSWERS}")
+        raise UsageError(f"{', '.join(unmeasured)}: trained, and not probed as figure 3 is; add --measure {ANSWERS}")
     return form, arms, list(range(args.first_seed, args.first_seed + seeds))
 
 
@@ -98,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
     """Do what is not done yet of what `args` ask for.
 
     Raises:
+        UsageError: arguments that cannot be.
         RunError: a folder of another form or in use, a step that failed.
     """
     form, arms, seeds = chosen(args)
@@ -120,11 +133,14 @@ def run(args: argparse.Namespace) -> None:
             if form.llm:
                 fetch_llm(form.llm)
             execute(root, steps, args.workers or default_workers())
-        lines = [
-            f"# REPO is the repository; in {root.name}/, with PYTHONPATH=$REPO",
-            *(step.line.replace(f"{FOLDER.parents[1]}/", "$REPO/") for step in steps),
-        ]
-        publish(root, form, arms, seeds, lines, args.name)
+        publish(root, form, arms, seeds, commands_of(steps, root), args.name)
+
+
+def commands_of(steps: Sequence[Step], root: Path) -> list[str]:
+    """What was done of the steps, as a user would type it; models that came ready were trained by such commands."""
+    done = [step.line.replace(f"{FOLDER.parents[1]}/", "$REPO/") for step in steps if step.done()]
+    left = f"; {len(steps) - len(done)} more are still to be run" if len(done) < len(steps) else ""
+    return [f"# REPO is the repository; in {root.name}/, with PYTHONPATH=$REPO{left}", *done]
 
 
 def publish(
@@ -144,25 +160,30 @@ def publish(
     quiet_models()
     found = collect(root, form, arms, seeds)
     found["figures"] = {title: to_json(figures) for title, figures in found["figures"].items()}
-    shown = draw_pictures(root, [arm for arm in (SINGLE, DISTILLED) if arm in arms], seeds[0])
-    (root / RESULTS).write_text(json.dumps(found, indent=1) + "\n")
+    shown = draw_pictures(root, form, [arm for arm in (SINGLE, DISTILLED) if arm in arms], seeds[0])
+    keep(root / RESULTS, found)
     (root / PAGE).write_text(page_of(found, shown, commands), encoding="utf-8")
     print(f"{root / RESULTS}, {root / PAGE}")
     if name:
         kept = FOLDER / "results" / f"{name}.json"
-        kept.parent.mkdir(exist_ok=True)
         if kept.is_file():
             found = joined(json.loads(kept.read_text()), found)
-        kept.write_text(json.dumps(found, indent=1) + "\n")
+        keep(kept, found)
         kept.with_suffix(".html").write_text(page_of(found, shown, commands), encoding="utf-8")
         (FOLDER / "README.md").write_text(rendered(FOLDER))
+
+
+def keep(file: Path, content: Any) -> None:
+    """As JSON, the whole file or, to a kill, none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.replace(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def check_form(root: Path, form: Form) -> None:
     """RunError if the folder is of another form."""
     file, now = root / FORM_FILE, json.loads(json.dumps(form.settings()))
     if not file.is_file():
-        file.write_text(json.dumps(now, indent=1) + "\n")
+        keep(file, now)
     elif (there := json.loads(file.read_text())) != now:
         keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
         changed = ", ".join(f"{key} {there.get(key)}, not {now.get(key)}" for key in keys)
@@ -240,8 +261,12 @@ class Journal:
         self.file = root / JOURNAL
 
     def add(self, line: dict) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.file.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a kill tore the last line, which must not take this one with it
+                    file.write(b"\n")
+            file.write(json.dumps(line).encode() + b"\n")
 
     def lines(self) -> list[dict]:
         """All, each under its kind; a line that a kill tore is left out."""
@@ -313,7 +338,8 @@ class _Schedule:
             how = "died" if status is None else f"ended with status {status}"
             how = "left something undone" if status == 0 else how
             tail = "\n".join(self._log(step).read_text(errors="replace").splitlines()[-_TAIL:])
-            raise RunError(f"{step.name} {how}; {self._log(step)} ends:\n{tail}\n\nits command: {step.line}")
+            print(f"{self._log(step)} ends:\n{tail}\n", file=sys.stderr)
+            raise RunError(f"{step.name} {how}; its command: {step.line}")
         self.done.add(step.name)
         seconds = perf_counter() - began
         done = {"name": step.name, "kind": step.kind, "seconds": round(seconds, 2), "ended": time()}

@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from olavlm.cache import files
+
 from .dialogues import LETTER, NAMED, WORDS, turn
 from .plan import BLOCK, KINDS, MOST
 from .questions import TASKS
@@ -124,7 +126,7 @@ def _jpeg(picture: Picture) -> bytes:
 
 
 def _json(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    files.replace(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _write_cv_bench(folder: Path, held_out: Sequence[Picture]) -> None:

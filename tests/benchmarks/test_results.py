@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -123,9 +124,10 @@ def test_runs_of_other_seeds_are_put_together(module):
         (run([1, 2]), "seeds 1 are there already"),
         (run([2], form={"name": "quick"}), "of another form"),
         (run([0, 1, 2], form={"name": "quick"}), "of another form"),
-        (run([0, 1, 2], arms=("distilled",)), "seeds 0, 1 are there already.* with all the arms"),
+        (run([0, 1, 2], arms=("distilled",)), "seeds 0, 1 are there already.* of all the arms"),
         (run([2, 3], have=1), "of 2 and 2 seeds 2 and 1 are there"),
         (run([2], arms=("single encoder", "distilled", "n4")), "run the same arms"),
+        (run([0, 1, 2], have=1), "seeds 0, 1 are there already.* of all the arms"),  # begun again, and not finished
         (run([2], figures={"table 1": []}), "other small models"),
     ):
         with pytest.raises(ValueError, match=why):
@@ -143,14 +145,24 @@ def test_findings_say_what_the_intervals_do(module, results):
         "6.",
         "Fed the teachers' features (feature concat): Depth 75.0 % (chance 50).",
     ]
+    (chart,) = results["figures"]["figure 3"]
+    same = {column: [0.75] * 3 for column in chart.columns}
+    chart.values["the same for every picture"] = same
+    told = module("miniature.findings").findings(results["figures"], 6, {"Depth": 58.25})
+    assert told[1] == (
+        "Above what is the same for every picture (0.7500) stand single encoder by 0.0610 to 0.0660, distilled by "
+        "0.1610 to 0.1660."
+    )
+    assert told[2].endswith("Depth 75.0 % (chance 50, without any depth at least 58.2).")
     over = {"distilled": "single encoder"}
     worse = {"single encoder": {"Depth": [60.0, 61.0, 62.0], "Overall": [5.0, 6.0, 5.0]},
              "distilled": {"Depth": [50.0, 50.5, 52.0], "Overall": [6.0, 5.0, 5.5]}}  # fmt: skip
     (sentence,) = module("miniature.findings").findings({"table 1": [seeds("t", worse, over, 1)]}, 6)
-    assert sentence.endswith("That is fewer in Depth.")
-    alike = {arm: {"Depth": columns["Overall"]} for arm, columns in worse.items()}
-    (sentence,) = module("miniature.findings").findings({"table 1": [seeds("t", alike, over, 1)]}, 6)
-    assert sentence.endswith("That is no difference that these seeds can tell from none.")
+    assert "That is no difference overall that these seeds can tell from none. Of 2 intervals" in sentence
+    assert sentence.endswith("uncorrected, 1 leaves out 0: Depth -10.2 [-10.9, -9.4].")
+    fewer = {arm: {"Overall": columns["Depth"]} for arm, columns in worse.items()}
+    (sentence,) = module("miniature.findings").findings({"table 1": [seeds("t", fewer, over, 1)]}, 6)
+    assert "That is fewer right answers overall. Of 1 intervals" in sentence
     base = {"Depth": [50.0, 51.0, 52.0], "Overall": [40.0, 41.0, 42.0]}
     more = {"Depth": [52.0, 53.0, 54.5], "Overall": [41.0, 40.0, 42.0]}
     tables = {
@@ -158,8 +170,8 @@ def test_findings_say_what_the_intervals_do(module, results):
         "table 5": [seeds("t", {"n0": base, "n4": {name: of[:1] for name, of in more.items()}}, {"n4": "n0"}, 1)],
     }
     assert module("miniature.findings").findings(tables, 6) == [
-        "Table 4, pt minus base: +0.0 [-2.5, +2.5] points overall over 3 seeds. The interval leaves out 0 in Depth "
-        "+2.2 [+1.4, +2.9].",
+        "Table 4, pt minus base: +0.0 [-2.5, +2.5] points overall over 3 seeds. Of 2 intervals, each by itself and "
+        "uncorrected, 1 leaves out 0: Depth +2.2 [+1.4, +2.9].",
         "Table 5, n4 minus n0: +1.0 points overall in one seed, of which alone nothing is said.",
     ]
 
@@ -184,6 +196,44 @@ def test_arms_are_compared_with_their_tables_base(module, tmp_path, monkeypatch)
     assert [pair.seeds for pair in pairs] == [[0, 1], [0], [0, 1]]
     assert pairs[0].title == "distilled against single encoder on the same questions"
     assert pairs[2].counts == {"Depth": [[960, 0, 7], [960, 1, 7]]}
+    assert pairs[2].title == "8 tokens a task (distilled) against no task tokens on the same questions"
+
+
+def test_count_is_told_by_what_is_counted(module, tmp_path):
+    run = tmp_path / "runs/single/seed-0/ift/benchmarks"
+    answers(run, {"Count": 0.5, "Overall": 0.5})
+    (run / "predictions").mkdir()
+    asked = [("objects", 1.0), ("objects", 0.0), ("red objects", 0.0), ("cubes", 0.0), ("spheres", 1.0)]
+    lines = [
+        {"task": "cv_bench", "index": i, "prompt": f"How many {what} are in the image? ...", "item": {"kind": "Count"},
+         "answer": "(A)", "parsed": "(A)", "score": score} for i, (what, score) in enumerate(asked)
+    ]  # fmt: skip
+    lines.append({**lines[0], "index": 9, "prompt": "Which is closer?", "item": {"kind": "Depth"}})
+    (run / "predictions" / "cv_bench.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (table,) = module("miniature.results").counted(tmp_path, ["single", "distilled"], range(3))
+    assert table.values == {"single encoder": {"objects": [50.0], "a shape or a colour": [pytest.approx(100 / 3)]}}
+
+
+def test_probes_are_shown_beside_what_needs_no_picture(module, made, monkeypatch):
+    results = module("miniature.results")
+    monkeypatch.setattr(results, "blind_cosine", lambda *_: 0.6)
+    form = module("miniature.forms").FORMS["quick"]
+    (chart,) = results.figure_3(made, form, ["single", "distilled"], range(3))
+    assert chart.values[results.SAME] == {f"layer {n}": [0.6] * 3 for n in range(1, 7)}
+    assert chart.over == {"distilled": "single encoder"}
+
+
+@pytest.mark.parametrize("name", ["two-cores", "two-cores-5-seeds", "two-cores-full"])
+def test_pages_that_are_kept_are_those_of_their_results(module, name):
+    """All but the pictures and the commands, which the figures do not hold."""
+    file = Path(__file__).parents[2] / "benchmarks" / "miniature" / "results" / f"{name}.json"
+    made = module("miniature.page").page_of(json.loads(file.read_text()), [])
+    figures, how = made.split("<div class=block><h3>How</h3>")
+    kept_figures, kept_how = (
+        file.with_suffix(".html").read_text(encoding="utf-8").split("<div class=block><h3>How</h3>")
+    )
+    assert re.sub("(?s)<div class=block><h3>(Depth, from|The world, and).*", "", kept_figures) == figures
+    assert re.sub("(?s)<details><summary>The commands.*</details>", "", kept_how) == how
 
 
 def test_the_page_holds_what_was_found_and_asks_for_nothing(module, results):

@@ -113,7 +113,7 @@ def test_what_is_measured_can_be_chosen(module, tmp_path):
         kinds = collections.Counter(step.kind for step in steps.plan(tmp_path, form, arms, seeds))
         counts[tuple(measured)] = kinds["answers"], kinds["pt probes"], kinds["ift probed"], kinds["report"]
     assert counts == {("answers",): (10, 0, 0, 1), ("answers", "probes"): (10, 5, 5, 1)}
-    with pytest.raises(run.RunError, match="n4: trained, and not probed as figure 3 is; add --measure answers"):
+    with pytest.raises(run.UsageError, match="n4: trained, and not probed as figure 3 is; add --measure answers"):
         run.chosen(arguments.parse_args(["--form", "full", "--arms", "single", "n4", "--measure", "probes"]))
     form, arms, seeds = run.chosen(arguments.parse_args(["--form", "full", "--arms", "single", "--measure", "probes"]))
     kinds = collections.Counter(step.kind for step in steps.plan(tmp_path, form, arms, seeds))
@@ -215,6 +215,8 @@ def test_a_run_goes_on_where_it_died(module, fake, tmp_path, capsys):
     with journal.file.open("a") as file:
         file.write('{"step": {"na')  # a kill in the middle of a line
     assert len(journal.steps()) == 4
+    fake(*rows)
+    assert [run["steps"] for run in journal.runs()] == [1, 3, 0, 0]  # what came behind it is there
 
 
 def test_a_run_that_was_killed_counts_until_its_last_step(module, tmp_path):
@@ -232,11 +234,11 @@ def test_a_run_that_was_killed_counts_until_its_last_step(module, tmp_path):
 
 
 @pytest.mark.parametrize(("what", "said"), [("fails", "ended with status 3"), ("forgets", "left something undone")])
-def test_a_step_that_fails_ends_the_run_with_its_log_and_command(module, fake, what, said):
+def test_a_step_that_fails_ends_the_run_with_its_log_and_command(module, fake, what, said, capsys):
     with pytest.raises(module("miniature.run").RunError) as error:
         fake(("it/of seed", what))
     assert said in str(error.value)
-    assert "says it/of seed" in str(error.value)
+    assert "says it/of seed" in capsys.readouterr().err
     assert f"fake {what} 'it/of seed'" in str(error.value)
 
 
@@ -277,9 +279,7 @@ def test_a_folder_is_of_one_form_and_one_run(module, tmp_path):
     form, arms, seeds = run.chosen(arguments.parse_args(["--arms", "distilled", "single", "--seeds", "2"]))
     assert (form.name, arms, seeds) == ("quick", ["single", "distilled"], [0, 1])
     assert run.chosen(arguments.parse_args(["--seeds", "2", "--first-seed", "3"]))[2] == [3, 4]
-    for words in (["--seeds", "0"], ["--first-seed", "-1"], ["--workers", "0"]):
-        with pytest.raises(run.RunError, match=" ".join(words)):
-            run.chosen(arguments.parse_args(words))
+    assert run.chosen(arguments.parse_args(["--measure", "probes", "probes"]))[0].measured == ("probes",)
 
 
 def test_models_of_the_same_efforts_are_lent(module, tmp_path):
@@ -409,6 +409,6 @@ def test_the_products_commands_do_the_steps(module, prepared):
         assert list(figure["values"]["distilled"]) == [f"layer {n}" for n in range(1, 7)]
         assert all(-1 <= value <= 1 for values in figure["values"]["distilled"].values() for value in values)
     html = (prepared / "index.html").read_text()
-    assert html.count("<img") == 4 * (1 + 3 + 2 * 6)  # a photograph, the truth, the teacher twice, two stages' layers
+    assert html.count("<img") == 4 * (1 + 4 + 2 * 6)  # a photograph, truth, teacher twice, its mean, two stages' layers
     assert "olavlm-eval" in html
     assert (prepared / "runs/distilled/seed-0/ift/benchmarks/scores.json").is_file()

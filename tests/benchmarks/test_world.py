@@ -175,6 +175,9 @@ def test_places_and_sizes_together_are_weighed(module, pictures):
     shortcuts = module("miniature.shortcuts")
     found = {task: shortcuts.flat(pictures, pictures, task) for task in ("Depth", "Distance")}
     assert all(0.5 <= accuracy < 0.8 for accuracy in found.values()), found
+    half = len(pictures) // 2
+    unseen = {task: shortcuts.trees(pictures[:half], pictures[half:], task) for task in ("Depth", "Distance")}
+    assert all(0.3 < accuracy < 0.85 for accuracy in unseen.values()), unseen
 
     def larger_is_right(picture):
         depth = picture.questions[TASKS.index("Depth")]
@@ -185,6 +188,7 @@ def test_places_and_sizes_together_are_weighed(module, pictures):
 
     planted = [larger_is_right(picture) for picture in pictures]
     assert shortcuts.flat(planted, planted, "Depth") > 0.95
+    assert shortcuts.trees(planted[:half], planted[half:], "Depth") > 0.9
 
 
 @pytest.fixture(scope="module")
@@ -269,13 +273,46 @@ def test_figures_are_kept_with_the_machine(module, tmp_path, monkeypatch, capsys
     main = module("miniature.__main__")
     (tmp_path / "README.md").write_text((ROOT / "benchmarks" / "miniature" / "README.md").read_text())
     monkeypatch.setattr(main, "FOLDER", tmp_path)
-    assert main.main(["shortcuts", "--pictures", "48", "--processes", "1", "--name", "toy"]) == 0
+    assert main.main(["shortcuts", "--pictures", "48", "--learn", "96", "--processes", "1", "--name", "toy"]) == 0
     run = json.loads((tmp_path / "results" / "toy.json").read_text())
     assert run["machine"]["cores"] >= 1
     words, rules, places = run["figures"]["shortcuts"]
     assert set(words["values"]) == set(TASKS)
     assert rules["values"]["larger is closer"]["accuracy"] == 0.5
-    assert set(places["values"]) == {"Depth", "Distance"}
+    assert set(places["values"]) == {
+        f"{task}, {how}" for task in ("Depth", "Distance") for how in ("a linear rule", "boosted trees")
+    }
     assert "larger is closer" in (tmp_path / "README.md").read_text()
-    assert main.main(["world", "--dir", str(tmp_path / "w"), "--scenes", "50"]) == 1
-    assert "--scenes 50: takes multiples of 48" in capsys.readouterr().err
+    assert main.main(["models", "--dir", str(tmp_path / "none"), "--size", "toy", "--name", "toy"]) == 1
+    assert "toy.json holds shortcuts, not models; give another name" in capsys.readouterr().err
+    assert json.loads((tmp_path / "results" / "toy.json").read_text()) == run
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        ("world --dir {} --scenes 50", 2, "--scenes 50: takes multiples of 48"),
+        ("world --dir {} --scenes 48 --held-out 48 --seed -1", 2, "argument --seed: -1 is not"),
+        ("shortcuts --pictures 0", 2, "argument --pictures: 0 is not a positive number"),
+        ("shortcuts --name a/b", 2, "argument --name: a/b is not the name of a file"),
+        ("models --dir {} --only foo", 2, "invalid choice: 'foo'"),
+        ("models --dir {} --device foo", 2, "--device foo: "),
+        ("run --dir {} --seeds 0", 2, "argument --seeds: 0 is not a positive number"),
+        ("run --dir {} --first-seed -1", 2, "argument --first-seed: -1 is not"),
+        ("run --dir {} --workers 0", 2, "argument --workers: 0 is not"),
+        ("run --dir {} --arms n0 --measure probes probes", 2, "n0: trained, and not probed"),
+        ("run --dir {}/file/in-it --workers 1", 1, "file/in-it: Not a directory"),
+        ("world --dir {}/file --scenes 48 --held-out 48 --processes 1", 1, "file"),
+    ],
+)
+def test_wrong_usage_is_one_line(module, tmp_path, capsys, words, status, told):
+    (tmp_path / "file").touch()
+    main = module("miniature.__main__").main
+    try:
+        ended = main(words.format(tmp_path).split())
+    except SystemExit as end:
+        ended = end.code
+    lines = capsys.readouterr().err.splitlines()
+    assert ended == status
+    assert told in lines[-1]
+    assert "Traceback" not in "".join(lines)
