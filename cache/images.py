@@ -19,6 +19,7 @@ import stat
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 from urllib.parse import quote, unquote
@@ -202,8 +203,8 @@ class _Url:
     def _fetch(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         fs, _ = self._connect()
         try:
-            return fs.cat_file(name, start=start, end=end)
-        except (FileNotFoundError, NotADirectoryError, MemoryError):
+            return _cat_file(fs, name, start, end)
+        except (FileNotFoundError, NotADirectoryError, MemoryError, FileTooLarge):
             raise
         except Exception as e:  # clients raise their own: botocore's and some of aiohttp's are no OSError
             raise OSError(_message(e, self.location)) from None
@@ -213,9 +214,9 @@ class _Url:
         if not _is_web(base):
             return fs.exists(base)
         try:
-            fs.cat_file(base, start=0, end=1)
+            _cat_file(fs, base, 0, 1)
         except Exception as e:  # any answer will do: a folder of a web server need not be a page
-            if not isinstance(e, FileNotFoundError) and not hasattr(e, "status"):
+            if not isinstance(e, FileNotFoundError | FileTooLarge) and not hasattr(e, "status"):
                 raise
         return True
 
@@ -258,6 +259,53 @@ class _Url:
 
 def _is_web(base: str) -> bool:
     return base.startswith(("http://", "https://"))
+
+
+class FileTooLarge(OSError):
+    """A file behind a URL is longer than what it may be."""
+
+
+def _cat_file(fs: fsspec.AbstractFileSystem, name: str, start: int | None, end: int | None) -> bytes:
+    """The bytes of a file, or of a part of it, in one request; `FileTooLarge` for a file of over `MAX_BYTES`."""
+    if _is_web(name):
+        from fsspec.asyn import sync
+        from fsspec.implementations.http import HTTPFileSystem
+
+        if isinstance(fs, HTTPFileSystem):  # none that keeps copies, as in simplecache::https://
+            return sync(fs.loop, _body, fs, name, start, end)
+    if end is not None:
+        return fs.cat_file(name, start=start, end=end)
+    try:
+        data = fs.cat_file(name, start=0, end=MAX_BYTES + 1)
+    except Exception as e:
+        if "range" in str(e).lower() and fs.size(name) == 0:  # object stores have no range of an empty file
+            return b""
+        raise
+    if len(data) > MAX_BYTES:
+        raise FileTooLarge(f"at least {len(data)} bytes, limit {MAX_BYTES}")
+    return data
+
+
+async def _body(fs: fsspec.AbstractFileSystem, url: str, start: int | None, end: int | None) -> bytes:
+    """As an `HTTPFileSystem` fetches it, but of a body that is too long, and may never end, only the beginning."""
+    limit, options = MAX_BYTES, fs.kwargs
+    if end is not None:
+        limit = end - start
+        options = {**options, "headers": {**options.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}}
+    session = await fs.set_session()
+    async with session.get(fs.encode_url(url), **options) as response:
+        size, received, parts = response.content_length or 0, 0, []
+        async for part in response.content.iter_any():  # unpacked, where the server packs
+            parts.append(part)
+            received += len(part)
+            if max(size, received) > limit:
+                break
+        if response.status == HTTPStatus.NOT_FOUND:
+            raise FileNotFoundError(url)
+        response.raise_for_status()
+    if max(size, received) > limit:
+        raise FileTooLarge(f"at least {max(size, received)} bytes, limit {limit}")
+    return b"".join(parts)
 
 
 class _Zip:

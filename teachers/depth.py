@@ -42,7 +42,8 @@ def load_depth(
     """See `registry.load_teacher`, which checks the arguments.
 
     Raises:
-        TeacherError: the checkpoint cannot be used, or its patches do not divide the 336-pixel input.
+        TeacherError: the checkpoint cannot be used, its patches do not divide the 336-pixel input, or its decoder is
+            fed with the embeddings.
     """
     from transformers import DepthAnythingForDepthEstimation
 
@@ -60,7 +61,13 @@ def load_depth(
             "name a model with 14-pixel patches"
         )
     if recipe == "mean4":
-        layers = [index - 1 for index in backbone.out_indices]  # index 0 is the embeddings, i the output of block i - 1
+        # Stage 0 is the embeddings, i the output of block i - 1. A config may count its indices from the end.
+        layers = [backbone.stage_names.index(name) - 1 for name in backbone.out_features]
+        if min(layers) < 0:
+            raise TeacherError(
+                f"{model}: its backbone's out_features {backbone.out_features} begin with the embeddings; mean4 "
+                "averages outputs of blocks; take recipe last or name another model"
+            )
     else:
         layers = [config.num_hidden_layers - 1]
     del backbone.encoder.layer[max(layers) + 1 :]  # what comes after the last layer that is read

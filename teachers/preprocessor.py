@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import isclose, isfinite
 from typing import Any
 
 from PIL import Image
@@ -52,12 +52,19 @@ class Preprocessor:
     def normalisation(self, mean: Channels, std: Channels) -> tuple[Channels, Channels]:
         """Mean and std of pixels in [0, 1], by default those given; 0 and 1 where nothing is normalised.
 
+        A checkpoint whose pixels are rescaled to another range than [0, 1], or not at all, has its own for that range.
+
         Raises:
-            TeacherError: what is not three numbers.
+            TeacherError: what is not three numbers, or a rescale_factor that is none above 0.
         """
-        if not self.flag("do_normalize"):
-            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        return self._channels("image_mean", mean), self._channels("image_std", std)
+        if self.flag("do_normalize"):
+            mean, std = self._channels("image_mean", mean), self._channels("image_std", std)
+        else:
+            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        white = 255 * self._rescale_factor()
+        if isclose(white, 1, rel_tol=1e-6):
+            return mean, std
+        return tuple(x / white for x in mean), tuple(x / white for x in std)
 
     def flag(self, name: str) -> bool:
         """Whether a step is done, as by default; TeacherError for what is neither true nor false."""
@@ -69,6 +76,14 @@ class Preprocessor:
     def wrong(self, name: str, remedy: str) -> TeacherError:
         """To be raised: a field whose value cannot be used."""
         return TeacherError(f"{self.place}: {name} is {self.fields.get(name)!r}; {remedy}")
+
+    def _rescale_factor(self) -> float:
+        if not self.flag("do_rescale"):
+            return 1
+        factor = self.fields.get("rescale_factor", 1 / 255)
+        if type(factor) not in (int, float) or not isfinite(factor) or factor <= 0:
+            raise self.wrong("rescale_factor", "give a number above 0, by which 8-bit samples are multiplied")
+        return factor
 
     def _channels(self, name: str, default: Channels) -> Channels:
         value = self.fields.get(name, default)

@@ -54,7 +54,7 @@ class ImageTransform:
         if self.geometry == "squash":
             image = image.resize((self.size, self.size), Image.Resampling[self.interpolation.upper()])
         else:
-            image = self._cover(_without_extremes(image))
+            image = self._cover(image)
         pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
         pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -70,13 +70,19 @@ class ImageTransform:
         }
 
     def _cover(self, image: Image.Image) -> Image.Image:
-        """The short edge to S, and the middle of the long one."""
-        width, height = image.size
-        short = min(width, height)
-        width, height = (int(self.size * side / short) for side in (width, height))
-        image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        """The short edge to S, and the middle of the long one.
+
+        Of a picture over 16 times as long as it is wide only the middle is resized: the rest would only cost memory.
+        """
+        resample = Image.Resampling[self.interpolation.upper()]
+        width, height = (int(self.size * side / min(image.size)) for side in image.size)
         left, top = (width - self.size) // 2, (height - self.size) // 2
-        return image.crop((left, top, left + self.size, top + self.size))
+        right, bottom = left + self.size, top + self.size
+        if max(width, height) <= 16 * self.size:
+            return image.resize((width, height), resample).crop((left, top, right, bottom))
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, right * across, bottom * down)
+        return image.resize((self.size, self.size), resample, box=box)
 
     def _pad_to_square(self, image: Image.Image) -> Image.Image:
         if max(image.size) > LONGEST_SIDE:
@@ -108,16 +114,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         samples = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         image = Image.fromarray((samples >> 8).astype(np.uint8))
     return image.convert("RGB")
-
-
-def _without_extremes(image: Image.Image) -> Image.Image:
-    """The middle of a picture over 16 times as long as it is wide: the rest is cropped, and would only cost memory."""
-    width, height = image.size
-    longest = 16 * min(width, height)
-    if max(width, height) <= longest:
-        return image
-    if width > height:
-        left = (width - longest) // 2
-        return image.crop((left, 0, left + longest, height))
-    top = (height - longest) // 2
-    return image.crop((0, top, width, top + longest))

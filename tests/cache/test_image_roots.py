@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import gzip
 import multiprocessing
 import os
 import pickle
@@ -15,7 +16,7 @@ import traceback
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -23,7 +24,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from olavlm.cache import BadImage, DatasetError, ImageRoots
+from olavlm.cache import BadImage, DatasetError, ImageRoots, images
 from olavlm.cache.errors import printable
 from olavlm.cache.images import redacted
 
@@ -226,6 +227,106 @@ def test_a_file_that_no_memory_holds_is_unreadable(folder):
     with pytest.raises(BadImage, match=f"{2**43} bytes, limit {2**30}") as e:
         ImageRoots([str(folder)]).read("huge.jpg")
     assert e.value.reason == "unreadable"
+
+
+@pytest.mark.parametrize("kind", ["folder", "S3", "web", "copied web", "memory URL"])
+def test_a_file_over_the_limit_is_unreadable_behind_any_root(kind, behind, monkeypatch):
+    monkeypatch.setattr(images, "MAX_BYTES", 10)
+    root = behind(kind.removeprefix("copied "), {"most.jpg": b"x" * 10, "more.jpg": b"x" * 11, "empty.jpg": b""})
+    roots = ImageRoots([f"simplecache::{root}" if kind == "copied web" else root])
+    assert roots.read("most.jpg") == b"x" * 10
+    assert roots.read("empty.jpg") == b""
+    with pytest.raises(BadImage, match=r"more.jpg: unreadable \((at least )?11 bytes, limit 10\)"):
+        roots.read("more.jpg")
+
+
+class Odd(BaseHTTPRequestHandler):
+    """Bodies of 256 MiB whose length is not told, or told wrong; others that are packed, or cut off."""
+
+    protocol_version = "HTTP/1.1"
+    requests, sent = [], 0
+
+    def do_GET(self):
+        Odd.requests.append(self.path)
+        kind = Path(self.path).stem
+        packed = {"photo": gzip.compress(b"photo" * 1000), "bomb": gzip.compress(bytes(10**7))}
+        if kind in packed:
+            self.answer(200, "Content-Encoding: gzip", f"Content-Length: {len(packed[kind])}")
+            self.wfile.write(packed[kind])
+        elif kind == "short":
+            self.answer(200, "Content-Length: 100", "Connection: close")
+            self.wfile.write(b"short")
+        else:
+            status = {"gone": 404, "denied": 403}.get(kind, 200)
+            self.answer(status, "Content-Length: 1000000000000" if kind == "long" else "Transfer-Encoding: chunked")
+            self.stream(2**28, bytes(2**16))
+
+    def answer(self, status: int, *headers: str):
+        self.send_response(status)
+        for header in headers:
+            self.send_header(*header.split(": "))
+        self.end_headers()
+
+    def stream(self, size: int, chunk: bytes):
+        self.close_connection = True
+        try:
+            for _ in range(size // len(chunk)):
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+                Odd.sent += len(chunk)
+            self.wfile.write(b"0\r\n\r\n")
+        except ConnectionError:
+            pass
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    """URL of an odd web server."""
+    monkeypatch.setattr(Odd, "requests", [])
+    monkeypatch.setattr(Odd, "sent", 0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_body_that_is_too_long_is_not_read_to_its_end(odd, monkeypatch):
+    monkeypatch.setattr(images, "MAX_BYTES", 10**5)
+    roots = ImageRoots([f"{odd}/images"])  # whose page is as long
+    for image, why in {
+        "chunked.jpg": r"unreadable \(at least 1\d{5} bytes, limit 100000\)",
+        "long.jpg": r"unreadable \(at least 1000000000000 bytes, limit 100000\)",
+        "bomb.jpg": r"unreadable \(at least \d+ bytes, limit 100000\)",
+        "short.jpg": r"unreadable \(ClientPayloadError: ",
+        "denied.jpg": r"unreadable \(ClientResponseError: 403",
+        "gone.jpg": "missing",
+    }.items():
+        with pytest.raises(BadImage, match=f"{image}: {why}"):
+            roots.read(image)
+    with pytest.raises(DatasetError, match="cannot be opened"):
+        ImageRoots([f"{odd}/images.zip"])
+    assert Odd.sent < 2**26  # what was on its way on six connections
+
+
+def test_an_image_is_one_request(odd, behind, monkeypatch):
+    roots = ImageRoots([odd])
+    Odd.requests.clear()
+    for _ in range(3):
+        assert roots.read("photo.jpg") == b"photo" * 1000
+    assert Odd.requests == ["/photo.jpg"] * 3
+    roots = ImageRoots([behind("S3", {"a.jpg": b"a"})])
+    client, calls = type(fsspec.filesystem("s3")), []
+    call = client._call_s3
+
+    def counted(self, method, *args, **kwargs):
+        calls.append(method)
+        return call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(client, "_call_s3", counted)
+    assert roots.read("a.jpg") == b"a"
+    assert calls == ["get_object"]
 
 
 def test_links_that_lead_nowhere(folder):

@@ -87,6 +87,22 @@ def test_layers_are_the_models_own(backbone, tiny, pictures, tmp_path):
     torch.testing.assert_close(teacher.encode(pictures[:1]), expected, atol=1e-5, rtol=0)
 
 
+def test_layers_counted_from_the_end(tiny, teachers, tmp_path):
+    folder = with_backbone_config(tiny["depth"], tmp_path, out_indices=[-5, -4, -2, -1], out_features=None)
+    card = load_teacher("depth", model=folder, device="cpu").card
+    assert card.recipe["layers"] == [1, 2, 4, 5]
+    assert card.fingerprint() == teachers["depth"].card.fingerprint()
+
+
+def test_the_embeddings_are_no_layer(tiny, tmp_path):
+    folder = with_backbone_config(tiny["depth"], tmp_path, out_indices=[0, 2, 4, 6], out_features=None)
+    DepthAnythingForDepthEstimation.from_pretrained(folder)  # takes them
+    with pytest.raises(TeacherError, match=r"out_features \['stem', 'stage2', .*; take recipe last") as caught:
+        load_teacher("depth", model=folder, device="cpu")
+    assert "\n" not in str(caught.value)
+    assert load_teacher("depth", model=folder, recipe="last", device="cpu").card.recipe["layers"] == [5]
+
+
 @torch.no_grad()
 def test_autocast_is_nearer_to_float32_than_a_network_cast_whole(backbone, tiny, teachers, pictures):
     """The residual stream stays float32, which counts more the more blocks there are."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import OneFormerModel
+from transformers.models.oneformer.image_processing_pil_oneformer import OneFormerImageProcessorPil
 
 from olavlm.teachers import TeacherError, load_teacher
 from olavlm.teachers.preprocessor import Preprocessor
@@ -116,6 +117,24 @@ def test_the_folders_own_preprocessing_is_followed(seg_folder, backbone, picture
     assert teacher.card.mean == tuple(mean)
 
 
+@pytest.mark.parametrize("do_normalize", [True, False])
+@pytest.mark.parametrize("rescaling", [{"do_rescale": False}, {"rescale_factor": 1 / 127.5}])
+def test_pixels_of_another_range(rescaling, do_normalize, seg_folder, backbone, pictures):
+    fields = {"do_normalize": do_normalize, **rescaling}
+    (seg_folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    teacher = load_teacher("seg", model=seg_folder, device="cpu")
+    pixels = OneFormerImageProcessorPil(**fields)(squashed(pictures[:1]), return_tensors="pt")["pixel_values"].float()
+    expected = F.interpolate(last_map(backbone, pixels), (24, 24), mode="bilinear", align_corners=False).flatten(2).mT
+    torch.testing.assert_close(teacher.encode(pictures[:1]), expected, atol=1e-4, rtol=0)
+
+
+def test_the_usual_rescaling_changes_no_fingerprint(seg_folder, teachers):
+    fields = {"do_rescale": True, "rescale_factor": 0.00392156862745098}
+    (seg_folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    card = load_teacher("seg", model=seg_folder, device="cpu").card
+    assert card.fingerprint() == teachers["seg"].card.fingerprint()
+
+
 def test_a_processor_saved_by_transformers_5_is_followed(seg_folder, hub, tiny):
     """It has the image processor in the file of the whole processor, and no file of its own; from the hub, too."""
     (seg_folder / "preprocessor_config.json").unlink(missing_ok=True)
@@ -155,7 +174,7 @@ def test_a_size_that_is_no_square_is_refused():
 
 
 def test_null_counts_as_absent(seg_folder, teachers):
-    names = ("size", "max_size", "resample", "image_mean", "image_std", "do_resize", "do_normalize")
+    names = ("size", "max_size", "resample", "image_mean", "image_std", "do_resize", "do_normalize", "rescale_factor")
     (seg_folder / "preprocessor_config.json").write_text(json.dumps(dict.fromkeys(names)))
     card = load_teacher("seg", model=seg_folder, device="cpu").card
     assert card.fingerprint() == teachers["seg"].card.fingerprint()
@@ -181,6 +200,12 @@ def test_pixels_that_are_not_normalised(seg_folder):
         ("image_std", [0.5, 0.5, 0]),
         ("do_resize", "no"),
         ("do_normalize", 1),
+        ("do_rescale", 0),
+        ("rescale_factor", 0),
+        ("rescale_factor", -1 / 255),
+        ("rescale_factor", float("nan")),
+        ("rescale_factor", "1/255"),
+        ("rescale_factor", True),
     ],
 )
 def test_a_value_that_cannot_be_used_is_one_line(field, value, seg_folder):
