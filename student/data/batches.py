@@ -5,12 +5,14 @@ The loader is not handed to accelerate: which samples a rank sees is the sampler
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +30,7 @@ from olavlm.student.model import OlaVLM
 from olavlm.student.placement import Inserted, Placement, place
 from olavlm.student.text.conversation import IGNORE_INDEX, IMAGE_TOKEN, check_turns, encode
 from olavlm.student.vision.image_transform import ImageTransform
+from olavlm.teachers import TeacherError
 
 from .encoder_features import EncoderFeatures, Stored
 from .load_times import LoadTimes, clocked
@@ -112,12 +115,15 @@ class Collator:
     source: TargetSource | None
     features: EncoderFeatures | None = None  # read in place of the images
 
-    def __call__(self, indices: list[int]) -> MicroBatch | StudentError | CacheError:
+    def __call__(self, indices: list[int]) -> MicroBatch | StudentError | CacheError | TeacherError:
         """The micro-batch; or the error, to be raised by the training process: the loader would bury it in its own."""
         try:
             return self.collate(indices)
-        except (StudentError, CacheError) as e:
+        except (StudentError, CacheError, TeacherError) as e:
             return e
+        except OSError as e:
+            what = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e
+            return TrainingError(f"a loader could not read {what}; make it readable, then run the same command again")
 
     @classmethod
     def of(
@@ -144,7 +150,7 @@ class Collator:
         )
 
     def collate(self, indices: list[int]) -> MicroBatch:
-        """The micro-batch of these samples; raises StudentError and CacheError."""
+        """The micro-batch of these samples; raises StudentError, CacheError, TeacherError and OSError."""
         samples = [self.dataset[int(i)] for i in indices]
         images, times = [s.image for s in samples], {}
         with clocked(times, "text"):
@@ -253,6 +259,7 @@ class _Indices(torch.utils.data.Dataset):
         return index
 
 
+@contextmanager
 def batches(
     collator: Collator,
     sampler: GlobalBatchSampler,
@@ -263,35 +270,69 @@ def batches(
     accumulation: int,
     workers: int,
     pin_memory: bool,
-) -> Iterator[list[MicroBatch]]:
-    """For each step its micro-batches on this rank, loaded ahead by `workers` processes."""
+) -> Iterator[Iterator[list[MicroBatch]]]:
+    """Within, for each step its micro-batches on this rank, loaded ahead by `workers` processes, which end with it.
+
+    Bad images are masked and stop nothing. But where none of a step's can be read on this rank, and none of those
+    either that `check_images` tried at the start of the run, the roots are gone, and the step is not done.
+
+    Raises:
+        StudentError, CacheError, TeacherError: what a loader could not load.
+        TrainingError: within, a loader died, whatever the trainer was doing then; or the image roots are gone.
+    """
     order = [part.tolist() for step in steps for part in sampler.slices(step, rank, world_size, accumulation)]
-    options: dict[str, Any] = {"prefetch_factor": max(2, accumulation)} if workers else {}
-    loader = iter(
-        DataLoader(
-            _Indices(),
-            batch_sampler=order,
-            collate_fn=collator,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            **options,
+    options: dict[str, Any] = {}
+    if workers:
+        options["prefetch_factor"] = max(2, accumulation)
+        atexit.unregister(_kill_loaders)  # once is enough
+        atexit.register(_kill_loaders)
+    try:
+        loader = iter(
+            DataLoader(
+                _Indices(),
+                batch_sampler=order,
+                collate_fn=collator,
+                num_workers=workers,
+                pin_memory=pin_memory,
+                worker_init_fn=_leave_signals_to_the_trainer,
+                **options,
+            )
         )
-    )
-    for _ in steps:
         try:
-            loaded = [next(loader) for _ in range(accumulation)]
-        except RuntimeError as e:
-            if not str(e).startswith("DataLoader worker (pid"):
-                raise
-            raise TrainingError(
-                f"a loader process died ({str(e).splitlines()[0]}), perhaps for lack of memory: "
-                f"{shared_memory_remedy()}; then run the same command again"
-            ) from None
-        for part in loaded:
-            if isinstance(part, Exception):
-                raise part
-        yield loaded
+            yield (_checked([next(loader) for _ in range(accumulation)], collator) for _ in steps)
+        finally:
+            if workers:
+                loader._shutdown_workers()
+                for process in loader._workers:  # one that waits for a disk is still there
+                    process.kill()
+    except RuntimeError as e:  # of the library's handler of SIGCHLD, wherever the main thread was
+        if not str(e).startswith("DataLoader worker (pid"):
+            raise
+        raise TrainingError(
+            f"a loader process died ({str(e).splitlines()[0]}), perhaps for lack of memory: "
+            f"{shared_memory_remedy()}; then run the same command again"
+        ) from None
+
+
+def _checked(loaded: list[Any], collator: Collator) -> list[MicroBatch]:
+    for part in loaded:
+        if isinstance(part, Exception):
+            raise part
+    wanted = sum(image is not None for part in loaded for image in part.images)
+    if 0 < wanted == sum(len(part.bad_images) for part in loaded) and collator.features is None:
+        try:
+            check_images(collator.dataset, collator.roots)
+        except DatasetError as e:
+            raise TrainingError(f"the images are gone: {e}; then run the same command again") from None
+    return loaded
+
+
+def _kill_loaders() -> None:
+    """At exit, before multiprocessing sends its daemons SIGTERM, which loaders ignore, and waits for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the library's handler would raise an error for each
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>

@@ -60,16 +60,22 @@ def read_rows(
 
     Raises:
         MissingFeatures, CorruptFeatures: rows that are not committed, or damaged.
+        OSError: rows that cannot be read.
     """
     parts = {name: part.numpy() for name, part in into.items()}
     first = {name: part[: len(rows)] for name, part in parts.items()}
-    if not len(rows):
-        valid = np.zeros(0, bool)
-    elif group.layout.dtype == "int4":
-        stored, valid = group.read_stored(rows)
-        first["features"][:] = group.layout.codec.decode(stored)
-    else:
-        _, valid = group.read_stored(rows, out=first)
+    try:
+        if not len(rows):
+            valid = np.zeros(0, bool)
+        elif group.layout.dtype == "int4":
+            stored, valid = group.read_stored(rows)
+            first["features"][:] = group.layout.codec.decode(stored)
+        else:
+            _, valid = group.read_stored(rows, out=first)
+    except OSError as e:
+        if e.strerror and not e.filename:  # of a file that is open
+            e.filename = str(group.folder)
+        raise
     for part in parts.values():
         for row, place in reversed(list(enumerate(places))):  # none is written over before it was moved
             if row != place:

@@ -94,6 +94,7 @@ def probe_cosines(
             prediction or a target without a direction.
         TargetsError: a store that lacks features, or has those of other teachers.
         CacheError: the data cannot be read.
+        TrainingError: a loader that died, or images that are gone.
     """
     run = ProbeRun.load(folder)
     dataset, roots = Dataset(data.files).asking(TURNS), ImageRoots(data.images)
@@ -125,8 +126,8 @@ def probe_cosines(
         collator, sampler, range(len(sampler)), rank=0, world_size=1, accumulation=1, workers=workers,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
-    with torch.no_grad():
-        for (micro,) in loading:
+    with loading as loaded, torch.no_grad():
+        for (micro,) in loaded:
             batch = rows.on_device(micro, device)
             states, mask = model.states(bank.layers, **batch.inputs)
             here = slice(place, place + len(micro.ids))

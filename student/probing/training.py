@@ -37,7 +37,7 @@ from olavlm.student.errors import RecipeError, TrainingError
 from olavlm.student.losses.fused import smooth_l1_and_cosines
 from olavlm.student.model import OlaVLM
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.training.checkpoint import check_files, latest_step, load_trained, save_step, write_json
+from olavlm.student.training.checkpoint import check_files, latest_step, load_trained, save_step, write_json, writing
 from olavlm.student.training.identity import features_digest, start_digest
 from olavlm.student.training.metrics import open_trackers
 from olavlm.student.training.parallel import Replicated, launched_with, make_optimizer
@@ -74,7 +74,9 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
 
     Raises:
         StudentError, CacheError: what the user can mend, before the model is loaded where that is possible.
-        TrainingError: a loss that is not finite, or a stop by SIGINT or SIGTERM (after a checkpoint).
+        TrainingError: a loss that is not finite, a run folder that holds more steps than the settings, a loader that
+            died, images that are gone, a checkpoint that could not be written, or a stop by SIGINT or SIGTERM (after a
+            checkpoint).
     """
     if launched_with("FSDP") or launched_with("DEEPSPEED"):
         raise RecipeError("probes are whole on each process: launch without the settings of FSDP or DeepSpeed")
@@ -97,7 +99,10 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
         "samples": dataset.digest(),
         "features": features_digest(rows.cards),
     }
+    sampler = GlobalBatchSampler(np.ones(len(dataset), bool), settings.batch_size, settings.seed)
+    schedule = Schedule(settings, len(sampler))
     resumed_from, first_step = latest_step(run, identity)
+    schedule.check_not_passed(first_step, run, "--max-steps")
     bank = ProbeBank(tasks, layout["width"], settings.seed)
     if resumed_from is not None:
         check_files(resumed_from)
@@ -115,8 +120,6 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
     if resumed_from is not None:
         parallel.load_optimizer(resumed_from)
         accelerator.print(f"resumed from step {first_step}")
-    sampler = GlobalBatchSampler(np.ones(len(dataset), bool), settings.batch_size, settings.seed)
-    schedule = Schedule(settings, len(sampler))
     steps = range(first_step, schedule.total_steps)
     loading = batches(
         probe_collator(model, dataset, roots, rows),
@@ -130,12 +133,12 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
     )
     probe_step = ProbeStep(model, rows, parallel)
     trackers = open_trackers([], run, first_step, {}) if accelerator.is_main_process else []
-    with ExitStack() as leaving, stop_requests() as stop:
+    with ExitStack() as leaving, stop_requests() as stop, loading as loaded:
         for tracker in trackers:
             leaving.callback(tracker.close)
         for step in steps:
             began = time.perf_counter()
-            micro_batches = next(loading)
+            micro_batches = next(loaded)
             data_wait = time.perf_counter() - began
             for group in parallel.optimizer.param_groups:
                 group["lr"] = schedule.lr(step)
@@ -170,7 +173,8 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
             seed=settings.seed,
             steps=schedule.total_steps,
         )
-        result.save(run, bank)
+        with writing(f"the result in {run}", run):
+            result.save(run, bank)
     accelerator.wait_for_everyone()
     accelerator.print(f"probes finished: {run}")
     accelerator.free_memory()

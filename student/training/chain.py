@@ -53,7 +53,7 @@ def check_chain(recipes: Mapping[Stage, Recipe]) -> None:
 
 
 def is_finished(recipe: Recipe, stage: Stage) -> bool:
-    """Whether the run folder holds the result of all the recipe's steps.
+    """Whether the run folder holds the result of all the recipe's steps, and of no more.
 
     Raises:
         TrainingError: the folder holds a run of another recipe.
@@ -68,7 +68,7 @@ def is_finished(recipe: Recipe, stage: Stage) -> bool:
     global_batch = recipe.train.batch_size * recipe.train.accumulation * num_processes()
     dataset, _ = open_data(recipe)
     latest_step(run, run_identity(recipe, stage, global_batch, dataset))  # or it is another recipe's
-    return finished >= Schedule(recipe, math.ceil(len(dataset) / global_batch)).total_steps
+    return finished == Schedule(recipe, math.ceil(len(dataset) / global_batch)).total_steps
 
 
 def num_processes() -> int:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,29 +186,58 @@ def save_step(run: Path, step: int, parallel: Replicated, identity: Identity, ke
     """Write `checkpoints/step-...`, which appears whole or not at all, and remove all but the newest `keep`.
 
     Every process takes part; the main one writes.
+
+    Raises:
+        TrainingError: it could not be written; those before it stay.
     """
     folder = run / "checkpoints" / f"step-{step:06d}"
     private = folder.with_name(f".{folder.name}")
     writes, wait = parallel.accelerator.is_main_process, parallel.accelerator.wait_for_everyone
+    with writing(f"checkpoint {folder}", run, private):
+        if writes:
+            shutil.rmtree(private, ignore_errors=True)
+            private.mkdir(parents=True)
+        trained = parallel.trained()
+        if writes:
+            save_file({k: v.contiguous() for k, v in trained.items()}, private / "trained.safetensors")
+        del trained
+        wait()
+        parallel.save_optimizer(private)
+        wait()
+        if writes:
+            # DeepSpeed's are in a folder of theirs.
+            written = [file for file in sorted(private.rglob("*")) if file.is_file()]
+            files = {str(file.relative_to(private)): _checksum(file) for file in written}
+            write_json(private / "state.json", {"step": step, "identity": identity, "files": files})
+            shutil.rmtree(folder, ignore_errors=True)
+            private.rename(folder)
     if writes:
-        shutil.rmtree(private, ignore_errors=True)
-        private.mkdir(parents=True)
-    trained = parallel.trained()
-    if writes:
-        save_file({k: v.contiguous() for k, v in trained.items()}, private / "trained.safetensors")
-    del trained
-    wait()
-    parallel.save_optimizer(private)
-    wait()
-    if writes:
-        written = [file for file in sorted(private.rglob("*")) if file.is_file()]  # DeepSpeed's in a folder of theirs
-        files = {str(file.relative_to(private)): _checksum(file) for file in written}
-        write_json(private / "state.json", {"step": step, "identity": identity, "files": files})
-        shutil.rmtree(folder, ignore_errors=True)
-        private.rename(folder)
         for old in _checkpoints(run)[:-keep]:
             shutil.rmtree(old)
     wait()
+
+
+@contextmanager
+def writing(what: str, folder: Path, private: Path | None = None) -> Iterator[None]:
+    """Within, what is written into a folder; what was begun in `private` is removed if that fails.
+
+    Raises:
+        TrainingError: it could not be written; says how much room was left.
+    """
+    try:
+        yield
+    except Exception as e:
+        # On a full disk safetensors, tokenizers (an Exception with the system's words) and PyTorch raise their own.
+        words = ("(os error ", "inline_container")
+        if not isinstance(e, (OSError, SafetensorError)) and not any(word in str(e) for word in words):
+            raise
+        left = shutil.disk_usage(folder).free
+        if private is not None:
+            shutil.rmtree(private, ignore_errors=True)
+        raise TrainingError(
+            f"{what} could not be written ({str(e).splitlines()[0]}), with {left / 1e6:.0f} MB left there; make room, "
+            "then run the same command again to go on from the last checkpoint"
+        ) from None
 
 
 def latest_step(run: Path, identity: Identity) -> tuple[Path | None, int]:

@@ -65,6 +65,7 @@ from .checkpoint import (
     save_step,
     whole_model,
     write_json,
+    writing,
 )
 from .data_watch import DataWatch
 from .identity import Identity, features_digest, start_digest
@@ -95,8 +96,9 @@ def train(
 
     Raises:
         StudentError, CacheError: what the user can mend, before any model is loaded where that is possible.
-        TrainingError: a loss that is not finite, an embedding loss of exactly zero, or a stop by SIGINT or SIGTERM
-            (after a checkpoint, or the result).
+        TrainingError: a loss that is not finite, an embedding loss of exactly zero, a run folder that holds more steps
+            than the recipe, a loader that died, images that are gone, a checkpoint that could not be written, or a stop
+            by SIGINT or SIGTERM (after a checkpoint, or the result).
     """
     distil = recipe.distils(stage)
     reads_features = distil or recipe.fuses
@@ -150,19 +152,20 @@ def train(
     identity = run_identity(recipe, stage, global_batch, dataset)
     if source is not None:
         identity = {**identity, "features": features_digest(source.cards)}
+    sampler = make_sampler(
+        recipe, dataset, source, global_batch, image_tokens=model.inserted.added, packed=model.packed
+    )
+    schedule = Schedule(recipe, len(sampler))
     resumed_from, first_step = latest_step(run, identity)
     check_agreed(first_step, run, accelerator)
+    schedule.check_not_passed(first_step, run, "train.max_steps")
     if resumed_from is not None:
         check_files(resumed_from)
         load_trained(resumed_from, model)
     if accelerator.is_main_process:
         cards = {} if source is None else source.cards
         describe_run(run, recipe, stage, table, versions, accelerator.num_processes, model.packed, cards)
-    sampler = make_sampler(
-        recipe, dataset, source, global_batch, image_tokens=model.inserted.added, packed=model.packed
-    )
     collator = Collator.of(recipe, model, tokenizer, dataset, roots, source, features)
-    schedule = Schedule(recipe, len(sampler))
     parallel = spread(model, accelerator, recipe.train)
     optimizer = parallel.optimizer
     if resumed_from is not None:
@@ -192,12 +195,12 @@ def train(
     )
     watch = DataWatch(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     stopped_by = ""
-    with ExitStack() as leaving, stop_requests() as stop:
+    with ExitStack() as leaving, stop_requests() as stop, loading as loaded:
         for tracker in trackers:
             leaving.callback(tracker.close)
         for step in steps:
             waited = time.perf_counter()
-            micro_batches = next(loading)
+            micro_batches = next(loaded)
             data_wait = time.perf_counter() - waited
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr(step)
@@ -230,7 +233,8 @@ def train(
                 )
     parallel.gather()
     if accelerator.is_main_process:
-        save_result(run, recipe, stage, model, tokenizer)
+        with writing(f"the result in {run}", run):
+            save_result(run, recipe, stage, model, tokenizer)
         mark_finished(run, schedule.total_steps)
     accelerator.wait_for_everyone()  # the next stage, on another process, reads the result
     accelerator.print(f"{stage} finished: {run}")
@@ -261,6 +265,14 @@ class Schedule:
         self.horizon = by_epochs  # not of max_steps: a run resumed has the rates of one that never stopped
         self.warmup_steps = math.ceil(recipe.train.warmup * self.horizon)
         self.peak = recipe.train.lr
+
+    def check_not_passed(self, step: int, run: Path, setting: str) -> None:
+        """TrainingError if a run folder holds a later step than the last, which is put off by the setting."""
+        if step > self.total_steps:
+            raise TrainingError(
+                f"{run} holds step {step}, and this run ends at step {self.total_steps}: set {setting} to {step} or "
+                "more, or use another output folder"
+            )
 
     def lr(self, step: int) -> float:
         """Of a step, from 0. The first is not wasted at 0, the last is above it. Beyond the epochs it starts anew."""

@@ -99,6 +99,8 @@ def test_a_finished_stage_is_skipped_and_an_unfinished_one_goes_on(finished, rec
     assert {stage: (run / "metrics.jsonl").stat().st_mtime_ns for stage, run in finished.items()} == before
     train_chain(load_chain(recipe_file, ["--stages.ift.train.max_steps=3"]), {})
     assert ran == ["ift"]
+    train_chain(load_chain(recipe_file, ["--stages.ift.train.max_steps=1"]), {})
+    assert ran == ["ift"] * 2, "which is told there that the folder holds more"
     record = finished["vpt"] / "stage.json"
     whole = record.read_text()
     record.write_text(json.dumps({k: v for k, v in json.loads(whole).items() if k != "finished"}))

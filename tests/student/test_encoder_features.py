@@ -153,6 +153,10 @@ def test_a_quarantined_image_is_what_an_unreadable_one_is(recipe, encoder_store,
     _, ours = losses(recipe(**settings, **{"data.encoder_features": store, "train.output_dir": tmp_path / "b"}))
     assert ours[0]["bad_images"] == 1
     assert_near(ours, theirs, 1e-5)
+    (tmp_path / "none").mkdir()
+    alone = {"data.images": tmp_path / "none", "train.batch_size": 1, "train.max_steps": 10}
+    _, ours = losses(recipe(**alone, **{"data.encoder_features": store, "train.output_dir": tmp_path / "c"}))
+    assert sum(step["bad_images"] for step in ours) == 1, "alone in its batch it is no sign of images that are gone"
 
     rows = EncoderFeatures(recipe(**{"data.encoder_features": store}))
     good = FeatureStore(store).rows.image_of(5)

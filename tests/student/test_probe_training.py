@@ -118,6 +118,12 @@ def test_a_stop_changes_no_bit_and_neither_does_what_else_is_probed(settings, wh
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
+def test_a_run_of_more_steps_is_not_called_finished(settings, whole):
+    with pytest.raises(TrainingError, match=r"whole holds step 5, and this run ends at step 4: set --max-steps to 5"):
+        run(settings("whole", max_steps=4))
+    assert ProbeRun.load(whole[0]).steps == 5
+
+
 def test_forwards_of_fewer_images_give_the_same(settings, whole):
     _, metrics = run(settings("cut", micro_batch=1))
     for one, other in zip(told(metrics), told(whole[1]), strict=True):

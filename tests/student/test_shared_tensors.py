@@ -1,5 +1,6 @@
 """A micro-batch crosses from loader to trainer, and into pinned memory, as one buffer."""
 
+import multiprocessing
 import os
 import pickle
 import re
@@ -117,20 +118,21 @@ def test_tensors_of_several_buffers_are_copied_into_one():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_a_loader_writes_is_what_the_trainer_reads(workers):
-    steps, order = loading(collate, workers)
-    for (batch,), indices in zip(steps, order, strict=True):
-        assert_same(batch, collate(indices))
-        assert all(tensor.is_shared() == bool(workers) for tensor in tensors(batch).values())
-        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors(batch).values()}) == 1
+    loader, order = loading(collate, workers)
+    with loader as steps:
+        for (batch,), indices in zip(steps, order, strict=True):
+            assert_same(batch, collate(indices))
+            assert all(tensor.is_shared() == bool(workers) for tensor in tensors(batch).values())
+            assert len({tensor.untyped_storage().data_ptr() for tensor in tensors(batch).values()}) == 1
 
 
 def test_nothing_of_its_tensors_is_pickled_and_a_batch_takes_one_descriptor():
-    steps, _ = loading(collate)
-    first = next(steps)
-    assert len(ForkingPickler.dumps(first[0])) < 4096 < first[0].pixel_values.nbytes
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    held = list(steps)
-    assert len(list(Path("/proc/self/fd").iterdir())) - before <= len(held)
+    with loading(collate)[0] as steps:
+        first = next(steps)
+        assert len(ForkingPickler.dumps(first[0])) < 4096 < first[0].pixel_values.nbytes
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        held = list(steps)
+        assert len(list(Path("/proc/self/fd").iterdir())) - before <= len(held)
 
 
 def test_it_is_pinned_by_one_copy_as_the_loader_asks_for_it(monkeypatch):
@@ -174,9 +176,20 @@ class TestTrouble:
         """The trainer says what may be the reason, and no file stays in shared memory."""
         before = set(Path("/dev/shm").glob("torch_*"))
         steps, _ = loading(lambda indices: (collate(indices), os.kill(os.getpid(), number)))
-        with pytest.raises(TrainingError, match=r"a loader process died \(.*\), perhaps for lack of memory: .* MB"):
-            next(steps)
+        message = r"a loader process died \(.*\), perhaps for lack of memory: .* MB"
+        with pytest.raises(TrainingError, match=message), steps as loaded:
+            next(loaded)
         assert set(Path("/dev/shm").glob("torch_*")) <= before
+
+    def test_a_loader_that_waits_for_a_disk_does_not_outlive_the_batches(self, monkeypatch):
+        monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds that it is given to end
+        waits = multiprocessing.get_context("fork").Event()
+        steps, _ = loading(lambda indices: (waits.set(), signal.pause()))
+        with steps:
+            assert waits.wait(60)
+            (loader,) = multiprocessing.active_children()
+        loader.join(60)
+        assert loader.exitcode == -signal.SIGKILL
 
     def test_an_error_of_ours_is_not_called_a_death(self, monkeypatch):
         def wrong(*args, **options):
@@ -184,7 +197,7 @@ class TestTrouble:
             yield
 
         monkeypatch.setattr("olavlm.student.data.batches.DataLoader", wrong)
-        steps, _ = loading(collate)
-        with pytest.raises(RuntimeError, match="Caught") as error:
-            next(steps)
+        steps, _ = loading(collate, workers=0)
+        with pytest.raises(RuntimeError, match="Caught") as error, steps as loaded:
+            next(loaded)
         assert not isinstance(error.value, TrainingError)

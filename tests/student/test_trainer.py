@@ -279,6 +279,18 @@ def test_a_finished_run_is_not_trained_again(recipe):
     assert (folder / "adapter.safetensors").read_bytes() == before
 
 
+def test_a_run_of_more_steps_is_not_called_finished(recipe):
+    folder, _ = run(recipe(**{"train.max_steps": 3}))
+    before = {name: (folder / name).read_bytes() for name in ("stage.json", "recipe.yaml", "adapter.safetensors")}
+    with pytest.raises(TrainingError) as error:
+        run(recipe(**{"train.max_steps": 2}))
+    assert str(error.value) == (
+        f"{folder} holds step 3, and this run ends at step 2: set train.max_steps to 3 or more, or use another output "
+        "folder"
+    )
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
 def test_another_recipe_does_not_resume_a_run(recipe):
     run(recipe(**{"train.max_steps": 1}))
     for changed, keys in (
