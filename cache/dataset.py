@@ -114,7 +114,7 @@ def _read(file: Path) -> pa.Table:
             raise DatasetError(f"{file}: not a readable parquet file: {str(e).splitlines()[0]}") from None
     elif file.suffix in (".json", ".jsonl"):
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")  # with a byte order mark or without
         except (OSError, UnicodeDecodeError) as e:
             raise DatasetError(f"{file}: not readable as UTF-8 text: {e}") from None
         if file.suffix == ".json":

@@ -7,7 +7,9 @@ standard error; anything else is a bug and keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
+import io
 import os
 import platform
 import signal
@@ -24,6 +26,7 @@ from olavlm.cache import CacheError
 from olavlm.student.errors import RecipeError, StudentError
 from olavlm.teachers import TeacherError
 
+MAKE_ROOM = "make room where this command writes, then run it again"
 VERSIONED = ("olavlm", "torch", "transformers", "numpy", "pillow", "zarr", "ray", "accelerate")
 
 
@@ -46,6 +49,8 @@ def command(name: str) -> Callable[[Callable[[list[str] | None], int]], Callable
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
             before = {}
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="backslashreplace")  # of a name that the terminal cannot show
             if threading.current_thread() is threading.main_thread():  # a long job takes over with `stop_requests`
                 handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _stop}
                 before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -59,7 +64,11 @@ def command(name: str) -> Callable[[Callable[[list[str] | None], int]], Callable
                 if isinstance(e, BrokenPipeError):
                     os._exit(0)  # the reader of our output left; there is nobody to tell
                 what = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e
-                return _fail(name, what, 1)
+                return _fail(name, f"{what}; {MAKE_ROOM}" if e.errno in (errno.ENOSPC, errno.EDQUOT) else what, 1)
+            except Exception as e:  # those of safetensors and tokenizers are no OSErrors
+                if f"(os error {errno.ENOSPC})" not in str(e):
+                    raise
+                return _fail(name, f"{e}; {MAKE_ROOM}", 1)
             except KeyboardInterrupt as e:
                 return _fail(name, f"stopped by {str(e) or 'SIGINT'}", 1)
             finally:
@@ -165,6 +174,13 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def seed(text: str) -> int:
+    """A seed of PyTorch's and NumPy's generators, as the type of an argument."""
+    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**63 - 1")
+    return int(text)
 
 
 def quiet_models() -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from .cli import JobFailed, UsageError, command, positive, quiet_models
+from .cli import JobFailed, UsageError, command, positive, quiet_models, seed
 from .evaluation.tasks import TASKS, Task, task_named
 from .generate import add_teacher_argument, places_of
 
@@ -74,7 +74,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", metavar="N", type=positive, help="questions in one pass, or at once to an endpoint")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
-    p.add_argument("--seed", metavar="N", type=int, default=0, help="of what a model may draw; answers are greedy")
+    p.add_argument("--seed", metavar="N", type=seed, default=0, help="of what a model may draw; answers are greedy")
     add_teacher_argument(p)
     p.add_argument("--endpoint", metavar="URL", help="of a server that speaks OpenAI's API, such as vLLM's")
     p.add_argument(
@@ -145,7 +145,11 @@ def check_usage(args: argparse.Namespace) -> None:
         raise UsageError(f"--api-key-env {args.api_key_env}: the environment has no such variable")
     if args.endpoint and not args.endpoint.startswith(("http://", "https://")):
         raise UsageError(f"--endpoint {args.endpoint}: give a URL, such as http://localhost:8000/v1")
-    if args.endpoint and "@" in urlsplit(args.endpoint).netloc:
+    try:
+        place = urlsplit(args.endpoint or "").netloc
+    except ValueError as e:
+        raise UsageError(f"--endpoint {args.endpoint}: {e}") from None
+    if "@" in place:
         raise UsageError("--endpoint with a user or password in it, which eval.json would show; see --api-key-env")
     if args.endpoint and (args.dtype or args.teacher):
         raise UsageError("--dtype and --teacher are for a model that is loaded here; a server has chosen its own")

@@ -24,7 +24,7 @@ from PIL import Image
 
 from olavlm.cache import BadImage, decode_rgb
 
-from .cli import JobFailed, Progress, UsageError, command, quiet_models, versions
+from .cli import JobFailed, Progress, UsageError, command, quiet_models, seed, versions
 
 if TYPE_CHECKING:
     from olavlm.student.text.dialogue import Dialogue
@@ -57,7 +57,7 @@ def arguments() -> argparse.ArgumentParser:
         "--temperature", metavar="T", type=float, default=0.0, help="0, the default, is greedy; above it, sampled"
     )
     p.add_argument("--top-p", metavar="P", type=float, default=1.0, help="sample from this much of the probability")
-    p.add_argument("--seed", metavar="N", type=int, default=0, help="of sampling (%(default)s)")
+    p.add_argument("--seed", metavar="N", type=seed, default=0, help="of sampling (%(default)s)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return p
 
@@ -124,6 +124,10 @@ def check_usage(args: argparse.Namespace) -> None:
     places_of(args.teacher)
     if args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens is {args.max_new_tokens}: at least 1")
+    try:
+        (args.prompt or "").encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--prompt {args.prompt!r} is not UTF-8") from None
     of_folder = args.image is not None and args.image.is_dir()
     if of_folder and args.prompt is None:
         raise UsageError(f"--image {args.image} is a folder; add the --prompt to ask about each of its images")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from olavlm.student.probing.settings import RECIPES, ProbeData, ProbeSettings, default_key
 
-from .cli import JobFailed, Progress, UsageError, command, counted, positive, quiet_models, versions
+from .cli import JobFailed, Progress, UsageError, command, counted, positive, quiet_models, seed, versions
 from .downstream import command as downstream
 from .train import StepDisplay
 
@@ -91,7 +91,7 @@ def arguments() -> argparse.ArgumentParser:
     train.add_argument("--lr", type=float, metavar="X", default=defaults.lr, help="peak learning rate (%(default)s)")
     train.add_argument("--warmup", type=float, metavar="X", default=defaults.warmup,
                        help="part of the run with rising learning rate, then a cosine (%(default)s)")  # fmt: skip
-    train.add_argument("--seed", type=int, metavar="N", default=defaults.seed, help="of first weights and order")
+    train.add_argument("--seed", type=seed, metavar="N", default=defaults.seed, help="of first weights and order")
     train.add_argument("--workers", type=int, metavar="N", default=defaults.workers,
                        help="loader processes (%(default)s)")  # fmt: skip
     train.add_argument("--save-every", type=int, metavar="N", default=defaults.save_every,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from olavlm.teachers.tiny import make_tiny
 
-from .cli import command, quiet_models
+from .cli import command, quiet_models, seed
 
 
 @command("olavlm-tiny")
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: olavlm-tiny tiny",
     )
     p.add_argument("dir", metavar="DIR", type=Path)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     args = p.parse_args(argv)
     quiet_models()
     for name, folder in make_tiny(args.dir, seed=args.seed).items():

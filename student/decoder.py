@@ -77,6 +77,9 @@ def head_is_plain(llm: PreTrainedModel) -> bool:
 
     One forward, in which the output embeddings give known numbers of up to 100, so that a model which scales, caps or
     shifts its logits is found whatever its weights. False for a model without weights (on the meta device).
+
+    Raises:
+        ModelError: its states are not finite.
     """
     head = llm.get_output_embeddings()
     if head is None or llm.device.type == "meta":
@@ -99,6 +102,11 @@ def head_is_plain(llm: PreTrainedModel) -> bool:
     finally:
         handle.remove()
         llm.train(was_training)
+    if not states["last"].isfinite().all():
+        raise ModelError(
+            f"the language model's states are not finite in {llm.dtype}: its weights are damaged, or their training "
+            "diverged; take another checkpoint"
+        )
     return (
         "input" in seen
         and torch.equal(seen["input"], states["last"])

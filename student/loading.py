@@ -84,6 +84,8 @@ def why_not_loaded(path: str | Path, error: BaseException) -> str:
     if isinstance(error.__cause__, _NOT_ON_THE_HUB) and not gated and not Path(path).is_dir():
         return "it is neither a local folder nor reachable as a hub id; check the name and the network"
     first, _, rest = str(error).strip().partition("\n")
+    if "ignore_mismatched_sizes" in str(error):  # the library's advice is to its callers
+        return "its weights have other shapes than its config.json gives them; take both from one checkpoint"
     if first.rstrip().endswith(":"):
         first = shorten(f"{first} {rest}", 300)
     return first or type(error).__name__

@@ -235,7 +235,7 @@ class OlaVLM(Answering, PreTrainedModel):
         with load_errors(path, kwargs.get("attn_implementation")):
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         refuse_missing(path, info)
-        with suppress(OSError):  # without generation settings, those of the LLM's config stay
+        with load_errors(path), suppress(OSError):  # without generation settings, those of the LLM's config stay
             model.llm.generation_config = GenerationConfig.from_pretrained(path)
         with suppress(ModelError):  # a folder without one is a model all the same
             model.tokenizer = load_tokenizer(path)

@@ -9,6 +9,7 @@ Features never travel through Ray: what an actor is sent are row numbers, what i
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from olavlm.cache import ShardTask
 from olavlm.cache.files import is_local, location
-from olavlm.pipelines.cli import JobFailed
+from olavlm.pipelines.cli import JobFailed, Stopped
 from olavlm.student.training.signals import stop_requests
 
 from .blocks import Block
@@ -43,7 +44,7 @@ def run_tasks(job: Job, tasks: Sequence[ShardTask], tally: Tally) -> None:
     """
     try:
         connect(job.address)
-        with stop_requests() as stop:  # after ray.init, which sets handlers of its own
+        with stop_requests() as stop:
             crew = RayCrew(job)
             try:
                 Scheduler(crew, tasks, tally, workers=job.workers, stall=job.stall, stop=stop).run()
@@ -51,11 +52,13 @@ def run_tasks(job: Job, tasks: Sequence[ShardTask], tally: Tally) -> None:
                 crew.close()
                 tally.device, tally.hosts, tally.nodes = crew.device, sorted(crew.hosts), len(crew.nodes)
     finally:
-        ray.shutdown()  # actors do not outlive their driver
+        with stop_requests():  # all is done or dropped by now, and Ray sets handlers of its own here, too
+            ray.shutdown()  # actors do not outlive their driver
 
 
 def connect(address: str | None) -> None:
-    """To the cluster at `address`, or to a Ray of this machine that ends with this process."""
+    """To the cluster at `address`, or to a Ray of this machine that ends with this process. `Stopped` on SIGTERM."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's workers are of niceness 15 if nobody says otherwise: beside a training, or another command of the same
@@ -70,6 +73,11 @@ def connect(address: str | None) -> None:
             f"{where} cannot be used: {_one_line(e)}; give the --address of a running one (ray start --head), from one "
             "of its nodes (RAY_AUTH_MODE=token if it asks for Ray's token), or leave it out"
         ) from None
+    except SystemExit:  # of Ray's own handler of SIGTERM
+        raise Stopped("SIGTERM") from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def room_at(job: Job, device: str) -> list[Place]:
@@ -155,8 +163,11 @@ class RayCrew:
 
     def _open_places(self) -> list[Place]:
         if time.monotonic() - self._places_known >= NODES_SECONDS:
-            self._places, self._places_known = find_places(ray.nodes(), self._job, self.device), time.monotonic()
-            if not self._places:
+            nodes = ray.nodes()
+            self._places, self._places_known = find_places(nodes, self._job, self.device), time.monotonic()
+            if not any(node["Alive"] for node in nodes):
+                self.obstacle = "no node of Ray is alive: it died or was killed, perhaps for lack of memory"
+            elif not self._places:
                 needs = "a GPU" if self.device == "cuda" else "a CPU"
                 wanted = [f"--worker-{k} {v:g}" for k in ("gpus", "cpus") if (v := getattr(self._job, f"worker_{k}"))]
                 self.obstacle = f"no node has {needs} for it" + (f" with {' '.join(wanted)}" if wanted else "")

@@ -88,7 +88,7 @@ def find_places(nodes: Sequence[dict], job: Job, device: str) -> list[Place]:
 def _cpu_share(cpus: Sequence[float], workers: int) -> float:
     """The most CPUs, one at most, that so many workers on these nodes can each have."""
     shares = {_countable(c / n) for c in set(cpus) for n in range(1, workers + 1) if c}
-    enough = (s for s in shares if s <= 1 and sum(int(c / s) for c in cpus) >= workers)
+    enough = (s for s in shares if 0 < s <= 1 and sum(int(c / s) for c in cpus) >= workers)
     return 1.0 if sum(map(int, cpus)) >= workers else max(enough, default=1.0)
 
 

@@ -1,5 +1,6 @@
 """Dataset files to samples: three kinds of file, one answer; and for each kind of damage an error that names it."""
 
+import codecs
 import json
 
 import numpy as np
@@ -241,3 +242,11 @@ def test_each_image_once_under_one_conversation(tmp_path):
     (tmp_path / "words.json").write_text(json.dumps(samples[-1:]))
     with pytest.raises(DatasetError, match=r"words\.json: no sample has an image"):
         Dataset([tmp_path / "words.json"]).asking(turns)
+
+
+def test_a_byte_order_mark_is_no_part_of_it(tmp_path):
+    for kind in (".json", ".jsonl"):
+        file = write(tmp_path, kind, RECORDS)
+        whole = Dataset([file]).digest()
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+        assert Dataset([file]).digest() == whole

@@ -151,6 +151,30 @@ def test_stopped_by_sigterm_it_drops_what_is_in_flight_and_exits_1(words, tmp_pa
     assert not list((tmp_path / "store" / "seg" / "staging").iterdir())
 
 
+def test_stopped_by_sigterm_while_ray_starts(words, tmp_path):
+    """Ray has a handler of its own then, which would exit without a word."""
+    arguments = words("--shard-rows", 1, "--workers", 1, teachers=("seg",))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "olavlm.pipelines.extract", *arguments], stderr=subprocess.PIPE, text=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    def started() -> bool:
+        names = [Path(f"/proc/{child}/comm") for child in children.read_text().split()]
+        return any(name.exists() and name.read_text().startswith("gcs_server") for name in names)
+
+    while not started():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "stopped by SIGTERM" in errors
+    assert "Traceback" not in errors
+    (run,) = (tmp_path / "store" / "runs").glob("*.json")
+    assert json.loads(run.read_text())["outcome"] == "stopped by SIGTERM"
+
+
 def test_zip_gives_the_same_bytes_as_the_folder(words, sample_images, tmp_path, without_ray):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for file in sample_images.iterdir():

@@ -193,6 +193,7 @@ def test_a_dialogue_at_the_terminal(checkpoint, sample_images, capsys, monkeypat
         (["--prompt", "x", "--temperature", "1", "--top-p", "0"], "--top-p is 0.0: above 0 and at most 1"),
         (["--prompt", "x", "--top-p", "0.9"], "--top-p is for sampling; add --temperature"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0: at least 1"),
+        (["--prompt", "\udcff"], "--prompt '\\udcff' is not UTF-8"),
         (["--image", "."], "is a folder; add the --prompt"),
         (["--prompt", "x", "--output", "out.jsonl"], "--output is for the answers about a folder"),
     ],
@@ -202,6 +203,14 @@ def test_wrong_usage_is_status_2_and_one_line(words, message, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("seed", ["-1", "x", str(2**63)])
+def test_a_seed_that_is_none(seed, capsys):
+    with pytest.raises(SystemExit) as end:
+        generate.main(["runs/none", "--prompt", "x", "--seed", seed])
+    assert end.value.code == 2
+    assert f"argument --seed: {seed} is not a whole number from 0 to 2**63 - 1" in capsys.readouterr().err
 
 
 def test_an_empty_folder_is_a_failed_job(checkpoint, tmp_path, capsys):

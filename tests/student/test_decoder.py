@@ -49,6 +49,15 @@ def make(name):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def test_weights_that_are_not_finite_are_refused():
+    llm = make("phi3")
+    llm.get_output_embeddings().weight.data.fill_(float("nan"))  # which the states do not meet
+    assert head_is_plain(llm)
+    decoder_blocks(llm)[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"states are not finite in torch.float32: its weights are damaged"):
+        head_is_plain(llm)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_states_are_the_librarys_hidden_states(name):
     llm = make(name)

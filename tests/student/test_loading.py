@@ -1,5 +1,7 @@
 """Why a checkpoint cannot be loaded, in one line that says what to do."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +12,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     StrictDataclassError,
 )
+from transformers import AutoModelForCausalLM
 
 from olavlm.student.errors import ModelError, RecipeError
-from olavlm.student.loading import load_errors, read_config_fields, why_not_loaded
+from olavlm.student.loading import load_complete, load_errors, read_config_fields, why_not_loaded
 
 RESPONSE = SimpleNamespace(headers={}, request=None)
 
@@ -54,6 +57,16 @@ def test_a_missing_package_is_the_recipes_affair_only_where_attention_needs_one(
     for attention, kind in ((None, ModelError), ("sdpa", ModelError), ("flash_attention_2", RecipeError)):
         with pytest.raises(kind, match="package"), load_errors("x", attention):
             raise ImportError("the package is not installed.")
+
+
+def test_weights_of_other_shapes_than_the_config_says(tiny, tmp_path):
+    shutil.copytree(tiny["llm"], tmp_path / "llm")
+    file = tmp_path / "llm" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "intermediate_size": 2 * config["intermediate_size"]}))
+    with pytest.raises(ModelError, match=r"its weights have other shapes than its config\.json gives them") as error:
+        load_complete(AutoModelForCausalLM, tmp_path / "llm")
+    assert "ignore_mismatched_sizes" not in str(error.value)
 
 
 @pytest.mark.parametrize(

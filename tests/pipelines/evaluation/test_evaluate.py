@@ -286,6 +286,7 @@ def test_wrong_usage_is_status_2(run, ours, capsys, monkeypatch):
             "--api-key-env NO_KEY: the environment has no such variable",
         ),
         (["--tasks", "cv_bench", "--endpoint", "localhost:8000"], "give a URL, such as http://"),
+        (["--tasks", "cv_bench", "--endpoint", "http://["], "--endpoint http://[: Invalid IPv6 URL"),
         (["--tasks", "cv_bench", "--endpoint", "http://me:pw@x/v1"], "--endpoint with a user or password in it"),
         (["--tasks", "cv_bench", "--backend-args", "x"], "--backend-args x: write NAME=VALUE"),
         (["--tasks", "cv_bench", "--teacher", "depth"], "--teacher depth: give NAME=MODEL"),

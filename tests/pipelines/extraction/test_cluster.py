@@ -82,7 +82,13 @@ class TestPlaces:
 
     @pytest.mark.parametrize(
         ("cpus", "workers", "slots", "share"),
-        [([2.0], 2, [2], 1.0), ([2.0], 3, [3], 0.6666), ([2.0, 1.0], 4, [3, 1], 0.6666), ([1.0, 1.0], 1, [1, 1], 1.0)],
+        [
+            ([2.0], 2, [2], 1.0),
+            ([2.0], 3, [3], 0.6666),
+            ([2.0, 1.0], 4, [3, 1], 0.6666),
+            ([1.0, 1.0], 1, [1, 1], 1.0),
+            ([2.0], 20_001, [2], 1.0),
+        ],  # more than Ray can count
     )
     def test_more_cpu_workers_than_cpus_share_them(self, cpus, workers, slots, share):
         places = find_places([node(str(i), CPU=c) for i, c in enumerate(cpus)], self.job(workers=workers), "cpu")
