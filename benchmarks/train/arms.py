@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
@@ -78,7 +78,9 @@ class _Ready(BaseException):
         self.args, self.kwargs = args, kwargs
 
 
-def set_up(recipe: Recipe, source: OnlineTargets | None = None) -> tuple[OptimizerStep, Iterator[list[MicroBatch]]]:
+def set_up(
+    recipe: Recipe, source: OnlineTargets | None = None
+) -> tuple[OptimizerStep, AbstractContextManager[Iterator[list[MicroBatch]]]]:
     """What `train` calls in each step, and its data, from where it would begin with the first.
 
     Args:
@@ -161,6 +163,6 @@ def open_arm(
     if arm == ONE:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         source = one_at_a_time(online or OnlineTargets(recipe, device))
-    opened = OpenArm(*set_up(recipe, source))
-    with closing(opened.loading):
-        yield opened
+    step, loading = set_up(recipe, source)
+    with loading as loaded:
+        yield OpenArm(step, loaded)

@@ -30,7 +30,6 @@ from olavlm.student.model import OlaVLM
 from olavlm.student.placement import Inserted, Placement, place
 from olavlm.student.text.conversation import IGNORE_INDEX, IMAGE_TOKEN, check_turns, encode
 from olavlm.student.vision.image_transform import ImageTransform
-from olavlm.teachers import TeacherError
 
 from .encoder_features import EncoderFeatures, Stored
 from .load_times import LoadTimes, clocked
@@ -115,11 +114,11 @@ class Collator:
     source: TargetSource | None
     features: EncoderFeatures | None = None  # read in place of the images
 
-    def __call__(self, indices: list[int]) -> MicroBatch | StudentError | CacheError | TeacherError:
+    def __call__(self, indices: list[int]) -> MicroBatch | StudentError | CacheError:
         """The micro-batch; or the error, to be raised by the training process: the loader would bury it in its own."""
         try:
             return self.collate(indices)
-        except (StudentError, CacheError, TeacherError) as e:
+        except (StudentError, CacheError) as e:
             return e
         except OSError as e:
             what = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e
@@ -150,7 +149,7 @@ class Collator:
         )
 
     def collate(self, indices: list[int]) -> MicroBatch:
-        """The micro-batch of these samples; raises StudentError, CacheError, TeacherError and OSError."""
+        """The micro-batch of these samples; raises StudentError, CacheError and OSError."""
         samples = [self.dataset[int(i)] for i in indices]
         images, times = [s.image for s in samples], {}
         with clocked(times, "text"):
@@ -277,7 +276,7 @@ def batches(
     either that `check_images` tried at the start of the run, the roots are gone, and the step is not done.
 
     Raises:
-        StudentError, CacheError, TeacherError: what a loader could not load.
+        StudentError, CacheError: what a loader could not load.
         TrainingError: within, a loader died, whatever the trainer was doing then; or the image roots are gone.
     """
     order = [part.tolist() for step in steps for part in sampler.slices(step, rank, world_size, accumulation)]

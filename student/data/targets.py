@@ -113,6 +113,8 @@ class OnlineTargets:
         }
 
     def load(self, images: Sequence[str | None], out: Loaded | None = None) -> Loaded:
+        from olavlm.teachers import TeacherError
+
         loaded = allocate(self.shapes(len(images))) if out is None else out
         pictures = []
         for image in images:
@@ -122,7 +124,10 @@ class OnlineTargets:
                 pictures.append(None)
         for name, teacher in self.teachers.items():
             for row, picture in enumerate(pictures):
-                loaded[name]["pixels"].numpy()[row] = 0 if picture is None else teacher.prepare(picture)
+                try:
+                    loaded[name]["pixels"].numpy()[row] = 0 if picture is None else teacher.prepare(picture)
+                except TeacherError as e:
+                    raise TargetsError(str(e)) from None
                 loaded[name]["valid"][row] = picture is not None
         return loaded
 

@@ -13,10 +13,11 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from olavlm.cache import TeacherFeatures
-from olavlm.student.data.targets import OnlineTargets
-from olavlm.student.errors import TrainingError
+from olavlm.student.data import targets
+from olavlm.student.errors import TargetsError, TrainingError
 from olavlm.student.probing.scores import probe_cosines
 from olavlm.student.probing.settings import ProbeData, ProbeSettings
 from olavlm.student.probing.training import ProbeStep, train_probes
@@ -164,9 +165,16 @@ raise SystemExit(3)
         def refusing(*_):
             raise TeacherError("depth: not this picture")
 
-        monkeypatch.setattr(OnlineTargets, "load", refusing)
+        def load_teacher(*asked):
+            teacher = loaded(*asked)
+            blank = teacher.prepare(Image.new("RGB", (1, 1)))
+            monkeypatch.setattr(teacher, "prepare", lambda image: blank if image.size == (1, 1) else refusing())
+            return teacher
+
+        loaded = targets._load_teacher
+        monkeypatch.setattr(targets, "_load_teacher", load_teacher)
         made = {"targets.source": "online", "targets.store": store32, "data.workers": 1, "train.max_steps": 1}
-        with pytest.raises(TeacherError, match=r"^depth: not this picture$"):
+        with pytest.raises(TargetsError, match=r"^depth: not this picture$"):
             train(recipe(**made), "pt", {})
 
 
