@@ -35,7 +35,7 @@ from .encoder_features import EncoderFeatures, Stored
 from .load_times import LoadTimes, clocked
 from .sampler import GlobalBatchSampler
 from .shared_tensors import allocate, pack, shared_memory_remedy, unpack
-from .targets import CachedTargets, Loaded, TargetSource
+from .targets import CachedTargets, Loaded, OnlineTargets, TargetSource
 
 
 @dataclass
@@ -148,6 +148,11 @@ class Collator:
             features=features,
         )
 
+    @property
+    def reads_images(self) -> bool:
+        """For the base encoder, or for teachers in the loop."""
+        return self.features is None or isinstance(self.source, OnlineTargets)
+
     def collate(self, indices: list[int]) -> MicroBatch:
         """The micro-batch of these samples; raises StudentError, CacheError and OSError."""
         samples = [self.dataset[int(i)] for i in indices]
@@ -164,7 +169,7 @@ class Collator:
                 _, bad = self.features.load(images, room.get("encoder_features"))
         if self.source is not None:
             with clocked(times, "targets"):
-                self.source.load(images, room["targets"])
+                bad |= self.source.load(images, room["targets"])[1]
         room["complete"].copy_(torch.tensor([image is not None for image in images]) & placement.complete)
         micro = MicroBatch(
             **{"pixel_values": None, **room, "placement": replace(placement, **room["placement"])},
@@ -318,7 +323,7 @@ def _checked(loaded: list[Any], collator: Collator) -> list[MicroBatch]:
         if isinstance(part, Exception):
             raise part
     wanted = sum(image is not None for part in loaded for image in part.images)
-    if 0 < wanted == sum(len(part.bad_images) for part in loaded) and collator.features is None:
+    if 0 < wanted == sum(len(part.bad_images) for part in loaded) and collator.reads_images:
         try:
             check_images(collator.dataset, collator.roots)
         except DatasetError as e:

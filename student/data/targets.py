@@ -42,8 +42,11 @@ class TargetSource(Protocol):
         """Of what `load` fills for so many samples."""
         ...
 
-    def load(self, images: Sequence[str | None], out: Loaded | None = None) -> Loaded:
-        """The host half, for the images of a micro-batch; None is a sample without an image. Fills `out`, if given."""
+    def load(self, images: Sequence[str | None], out: Loaded | None = None) -> tuple[Loaded, dict[int, str]]:
+        """The host half, for the images of a micro-batch; None is a sample without an image. Fills `out`, if given.
+
+        Also gives, by row, why an image could not be read, if this source reads images.
+        """
         ...
 
     def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, Features], dict[str, torch.Tensor]]:
@@ -67,14 +70,14 @@ class CachedTargets:
         return {name: {**row_shapes(group, num_samples), "valid": ((num_samples,), torch.bool)}
                 for name, group in self.groups.items()}  # fmt: skip
 
-    def load(self, images: Sequence[str | None], out: Loaded | None = None) -> Loaded:
+    def load(self, images: Sequence[str | None], out: Loaded | None = None) -> tuple[Loaded, dict[int, str]]:
         loaded = allocate(self.shapes(len(images))) if out is None else out
         present = [i for i, image in enumerate(images) if image is not None]
         rows = rows_of(self.store, [images[i] for i in present])
         for name, group in self.groups.items():
             parts = {part: rows for part, rows in loaded[name].items() if part != "valid"}
             loaded[name]["valid"].zero_()[present] = torch.from_numpy(read_rows(group, rows, present, parts))
-        return loaded
+        return loaded, {}
 
     def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, Features], dict[str, torch.Tensor]]:
         targets, valid = {}, {}
@@ -112,16 +115,17 @@ class OnlineTargets:
             for name, blank in self._blanks.items()
         }
 
-    def load(self, images: Sequence[str | None], out: Loaded | None = None) -> Loaded:
+    def load(self, images: Sequence[str | None], out: Loaded | None = None) -> tuple[Loaded, dict[int, str]]:
         from olavlm.teachers import TeacherError
 
         loaded = allocate(self.shapes(len(images))) if out is None else out
-        pictures = []
-        for image in images:
+        pictures, bad = [], {}
+        for row, image in enumerate(images):
             try:
                 pictures.append(None if image is None else self.roots.open(image))
-            except BadImage:  # counted by the collator, which reads the same image
+            except BadImage as e:
                 pictures.append(None)
+                bad[row] = str(e)
         for name, teacher in self.teachers.items():
             for row, picture in enumerate(pictures):
                 try:
@@ -129,7 +133,7 @@ class OnlineTargets:
                 except TeacherError as e:
                     raise TargetsError(str(e)) from None
                 loaded[name]["valid"][row] = picture is not None
-        return loaded
+        return loaded, bad
 
     def finish(self, loaded: Loaded, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         targets, valid = {}, {}

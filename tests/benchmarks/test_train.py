@@ -96,7 +96,7 @@ def test_teachers_one_image_at_a_time_give_the_same_targets(module, recipe, stor
     settings = {"targets.source": "online", "targets.store": store32, "data.images": tmp_path / "images"}
     online = OnlineTargets(recipe(**settings), cpu)
     one = module("train.arms").one_at_a_time(online)
-    batched, alone = (source.finish(source.load(images), cpu) for source in (online, one))
+    batched, alone = (source.finish(source.load(images)[0], cpu) for source in (online, one))
     assert list(batched[0]) == list(alone[0])
     for name, targets in batched[0].items():
         torch.testing.assert_close(alone[0][name], targets, atol=1e-4, rtol=1e-4)

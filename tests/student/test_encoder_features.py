@@ -28,7 +28,7 @@ from olavlm.student.data.encoder_features import (
     store_key,
     tower_digest,
 )
-from olavlm.student.errors import ModelError, RecipeError, SampleError
+from olavlm.student.errors import ModelError, RecipeError, SampleError, TrainingError
 from olavlm.student.training.memory import BatchShape, estimate_memory
 from olavlm.student.training.metrics import read_metrics
 from olavlm.student.training.trainer import train
@@ -103,6 +103,32 @@ def test_pt_has_the_same_losses_and_sees_no_image(recipe, encoder_store, tmp_pat
     assert trained.keys() == expected.keys()
     if dtype == "float32":
         torch.testing.assert_close(trained, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lost", ["some", "all"])
+def test_images_that_teachers_in_the_loop_cannot_read_count_as_bad(
+    recipe, encoder_store, store32, pt_json, sample_images, tmp_path, lost
+):
+    """Nobody else reads them. All of them gone is no run whose losses are zero to its end."""
+    images = shutil.copytree(sample_images, tmp_path / "images")
+    settings = {"data.encoder_features": encoder_store(), "data.images": images, "targets.source": "online"}
+    made = recipe(**settings, **{"targets.store": store32, "train.max_steps": 3})
+
+    def lose(step, *_):
+        if step == 1 and lost == "all":
+            images.rename(tmp_path / "elsewhere")
+        elif step == 1:
+            for sample in json.loads(pt_json.read_text())[::2]:
+                (images / sample["image"]).write_bytes(b"")
+
+    if lost == "all":
+        with pytest.raises(TrainingError, match="the images are gone: none of 10 images tried can be read"):
+            train(made, "pt", {}, lose)
+        assert len(read_metrics(tmp_path / "pt" / "metrics.jsonl")) == 1
+    else:
+        steps = read_metrics(train(made, "pt", {}, lose) / "metrics.jsonl")
+        assert len(steps) == 3
+        assert steps[0]["bad_images"] == 0 < sum(step["bad_images"] for step in steps)
 
 
 def test_control_without_features_images_are_opened(recipe, blind):
@@ -224,11 +250,12 @@ class TestRefused:
         assert all(part in str(error.value) for part in parts), str(error.value)
         return str(error.value)
 
-    def test_the_right_one_is_not(self, recipe, encoder_store, pt_json, ift_json):
-        for stage, store, data in (("pt", encoder_store(), pt_json), ("ift", encoder_store("pad"), pt_json)):
-            check_encoder_features(recipe(stage, **{"data.encoder_features": store}), Dataset([data]), stage)
-        reference = encoder_store("reference")
-        check_encoder_features(recipe(**{"data.encoder_features": reference}), Dataset([pt_json]), "pt")
+    @pytest.mark.parametrize(("stage", "geometry"), [("pt", "square"), ("ift", "pad"), ("pt", "reference")])
+    def test_features_of_this_stage_are_given(self, recipe, encoder_store, pt_json, stage, geometry):
+        made = recipe(stage, **{"data.encoder_features": encoder_store(geometry)})
+        group = check_encoder_features(made, Dataset([pt_json]), stage)
+        assert group.key == "base"
+        assert group.missing_rows().tolist() == []
 
     def test_another_geometry_or_layer(self, recipe, encoder_store, pt_json):
         store = encoder_store()

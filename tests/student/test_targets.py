@@ -29,7 +29,7 @@ def test_a_batch_with_and_without_images(recipe, small_store):
     source = CachedTargets(recipe(**{"targets.store": small_store}))
     store = FeatureStore(small_store)
     images = [store.rows.image_of(7), None, store.rows.image_of(2)]
-    loaded = source.load(images)
+    loaded, _ = source.load(images)
     targets, valid = source.finish(loaded, torch.device("cpu"))
     for name in ("gen", "depth", "seg"):
         assert valid[name].tolist() == [True, False, True]
