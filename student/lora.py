@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from olavlm.student.config import LoraConfig
 from olavlm.student.errors import RecipeError
+from olavlm.student.tensor_files import save_tensors
 
 if TYPE_CHECKING:
     import peft
@@ -67,10 +67,10 @@ def save_lora(llm: PreTrainedModel, folder: Path) -> None:
     """Writes the updates and their settings in peft's format."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
-        _PEFT_PREFIX + name.replace(f".{ADAPTER_NAME}.", "."): parameter.detach().cpu().contiguous()
+        _PEFT_PREFIX + name.replace(f".{ADAPTER_NAME}.", "."): parameter.detach().cpu()
         for name, parameter in lora_parameters(llm).items()
     }
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(weights, folder / WEIGHTS)
     config: peft.LoraConfig = llm.peft_config[ADAPTER_NAME]
     config.save_pretrained(str(folder))
 

@@ -52,6 +52,7 @@ from olavlm.student.packing import packed_inputs, prepare_packing
 from olavlm.student.placement import Inserted, PaddingSide, Placement, place
 from olavlm.student.predictor import EmbeddingPredictor
 from olavlm.student.projector import as_input_of, make_projector, num_image_tokens
+from olavlm.student.tensor_files import share_weights
 from olavlm.student.text.conversation import (
     IMAGE_TOKEN,
     load_tokenizer,
@@ -267,6 +268,7 @@ class OlaVLM(Answering, PreTrainedModel):
             super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
         finally:
             self.config.with_predictors = kept
+        share_weights(save_directory)
         self.llm.generation_config.save_pretrained(save_directory)
         self.config.image_transform.save(save_directory)
         if (tokenizer := tokenizer or self.tokenizer) is not None:

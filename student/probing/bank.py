@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from olavlm.student.errors import ModelError
 from olavlm.student.predictor import EmbeddingPredictor
 from olavlm.student.projector import as_input_of
+from olavlm.student.tensor_files import load_tensors, save_tensors
 from olavlm.student.tokens import TaskSpec
 from olavlm.student.training.checkpoint import write_json
 
@@ -114,8 +113,7 @@ class ProbeRun:
 
     def save(self, folder: Path, bank: ProbeBank) -> None:
         """Write both files, `probes.json` last."""
-        weights = {name: p.detach().cpu().contiguous() for name, p in bank.named_parameters()}
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors({name: p.detach().cpu() for name, p in bank.named_parameters()}, folder / WEIGHTS)
         content = asdict(self) | {"tasks": [task.to_dict() for task in self.tasks]}
         write_json(folder / CONFIG, {"format": 1, **content})
 
@@ -138,8 +136,9 @@ class ProbeRun:
     def bank(self, folder: Path) -> ProbeBank:
         """The probes of the folder; ModelError if they are damaged or do not fit."""
         bank = ProbeBank(self.tasks, self.layout["width"])
+        weights = load_tensors(folder / WEIGHTS)
         try:
-            bank.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, SafetensorError, RuntimeError) as e:
+            bank.load_state_dict(weights)
+        except RuntimeError as e:
             raise ModelError(f"{folder / WEIGHTS} is damaged: {str(e).splitlines()[0]}") from None
         return bank.eval()

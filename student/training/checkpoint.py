@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from google_crc32c import extend as extend_crc32c
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +30,7 @@ from olavlm.student.errors import ModelError, TrainingError
 from olavlm.student.extension import extend
 from olavlm.student.model import OlaVLM
 from olavlm.student.stages import ADAPTER
+from olavlm.student.tensor_files import load_tensors, save_tensors
 from olavlm.student.text.conversation import load_tokenizer
 from olavlm.student.tokens import TaskSpec
 
@@ -73,7 +73,7 @@ class Adapter:
             base = OlaVLM.from_pretrained(self.whole, **{k: v for k, v in options.items() if v is not None})
             model = extend(base, self.tasks, with_predictors=with_predictors, **arguments)
             model.tokenizer = tokenizer
-        weights = _load(self.folder / ADAPTER_WEIGHTS)
+        weights = load_tensors(self.folder / ADAPTER_WEIGHTS)
         if not with_predictors:
             weights = {k: v for k, v in weights.items() if k.partition(".")[0] not in ("predictors", "logit_scales")}
         own = {k for k in model.state_dict() if k.partition(".")[0] in ADAPTER}
@@ -100,9 +100,9 @@ def save_adapter(
     whole: str | None = None,
 ) -> None:
     """Write PT's result: adapter weights, how to build the model around them, and the tokenizer."""
-    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k.partition(".")[0] in ADAPTER}
+    weights = {k: v for k, v in model.state_dict().items() if k.partition(".")[0] in ADAPTER}
     tokenizer.save_pretrained(folder)
-    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_tensors(weights, folder / ADAPTER_WEIGHTS)
     content = {
         "format": 1,
         "llm": llm,
@@ -136,7 +136,7 @@ def copy_adapter(run: Path, folder: Path) -> Adapter:
         ModelError: there is none, or it is damaged.
     """
     adapter = read_adapter(run)
-    weights = _load(run / ADAPTER_WEIGHTS)
+    weights = load_tensors(run / ADAPTER_WEIGHTS)
     if stray := [name for name in weights if name.partition(".")[0] not in ADAPTER]:
         raise ModelError(f"{run / ADAPTER_WEIGHTS} holds {stray[0]!r}, which is no part of an adapter")
     load_tokenizer(str(run)).save_pretrained(folder)
@@ -199,7 +199,7 @@ def save_step(run: Path, step: int, parallel: Replicated, identity: Identity, ke
             private.mkdir(parents=True)
         trained = parallel.trained()
         if writes:
-            save_file({k: v.contiguous() for k, v in trained.items()}, private / "trained.safetensors")
+            save_tensors(trained, private / "trained.safetensors")
         del trained
         wait()
         parallel.save_optimizer(private)
@@ -302,22 +302,13 @@ def _checksum(file: Path) -> tuple[int, int]:
 
 def load_trained(folder: Path, model: nn.Module) -> None:
     """Put a checkpoint's parameters into a model that is whole, bit for bit."""
-    weights = _load(folder / "trained.safetensors")
+    weights = load_tensors(folder / "trained.safetensors")
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if set(weights) != set(own):
         raise TrainingError(f"checkpoint {folder} holds other parameters than those that train")
     with torch.no_grad():
         for name, value in weights.items():
             own[name].copy_(value)
-
-
-def _load(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise ModelError(f"{file} does not exist") from None
-    except (SafetensorError, OSError) as e:
-        raise ModelError(f"{file} is damaged: {e}") from None
 
 
 def write_json(file: Path, content: object) -> None:

@@ -1,0 +1,60 @@
+"""Weights as safetensors files, which everybody may read who may read the files beside them.
+
+safetensors 0.8 writes a file that is its owner's alone (mode 0600), whatever the umask, and with it every
+`save_pretrained`: a colleague could neither start from such a run nor serve it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from olavlm.student.errors import ModelError
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write them, made contiguous, to a file that is as readable as others.
+
+    Raises:
+        OSError, SafetensorError: it could not be written.
+    """
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    file.chmod(_mode_of_new_files(file.parent))
+
+
+def share_weights(folder: str | Path) -> None:
+    """Make weights that a `save_pretrained` wrote into a local folder as readable as others."""
+    for file in Path(folder).glob("*.safetensors"):
+        file.chmod(_mode_of_new_files(file.parent))
+
+
+def load_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """What a file holds, on the CPU.
+
+    Raises:
+        ModelError: it is not there, may not be read, or is damaged.
+    """
+    try:
+        with file.open("rb"):  # safetensors says of a file that may not be read that it is not there
+            pass
+        return load_file(file)
+    except FileNotFoundError:
+        raise ModelError(f"{file} does not exist") from None
+    except PermissionError:
+        raise ModelError(f"{file} may not be read by this user; have its owner make it readable") from None
+    except (SafetensorError, OSError) as e:
+        raise ModelError(f"{file} is damaged: {e}") from None
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """By the umask, and whatever else the folder has a say in."""
+    probe = folder / ".mode"
+    probe.touch()
+    try:
+        return probe.stat().st_mode & 0o777
+    finally:
+        probe.unlink()
