@@ -254,7 +254,7 @@ class StoreBuilder:
         if not _is_key(key) or not (files.exists(folder / "zarr.json") or self._is_left_over(key)):
             keys = FeatureStore(self.path).teachers
             raise StoreError(f"{self.path} has no features '{key}' to drop; it has {', '.join(keys) or 'none'}")
-        busy = [shard for shard, lease in leased(folder / "leases").items() if is_live(lease)]
+        busy = [shard for shard, lease in leased(folder / "leases").items() if is_live(lease, files.clock)]
         if busy:
             raise StoreError(f"{folder} is being written (shard {busy[0]}); stop that extraction first")
         # Where not all vanishes at once: first the records, that no shard comes back to life in a group made anew.

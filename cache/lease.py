@@ -97,7 +97,7 @@ def acquire_lease(folder: Location, shard: int) -> Lease:
             if holder is None:
                 continue  # released in between
             try:
-                if not _is_dead(top, holder):
+                if not _is_dead(top, holder, files.clock):
                     raise LeaseHeld(f"shard lease {top} is held by process {holder.get('pid')} on {holder.get('host')}")
             except FileNotFoundError:
                 continue  # released, or taken over, in between
@@ -128,11 +128,12 @@ def leased(folder: Location) -> dict[int, Location]:
     return {shard: folder / f"{shard:06d}.{generation}" for shard, generation in found}
 
 
-def is_live(file: Location) -> bool:
-    """Whether a living writer holds the lease."""
+def is_live(file: Location, clock: Callable[[Location], float] = lambda folder: time.time()) -> bool:
+    """Whether a living writer holds the lease. By this host's clock: who only reads may not be able to ask the store's,
+    `files.clock`, which those who remove anything for it have to go by."""
     try:
         holder = _read(file)
-        return bool(holder) and not _is_dead(file, holder, lambda folder: time.time())  # a reader may not write
+        return bool(holder) and not _is_dead(file, holder, clock)
     except FileNotFoundError:
         return False
 
@@ -154,7 +155,7 @@ def _read(file: Location) -> dict | None:
     return holder if isinstance(holder, dict) else {}
 
 
-def _is_dead(file: Location, holder: dict, clock: Callable[[Location], float] = files.clock) -> bool:
+def _is_dead(file: Location, holder: dict, clock: Callable[[Location], float]) -> bool:
     if not holder:  # damaged: published whole, so nobody is writing it
         return True
     running = is_running(holder)
@@ -168,11 +169,13 @@ def this_process() -> dict[str, object]:
 
 
 def is_running(process: dict) -> bool | None:
-    """Whether the process that `this_process` told of runs; None where that cannot be looked up, as on another host."""
+    """Whether the process that `this_process` told of runs; None where that cannot be looked up, as on another host, or
+    of another user whose processes are hidden (`hidepid`)."""
     here = process.get("host") == socket.gethostname() and process.get("boot") == _boot_id()
     if not here or process.get("started") is None:
         return None
-    return _process_start(process.get("pid")) == process["started"]
+    started = _process_start(pid := process.get("pid"))
+    return None if started is None and _is_hidden(pid) else started == process["started"]
 
 
 def _process_start(pid: int) -> str | None:
@@ -182,6 +185,19 @@ def _process_start(pid: int) -> str | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether there is such a process, of which this user is told no more."""
+    if os.access(f"/proc/{pid}/stat", os.R_OK):
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, TypeError, OverflowError):
+        return False
+    return True
 
 
 def _boot_id() -> str:

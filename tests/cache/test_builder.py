@@ -1,8 +1,10 @@
 """Making a store: what is refused with the difference, what --replace drops, and which shards are still to do."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -251,6 +253,20 @@ def test_drop_refuses_while_a_writer_lives_and_not_for_a_dead_one(small, start):
     store.builder.drop("depth")
     assert FeatureStore(store.path).teachers == []
     assert not (store.path / "depth").exists()
+
+
+def test_drop_goes_by_the_store_s_clock(small, monkeypatch):
+    """On a host whose clock is an hour ahead, writers of other hosts are no less alive."""
+    store, real = small().fill(limit=4), time.time
+    with store.writer().begin(1, (4, 8), store.task(1).segment):
+        (file,) = (store.path / "depth" / "leases").iterdir()
+        file.write_text(json.dumps({**json.loads(file.read_text()), "host": "another"}))
+        monkeypatch.setattr(time, "time", lambda: real() + 3600)
+        with pytest.raises(StoreError, match=r"is being written \(shard 1\)"):
+            store.builder.drop("depth")
+        os.utime(file, (real() - 3600, real() - 3600))
+        store.builder.drop("depth")  # the control
+    assert FeatureStore(store.path).teachers == []
 
 
 @pytest.mark.parametrize("key", ["seg", "../other", "plan", "", "."])

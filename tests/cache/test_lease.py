@@ -177,8 +177,30 @@ def test_time_is_the_store_s_not_this_host_s(folder, file, monkeypatch):
         acquire_lease(folder, SHARD)
     assert names(folder) == ["000003.0"]  # what the store's clock was read from is gone
     monkeypatch.setattr(files, "clock", lambda folder: real() + 3600)
-    monkeypatch.setattr(lease._is_dead, "__defaults__", (files.clock,))
     acquire_lease(folder, SHARD).check()  # the control: by a clock an hour ahead it is dead
+
+
+def test_a_holder_that_is_hidden_from_this_user_is_not_dead(folder, file, monkeypatch):
+    """Another user's, where `/proc` is mounted with `hidepid`: only its age can tell."""
+    acquire_lease(folder, SHARD)
+
+    def denied(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(lease, "_process_start", lambda pid: None)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", denied)
+        assert is_live(file)
+        with pytest.raises(LeaseHeld):
+            acquire_lease(folder, SHARD)
+        age(file, LEASE_SECONDS + 1)
+        assert not is_live(file)
+    age(file, 0)
+    monkeypatch.setattr(lease, "_process_start", lambda pid: "1" if pid == os.getpid() else None)
+    rewrite(file, pid=2**22 + 1)  # the control: more than a pid can be
+    assert not is_live(file)
+    acquire_lease(folder, SHARD).check()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b'"x"', b"\xff\xfe", b"{}", b'{"host": 1}'])
