@@ -170,11 +170,12 @@ def started_in(folder: Path, recorded: str) -> Path | None:
 
 
 def reachable_root(spec: str, base: Path | None) -> str | None:
-    """A recorded image root `[PREFIX=]LOCATION` as it can be reached, from here or from `base`; None if it is gone."""
+    """A recorded image root `[PREFIX=]LOCATION` as it can be reached, from `base` or else from here, where a folder of
+    the same name may hold other images; None if it is gone."""
     prefix, eq, location = spec.partition("=")
     if not eq or "://" in prefix or os.path.exists(spec):  # noqa: PTH110 - a long URL is no error here
         prefix, eq, location = "", "", spec
-    candidates = [location] if base is None else [location, str(base / location)]
+    candidates = [location] if base is None else [str(base / location), location]
     for candidate in candidates:
         try:
             ImageRoots([candidate])

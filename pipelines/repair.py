@@ -7,6 +7,7 @@ that is sound, and is told where it is not.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from olavlm.cache import (
     pending,
 )
 from olavlm.cache.preview import recorded_roots
+from olavlm.cache.records import Record
 from olavlm.teachers.base import resolve_device
 
 from .cli import JobFailed, Stopped, counted
@@ -105,6 +107,7 @@ def _extract(
     roots, keys = image_roots(store, args.images), list(dict.fromkeys(task.key for task in tasks))
     if not args.images:
         _refuse_without_roots(store, groups, tasks, roots)
+        _refuse_other_images(groups, tasks, roots)
     device, specs, batches = str(resolve_device(args.device)), [], set()
     for key in keys:
         load_again(store[key], args)
@@ -168,6 +171,44 @@ def _refuse_without_roots(
                     ) from None
 
 
+def _refuse_other_images(
+    groups: dict[str, TeacherFeatures], tasks: list[ShardTask], roots: ImageRoots, tries: int = 16
+) -> None:
+    """JobFailed if of some images that can be read none has the bytes that were extracted: another data set lies where
+    the roots on record were."""
+    known = (
+        (group.plan.image_of(row), sha256)
+        for task in tasks
+        if (record := _record(group := groups[task.key], task.shard)) is not None
+        for row, sha256 in zip(range(*record.rows), record.images_sha256, strict=True)
+        if sha256 is not None
+    )
+    others = []
+    for image, sha256 in known:
+        try:
+            same = hashlib.sha256(roots.read(image)).hexdigest() == sha256
+        except BadImage:
+            continue
+        if same:
+            return
+        others.append(image)
+        if len(others) == tries:
+            break
+    if others:
+        raise JobFailed(
+            f"under {', '.join(roots.specs)} lie other images than those that were extracted: none of {len(others)} is "
+            f"the one on record, the first {others[0]}; name all roots with --images, also if these are meant"
+        )
+
+
+def _record(group: TeacherFeatures, shard: int) -> Record | None:
+    """The one that counts; None if it is damaged."""
+    try:
+        return group.record(shard)
+    except CorruptFeatures:
+        return None
+
+
 def _may_hold(spec: str, image: str) -> bool:
     prefix, eq, _ = spec.partition("=")
     return not eq or "://" in prefix or image.startswith(prefix.strip("/") + "/")
@@ -189,10 +230,7 @@ def _tasks(group: TeacherFeatures, shards: set[int]) -> list[ShardTask]:
     """Where a shard's record is whole, it says which rows there were; else all that the plan has."""
     tasks, unknown = [], set()
     for shard in sorted(shards):
-        try:
-            record = group.record(shard)
-        except CorruptFeatures:
-            record = None
+        record = _record(group, shard)
         if record is None:
             unknown.add(shard)
         else:

@@ -32,7 +32,7 @@ from olavlm.cache.lease import is_live, leased
 from olavlm.cache.shard import COMPRESSIONS
 from olavlm.cache.verify import open_teachers, shards_to_verify
 
-from .cli import JobFailed, Progress, UsageError, command
+from .cli import JobFailed, Progress, UsageError, command, counted
 from .extraction.record import Running, record_copy, running_extractions
 from .failed_rows import SHOWN, failed_rows, named
 
@@ -240,7 +240,11 @@ def verify_store(args: argparse.Namespace) -> Answer:
     if args.live:
         from .reextract import compare_live
 
-        live, wrong = compare_live(store, args)
+        try:
+            live, wrong = compare_live(store, args)
+        except Exception:  # what was found already took hours, perhaps
+            print("\n".join(_named(findings)), file=sys.stderr, end="\n" if findings else "")
+            raise
         value["live"] = live
         findings += wrong
         lines += [
@@ -252,8 +256,16 @@ def verify_store(args: argparse.Namespace) -> Answer:
     what = "records and sizes" if args.fast else "every checksum"
     lines = [f"{key}: {n['shards']} shards, {n['rows']} rows, {what}" for key, n in checked.items()] + lines
     lines += _named(findings)
-    lines.append(f"{len(findings)} findings; olavlm-cache repair {args.store} does them again" if findings else "sound")
+    lines.append(f"{counted(len(findings), 'finding')}{_remedy(findings, args.store)}" if findings else "sound")
     return value, "\n".join(lines), not findings
+
+
+def _remedy(findings: list[Finding], store: str) -> str:
+    """What mends those that something mends; of what `--live` finds a person has to say which side is wrong."""
+    if any(f.shard is not None and f.kind != "live" for f in findings):
+        return f"; olavlm-cache repair {store} extracts these shards again"
+    keys = sorted({f.key for f in findings if f.shard is None})
+    return f"; restore these files from a copy, or drop {', '.join(keys)} and extract it anew" if keys else ""
 
 
 def find_damage(store: FeatureStore, keys: list[str] | None, *, fast: bool) -> tuple[list[Finding], dict]:

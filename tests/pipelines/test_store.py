@@ -192,6 +192,25 @@ class TestVerify:
         assert main([str(w) for w in [*words, "--model", f"gen={tiny['gen']}"]]) == 0
 
 
+def test_what_was_found_is_told_though_the_teachers_cannot_be_run(store, capsys):
+    flip(store / "depth" / "features" / "c" / "0" / "0" / "0")
+    assert main(["verify", str(store), "--live", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "depth shard 0: row: " in said
+    assert "give --images" in said
+
+
+def test_verify_names_the_remedy_that_there_is(store, capsys):
+    (store / "seg" / "zarr.json").write_bytes(b"{")
+    assert main(["verify", str(store)]) == 1
+    assert capsys.readouterr().out.endswith(
+        "1 finding; restore these files from a copy, or drop seg and extract it anew\n"
+    )
+    flip(store / "depth" / "features" / "c" / "0" / "0" / "0")
+    assert main(["verify", str(store)]) == 1
+    assert "; olavlm-cache repair" in capsys.readouterr().out
+
+
 def test_repair_does_again_exactly_what_is_broken(store, sample_images, answer, capsys, without_ray):
     before = shard_files(store)
     untouched = store / "depth" / "commits" / "000001.0.json"
@@ -303,6 +322,32 @@ def test_repair_wants_every_image_root_on_record_that_it_needs(
     assert record["images"] == [str(tmp_path / "b"), str(tmp_path / "a")]  # for the next repair
     (tmp_path / "away").rename(tmp_path / "a")
     assert answer("repair", store, "--workers", 1)[0] == 0
+    assert shard_files(store) == before
+
+
+def test_repair_extracts_no_other_data_set_that_lies_where_the_roots_were(
+    store, sample_images, tmp_path, answer, capsys, without_ray
+):
+    """Relative roots on record, and another project's `images` in the working directory."""
+    images, before = shutil.copytree(sample_images, tmp_path / "images"), shard_files(store)
+    record_run(store, "20250101T000000Z-1", [images])
+    flip(store / "depth" / "features" / "c" / "0" / "0" / "0")
+    damaged, plan = shard_files(store), FeatureStore(store).rows
+    kept = {row: (images / plan.image_of(row)).read_bytes() for row in range(10)}
+    for row in kept:
+        (images / plan.image_of(row)).write_bytes(kept[9 - row])
+    assert main(["repair", str(store), "--workers", "1"]) == 1
+    assert f"under {images} lie other images than those that were extracted" in capsys.readouterr().err
+    assert shard_files(store) == damaged
+    (images / plan.image_of(3)).write_bytes(kept[3])  # one that is the same: the others have changed since
+    assert answer("repair", store, "--workers", 1)[1]["repaired"] == {"depth": [0]}
+    assert shard_files(store) != before
+    for row, content in kept.items():
+        (images / plan.image_of(row)).write_bytes(content)
+    flip(store / "depth" / "features" / "c" / "0" / "0" / "0")
+    for row in (0, 1, 2):  # which were extracted from other images now, and are meant to be these
+        (images / plan.image_of(row)).write_bytes(kept[row])
+    assert answer("repair", store, "--images", images, "--workers", 1)[0] == 0
     assert shard_files(store) == before
 
 
