@@ -116,10 +116,22 @@ class StoreBuilder:
     def adopt_plan(self, plan: Plan) -> None:
         """Give a store whose plan is the beginning of this one the segments that it lacks; else do nothing.
 
-        Another builder may be first with any of them.
+        Another builder may be first with any of them. StoreError for a teacher, or one that is damaged, into whose
+        shards they would not fit.
         """
         hashes, there = [s.hash for s in plan.segments], [s.hash for s in self.plan().segments]
         if hashes[: len(there)] == there:
+            if len(hashes) > len(there):
+                groups, damage = self._groups(self.plan())
+                if damage is not None:
+                    raise damage
+                for group in groups:
+                    rows = group.layout.shard_rows
+                    if off := [s.start for s in plan.segments if s.start % rows]:
+                        raise StoreError(
+                            f"{group.folder} has shards of {rows} rows, and images were added to the other plan at row "
+                            f"{off[0]}, within one; use a new store"
+                        )
             for number, segment in enumerate(plan.segments[len(there) :], len(there)):
                 with contextlib.suppress(FileExistsError):
                     segment.write(self.path / "plan" / segment_name(number))

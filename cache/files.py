@@ -18,6 +18,7 @@ import errno
 import inspect
 import os
 import random
+import re
 import secrets
 import shutil
 import time
@@ -37,6 +38,7 @@ Location: TypeAlias = "Path | UPath"
 UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EISDIR)
 """Errors of a name whose content is lost: a sector that its disk cannot give back, a folder in a file's place."""
 _LARGEST_PUT = 5 * 2**30  # bytes that S3 takes in one request
+_PRIVATE = re.compile(r"\..+\.[0-9a-f]{16}")
 _TRIES = 5  # of a conditional PUT that the server could not decide
 
 
@@ -326,16 +328,27 @@ def remove(file: Location) -> None:
         _ask(_remote(file).rm_file, file.path)
 
 
+def is_private(name: str) -> bool:
+    """Whether it is the name that a writer gives to what nobody else is to see, and not a dotfile of the user's."""
+    return _PRIVATE.fullmatch(name) is not None
+
+
 def remove_tree(folder: Location, first: Callable[[str], object] | None = None) -> None:
     """With all below it, if it is there.
 
-    On a file system it vanishes at once, by a rename; on an object store object by object, in the order of `first`.
+    On a file system it vanishes at once, by a rename; on an object store object by object, in the order of `first`. Of
+    a link to a folder, the link goes and all that is in the folder.
     """
     if is_local(folder):
         dropped = folder.parent / f".dropped.{folder.name.lstrip('.')}.{secrets.token_hex(8)}"
         with contextlib.suppress(FileNotFoundError):
             folder.rename(dropped)
-            shutil.rmtree(dropped)
+            if not dropped.is_symlink():
+                shutil.rmtree(dropped)
+                return
+            for child in dropped.iterdir() if dropped.is_dir() else ():
+                shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+            dropped.unlink()
         return
     client = _remote(folder)
     for name in sorted(_ask(client.find, folder.path), key=first or str):  # not `rm`, which takes a name for a pattern

@@ -68,7 +68,7 @@ def _folders(store: FeatureStore) -> list[Location]:
 
 def _private_files(folder: Location, now: float, older_than: float, dry_run: bool) -> Iterator[Garbage]:
     for name, stamp in files.listing(folder, ".").items():
-        if _old(folder / name, now, older_than):
+        if files.is_private(name) and _old(folder / name, now, older_than):
             yield Garbage("private file", str(folder / name), stamp.size)
             if not dry_run:
                 files.remove(folder / name)

@@ -97,7 +97,7 @@ class LocalCache:
         try:
             if self._unseen + size > (1 - _KEPT) * self.max_bytes / _WRITERS:
                 self._make_room(size)
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 written = os.pwrite(descriptor, content, start)
             finally:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from .builder import StoreBuilder
 from .codec import CODECS
 from .commit import ShardWriter
@@ -29,7 +31,7 @@ class Transfer:
     held: int = 0
     """by another writer, which is at work on them"""
     damaged: list[str] = field(default_factory=list)
-    """What is wrong with shards that could not be copied."""
+    """What is wrong with shards, or rows, that could not be copied."""
     quarantined: list[dict] = field(default_factory=list)
     """Rows that are valid in the source and cannot be in the target: row, image, reason and detail of each."""
 
@@ -39,30 +41,51 @@ OnShard = Callable[[str, int], None]
 
 
 def copy_shard(
-    source: TeacherFeatures, record: Record, writer: ShardWriter, supersedes: Record | None, *, unite: bool = False
+    source: TeacherFeatures,
+    record: Record,
+    writer: ShardWriter,
+    supersedes: Record | None,
+    *,
+    unite: bool = False,
+    on_damage: Callable[[str], None] = lambda said: None,
 ) -> bool:
     """Commit the source's shard of `record` through `writer`; False if another has committed it meanwhile.
 
     Rows of the same storage dtype are copied as they are stored, others are decoded and encoded. To `unite` is to let
-    a row that is not valid in the source stay what it is. Raises `CorruptFeatures` if the source is damaged, or what
-    should stay, `LeaseHeld` and `LeaseLost`, and `StoreError` if the source was replaced meanwhile.
+    a row that is not valid in the source, or damaged there, stay what it is; `on_damage` hears of those that stay
+    quarantined for it. Raises `CorruptFeatures` if the source is damaged where nothing stays, or in all that it has
+    more, or if what should stay is damaged; `LeaseHeld` and `LeaseLost`; and `StoreError` if the source was replaced
+    meanwhile.
     """
     as_stored = source.layout.dtype == writer.layout.dtype
     vouched = writer.vouched_rows(record.shard, record.segment) if unite else []
     stays = vouched[0].record if vouched else None
     rows = record.rows[0], max(record.rows[1], stays.rows[1] if stays else 0)
+    if stays is not None:
+        _refuse_without_gain(source, record, stays)
+
+    def take(row: int) -> dict[str, np.ndarray] | np.ndarray | None:
+        """As it is to be appended; None if it is damaged and something stays."""
+        try:
+            return source.read_stored([row])[0] if as_stored else source[row]
+        except CorruptFeatures as e:
+            if stays is None or row >= stays.rows[1]:
+                raise
+            if not _is_valid(stays, row):
+                on_damage(str(e))
+            return None
+
     with writer.begin(record.shard, rows, record.segment) as shard:
         standing = shard.standing
         if standing is not None and (supersedes is None or standing.revision != supersedes.revision):
             return False
         for row in range(*rows):
-            if _is_valid(record, row):
+            if (there := take(row) if _is_valid(record, row) else None) is not None:
                 sha256 = record.images_sha256[row - rows[0]]
                 if as_stored:
-                    parts, _ = source.read_stored([row])
-                    shard.append_stored({name: part[0] for name, part in parts.items()}, image_sha256=sha256)
+                    shard.append_stored({name: part[0] for name, part in there.items()}, image_sha256=sha256)
                 else:
-                    shard.append(source[row], image_sha256=sha256)
+                    shard.append(there, image_sha256=sha256)
             elif unite and (found := shard.carry_over(row)) is not None:
                 shard.append_stored(found[0], image_sha256=found[1])
             elif stays and _is_valid(stays, row):
@@ -77,6 +100,20 @@ def copy_shard(
     return True
 
 
+def _refuse_without_gain(source: TeacherFeatures, record: Record, stays: Record) -> None:
+    """CorruptFeatures if the rows that are valid in the source and not among those that stay are all damaged."""
+    damage = None
+    for row in range(*record.rows):
+        if _is_valid(record, row) and not _is_valid(stays, row):
+            try:
+                source.read_stored([row])
+                return
+            except CorruptFeatures as e:
+                damage = damage or e
+    if damage is not None:
+        raise damage
+
+
 def _is_valid(record: Record, row: int) -> bool:
     return row < record.rows[1] and record.reasons[row - record.rows[0]] is None
 
@@ -84,8 +121,8 @@ def _is_valid(record: Record, row: int) -> bool:
 def merge(target: str, sources: Sequence[str], on_shard: OnShard = lambda key, rows: None) -> list[Transfer]:
     """Copy into `target` every row that it lacks and one of `sources` has; it is made if it is not there.
 
-    All must have the same plan, or the target's is the beginning of it, and a teacher the same card and layout, or
-    `StoreError` says what differs. Where two have a shard, the target's stands unless the other has valid rows that it
+    All must have the same plan, or the beginning of one plan, and a teacher the same card and layout, or `StoreError`
+    says what differs. Where two have a shard, the target's stands unless the other has valid rows that it
     has not, or more rows: then the shard is written anew, with every row that is valid in either.
     """
     builder, opened = StoreBuilder(target), [FeatureStore(s) for s in sources]
@@ -151,10 +188,11 @@ def convert(
 
 
 def _same_plan(builder: StoreBuilder, source: FeatureStore) -> None:
-    """Give a new store, or one that has the beginning of it, the source's plan; StoreError if it has another."""
+    """Give a new store, or one that has the beginning of it, the source's plan; StoreError if neither plan is the
+    beginning of the other, or the target's teachers cannot take it."""
     builder.adopt_plan(source.rows)
     plan = builder.plan()
-    if plan.hash != source.rows.hash:
+    if [s.hash for s in plan.segments[: len(source.rows.segments)]] != [s.hash for s in source.rows.segments]:
         raise StoreError(
             f"{source.path} has another plan than {builder.path}: {_plan_words(source.rows)} there, "
             f"{_plan_words(plan)} here; extract both from the same --data, in the same order"
@@ -183,7 +221,7 @@ def _copy_all(
                 continue
             if there is not None and not better(there, here):
                 done.already_there += 1
-            elif copy_shard(source, here, writer, there, unite=unite):
+            elif copy_shard(source, here, writer, there, unite=unite, on_damage=done.damaged.append):
                 done.copied += 1
             else:
                 done.already_there += 1

@@ -358,7 +358,9 @@ def merge_stores(args: argparse.Namespace) -> Answer:
     for key, group in store.items():
         lines.append(f"{key}: {group.coverage()}")
         lines += named(key, list(failed_rows(group).values()))
-    lost = any(t.held or t.damaged for t in done) and not all(g.coverage().complete for g in store.values())
+    coverage = {key: group.coverage() for key, group in store.items()}
+    wanting = {key for key, covered in coverage.items() if covered.valid < covered.images}
+    lost = any((t.held or t.damaged) and t.key in wanting for t in done)
     return value, "\n".join(lines + _left(done)), not lost
 
 

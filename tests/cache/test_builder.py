@@ -269,6 +269,22 @@ def test_drop_goes_by_the_store_s_clock(small, monkeypatch):
     assert FeatureStore(store.path).teachers == []
 
 
+def test_drop_of_a_teacher_on_another_disk(small, tmp_path):
+    """A link in its place: it and what the folder holds go, and the store can have the teacher again."""
+    store = small().fill()
+    elsewhere = tmp_path / "elsewhere"
+    (store.path / "depth").rename(elsewhere)
+    (store.path / "depth").symlink_to(elsewhere)
+    (elsewhere / "features" / "link").symlink_to(tmp_path)
+    assert FeatureStore(store.path)["depth"].coverage().complete
+    store.builder.drop("depth")
+    assert FeatureStore(store.path).teachers == []
+    assert list(elsewhere.iterdir()) == []
+    assert list(store.path.glob("*depth*")) == list(store.path.glob(".*depth*")) == []
+    store.builder.ensure_teacher("depth", store.card, dtype="float16")
+    assert FeatureStore(store.path).teachers == ["depth"]
+
+
 @pytest.mark.parametrize("key", ["seg", "../other", "plan", "", "."])
 def test_drop_of_what_is_no_teacher_touches_nothing(small, tmp_path, key):
     store = small().fill()

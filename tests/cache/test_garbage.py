@@ -49,6 +49,8 @@ def test_left_overs_of_killed_writers(small, start):
     (store.path / "mine").mkdir()
     (store.path / "mine" / "zarr.json").write_bytes(b"{}")  # a user's own
     good["mine/zarr.json"] = b"{}"
+    for name in (".gitignore", ".dvcignore", "depth/.README.md"):
+        (store.path / name).write_bytes(good.setdefault(name, b"a user's own"))
 
     expected = removed(store, dry_run=True)
     assert len(everything(store)) == len(good) + 10  # a dry run removes nothing

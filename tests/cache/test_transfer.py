@@ -1,6 +1,7 @@
 """Merging and converting: what arrives is what was there, and what differs is refused."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from olavlm.cache import FeatureStore, StoreError, convert, merge, pending, verify
@@ -168,6 +169,49 @@ def test_damage_in_a_source_is_not_passed_on(small):
     assert sorted(store.records()) == [0]
     assert list(verify(store.group)) == []
     assert store.staged() == []
+
+
+def test_a_row_that_one_has_damaged_does_not_keep_the_others_of_its_shard_away(small):
+    """Rows 0 to 3: quarantined is 1 in the target, and 2 too; the source has 0 and 2 damaged."""
+    store, other = small("a", rows=4).fill({1: "missing", 2: "missing"}), small("b", rows=4).fill()
+    data = bytearray(other.shard_file(0).read_bytes())
+    for row in (0, 2):
+        data[row * (other.features[0].nbytes + 4) + 7] ^= 1  # each with its checksum
+    other.shard_file(0).write_bytes(data)
+    (done,) = merge(str(store.path), [str(other.path)])
+    assert done.copied == 1
+    assert [said.partition(" (")[0].rpartition(": ")[2] for said in done.damaged] == ["row 2"]
+    values, valid = store.group.read(range(4))
+    assert valid.tolist() == [True, True, False, True]
+    np.testing.assert_array_equal(values[valid], store.features[valid])
+    written = store.shards()
+    (done,) = merge(str(store.path), [str(other.path)])  # which has nothing more to offer
+    assert (done.copied, len(done.damaged)) == (0, 1)
+    assert store.shards() == written
+
+
+def test_stores_of_which_one_s_plan_is_the_beginning_of_the_other_s(small):
+    """In any order, and again."""
+    part, whole, new = small("part", rows=4).fill(), small("whole", rows=4), small("new", rows=0)
+    more = pa.array(["more.jpg"], pa.large_string())
+    whole.builder.extend_plan(pa.concat_arrays([whole.builder.plan().segments[0].images, more]))
+    for _ in range(2):
+        merge(str(new.path), [str(part.path), str(whole.path)])
+    assert new.builder.plan().hash == whole.builder.plan().hash != part.builder.plan().hash
+    np.testing.assert_array_equal(FeatureStore(new.path)["depth"].read(range(4))[0], part.features)
+
+
+def test_a_plan_that_grew_within_a_shard_of_the_target_is_refused(small):
+    store, other = small("a", rows=6, shard_rows=5), small("b", rows=6, shard_rows=4)
+    images = other.builder.plan().segments[0].images
+    other.builder.extend_plan(pa.concat_arrays([images, pa.array(["more.jpg"], pa.large_string())]))
+    plan = store.builder.plan().hash
+    with pytest.raises(
+        StoreError, match=r"has shards of 5 rows, and images were added to the other plan at row 4096, "
+    ):
+        merge(str(store.path), [str(other.path)])
+    assert store.builder.plan().hash == plan
+    assert pending(store.group)  # it is whole
 
 
 def test_a_shard_that_another_is_writing_is_told_and_left_alone(small):

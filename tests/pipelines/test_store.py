@@ -48,13 +48,16 @@ def flip(file, at: int = 100) -> None:
 
 
 def commit_anew(folder, key: str, shard: int, change) -> None:
-    """Replace a shard by other features, with all its checksums right."""
+    """Replace a shard by other features, or with `change` None by rows in quarantine, with all its checksums right."""
     group = FeatureStore(folder)[key]
     record, rows = group.record(shard), list(range(*group.record(shard).rows))
     values, _ = group.read(rows)
     with StoreBuilder(folder).writer(group).begin(shard, record.rows, record.segment) as new:
         for row, sha256 in zip(rows, record.images_sha256, strict=True):
-            new.append(change(values[row - rows[0]]), image_sha256=sha256)
+            if change is None:
+                new.append(None, image_sha256=sha256, reason="missing")
+            else:
+                new.append(change(values[row - rows[0]]), image_sha256=sha256)
         new.commit()
 
 
@@ -444,7 +447,7 @@ def test_merge_gc_and_drop(store, tmp_path, answer, capsys):
     (record,) = (json.loads(file.read_text()) for file in (tmp_path / "new" / "runs").glob("*.json"))
     assert (record["arguments"]["command"], record["arguments"]["sources"]) == ("merge", [str(store)])
     assert shard_files(tmp_path / "new") == shard_files(store)
-    (tmp_path / "new" / "depth" / "commits" / ".000000.0.json.abc").write_bytes(b"half")
+    (tmp_path / "new" / "depth" / "commits" / ".000000.0.json.0123456789abcdef").write_bytes(b"half")
     _, value = answer("gc", tmp_path / "new", "--older-than", 0, "--dry-run")
     assert [(i["what"], i["bytes"]) for i in value["items"]] == [("private file", 4)]
     _, value = answer("gc", tmp_path / "new", "--older-than", 0)
@@ -456,6 +459,17 @@ def test_merge_gc_and_drop(store, tmp_path, answer, capsys):
         assert main(["drop", str(tmp_path / "new"), *words]) == 2
     assert main(["drop", str(tmp_path / "new"), "seg"]) == 1
     assert "it has depth, gen" in capsys.readouterr().err
+
+
+def test_a_merge_that_leaves_wanted_rows_behind_ends_with_1(store, tmp_path, answer):
+    shutil.copytree(store, tmp_path / "new")
+    damaged = shutil.copytree(store, tmp_path / "damaged")
+    flip(damaged / "depth" / "features" / "c" / "0" / "0" / "0")
+    assert answer("merge", tmp_path / "new", damaged)[0] == 0  # what is damaged there is here
+    commit_anew(tmp_path / "new", "depth", 0, None)
+    status, value = answer("merge", tmp_path / "new", damaged)  # and now it is quarantined
+    assert (status, [len(t["damaged"]) for t in value["transfers"] if t["key"] == "depth"]) == (1, [1])
+    assert answer("merge", tmp_path / "new", store)[0] == 0
 
 
 @pytest.mark.parametrize("command", ["status", "info", "verify", "repair", "gc"])
