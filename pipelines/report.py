@@ -19,6 +19,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -100,14 +101,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def read_folders(folders: Sequence[Path], shared: Path) -> tuple[list[Run], list[Evaluation]]:
     """The runs, under names beneath the folder that they share, and the scores in and beside them."""
-    runs, files = [], []
+    runs, evaluations = [], []
     for folder in folders:
         if (folder / SCORES).is_file():
-            files.append(folder / SCORES)
-        else:
-            runs.append(read_run(folder, str(folder.relative_to(shared)) if len(folders) > 1 else folder.name))
-            files.append(folder / EVAL / SCORES)
-    return runs, joined(read_scores(file) for file in files if file.is_file())
+            evaluations.append(read_scores(folder / SCORES))
+            continue
+        run = read_run(folder, str(folder.relative_to(shared)) if len(folders) > 1 else folder.name)
+        if (file := folder / EVAL / SCORES).is_file():
+            try:
+                evaluations.append(read_scores(file))
+            except JobFailed as e:  # the run was asked for, and not these
+                run = replace(run, odd_files=[str(e)])
+        runs.append(run)
+    return runs, joined(evaluations)
 
 
 Block = Callable[[Run, Settings], str]

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--source", metavar="STORE|RUN", help="store of targets, or run folder of olavlm-probe train")
     p.add_argument("--key", help="of the store; by default the one key with the teacher's features")
     p.add_argument("--model", help="checkpoint with the decoder, hub id or folder (default: the features' own)")
+    p.add_argument("--probed-model", metavar="RUN", help="where the model that probes read lies now, if it has moved")
     p.add_argument("--images", nargs="+", action="extend", metavar="[PREFIX=]DIR|ZIP|URL", default=[],
                    help="image roots")  # fmt: skip
     p.add_argument("--prefix", default="", metavar="PATH/",
@@ -88,6 +89,7 @@ def open_source(args: argparse.Namespace, teacher: str) -> FeatureSource:
     from .probe_source import ProbeSource
 
     asked = {"turns": TURNS} if args.task == "da2k" else {}
+    asked["model_path"] = args.probed_model
     return ProbeSource(Path(args.source), teacher, ImageRoots(args.images), _device(args), args.key, **asked)
 
 

@@ -37,6 +37,7 @@ class ProbeSource:
         device: torch.device,
         key: str | None,
         turns: Sequence[dict[str, str]] = TURNS,
+        model_path: str | None = None,
     ) -> None:
         run = ProbeRun.load(folder)
         alike = [
@@ -51,7 +52,7 @@ class ProbeSource:
         (self.task,) = alike
         self.card = run.teachers[self.task.name].card
         self.name, self.layers = f"{folder}/{self.task.name}", tuple(f"layer {layer}" for layer in self.task.layers)
-        self.predict = ProbePredictions(folder, roots, device, turns)
+        self.predict = ProbePredictions(folder, roots, device, turns, model_path)
 
     def read(self, images: Sequence[str]) -> tuple[dict[str, torch.Tensor], np.ndarray]:
         predictions, valid = self.predict(images, [self.task])

@@ -10,7 +10,7 @@ import torch
 
 from olavlm.cache import BadImage, Dataset, FeatureStore, ImageRoots
 from olavlm.cache.display import reachable_root, started_in
-from olavlm.student.errors import TargetsError
+from olavlm.student.errors import RecipeError, TargetsError
 from olavlm.student.probing.predictions import ProbePredictions
 
 from .predictions import SampleView, TaskView, compared, spread
@@ -33,15 +33,18 @@ def predict_by_probes(
     Raises:
         StudentError, CacheError, OSError: the run, data, store or model cannot be had any more.
     """
-    base = started_in(folder, asked["output"])
+    try:
+        base, data = started_in(folder, asked["output"]), asked["data"]
+        files, roots_given, store_given = list(data["files"]), list(data["images"]), str(data["store"])
+    except (KeyError, TypeError) as e:
+        raise RecipeError(f"recipe.yaml does not say what the probes were trained on: {e!r}") from None
 
     def reach(path: str) -> str:
         return str(base / path) if base is not None and not Path(path).exists() and (base / path).exists() else path
 
-    data = asked["data"]
-    dataset = Dataset([reach(file) for file in data["files"]])
-    roots = ImageRoots(list(images or [reachable_root(root, base) or root for root in data["images"]]))
-    features = FeatureStore(store or reach(data["store"]))
+    dataset = Dataset([reach(file) for file in files])
+    roots = ImageRoots(list(images or [reachable_root(root, base) or root for root in roots_given]))
+    features = FeatureStore(store or reach(store_given))
     probes = ProbePredictions(folder, roots, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = [dataset[index].image for index in spread(dataset, num_samples)]
     predictions, reached = probes(chosen, probes.run.tasks)

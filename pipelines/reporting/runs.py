@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Run:
     odd_fields: list[str]
     """of the recipe, which hold what they cannot, and were left out"""
     versions: dict[str, str]
+    odd_files: list[str] = field(default_factory=list)
+    """what is wrong with files beside it that were left out, a sentence each"""
 
     def curve(self, key: str, name: str = "") -> Curve:
         """A metric over steps; steps that lack it are left out."""
@@ -219,6 +221,7 @@ def find_faults(run: Run) -> list[str]:
         faults.append(f"The run is not finished: its last logged step is {run.metrics[-1]['step']}.")
     if run.odd_fields:
         faults.append(f"recipe.yaml: {'; '.join(run.odd_fields)}: left out, for it cannot be so.")
+    faults += [f"{said}." for said in run.odd_files]
     if run.damaged_lines:
         faults.append(f"metrics.jsonl: {_count(run.damaged_lines, 'line')} damaged or cut short, and left out.")
     for key in run.keys:

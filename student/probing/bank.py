@@ -25,6 +25,7 @@ from olavlm.student.projector import as_input_of
 from olavlm.student.tensor_files import load_tensors, save_tensors
 from olavlm.student.tokens import TaskSpec
 from olavlm.student.training.checkpoint import write_json
+from olavlm.student.training.identity import start_digest
 
 WEIGHTS, CONFIG = "probes.safetensors", "probes.json"
 BYTES_A_PARAMETER = 16
@@ -132,6 +133,23 @@ class ProbeRun:
             ) from None
         except (KeyError, TypeError, ValueError) as e:
             raise ModelError(f"{folder / CONFIG} is damaged: {e}") from None
+
+    def find_model(self, folder: Path, moved_to: str | None = None) -> str:
+        """Where the model lies that the probes of the folder read.
+
+        Raises:
+            ModelError: it is not there, or has other weights than it had.
+        """
+        path = moved_to or self.model
+        there = start_digest(path)
+        if there == self.weights or self.weights == start_digest(None):  # of a hub id nothing is known
+            return path
+        if there == start_digest(None):
+            raise ModelError(
+                f"{path} holds no weights, and the probes in {folder} read a model there; name where it lies now "
+                "(olavlm-probe eval --model, score --probed-model)"
+            )
+        raise ModelError(f"{path} has other weights than when the probes in {folder} were trained; train them again")
 
     def bank(self, folder: Path) -> ProbeBank:
         """The probes of the folder; ModelError if they are damaged or do not fit."""

@@ -11,9 +11,7 @@ import torch
 from PIL import Image
 
 from olavlm.cache import BadImage, ImageRoots, Sample
-from olavlm.student.errors import ModelError
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.training.identity import start_digest
 from olavlm.student.training.trainer import DTYPES
 
 from .bank import ProbeRun
@@ -27,21 +25,24 @@ class ProbePredictions:
         folder: run folder of `olavlm-probe train`.
         roots: where the images are.
         turns: what stands around each image, by default what did in their training.
+        model_path: where the probed model lies now, if it has moved.
 
     Raises:
         ModelError: no finished run of probes, or a model that has changed since.
     """
 
     def __init__(
-        self, folder: Path, roots: ImageRoots, device: torch.device, turns: Sequence[dict[str, str]] = TURNS
+        self,
+        folder: Path,
+        roots: ImageRoots,
+        device: torch.device,
+        turns: Sequence[dict[str, str]] = TURNS,
+        model_path: str | None = None,
     ) -> None:
         self.run, self.roots, self.device, self.turns = ProbeRun.load(folder), roots, device, list(turns)
-        if start_digest(self.run.model) != self.run.weights:
-            raise ModelError(
-                f"{self.run.model} has other weights than when the probes in {folder} were trained; train them again"
-            )
+        path = self.run.find_model(folder, model_path)
         self.bank = self.run.bank(folder).to(device)
-        self.model, _ = load_probed(self.run.model, dtype=DTYPES[self.run.dtype], template=self.run.template)
+        self.model, _ = load_probed(path, dtype=DTYPES[self.run.dtype], template=self.run.template)
         check_layout(self.model, self.run.layout, folder)
         self.model.to(device)
         if self.model.fused_teachers:

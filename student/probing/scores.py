@@ -19,7 +19,6 @@ from olavlm.cache import Dataset, ImageRoots
 from olavlm.student.data.batches import batches, check_images
 from olavlm.student.errors import ModelError, TargetsError
 from olavlm.student.losses.scaled_features import Features, ScaledFeatures
-from olavlm.student.training.identity import start_digest
 from olavlm.student.training.trainer import DTYPES
 
 from .bank import ProbeRun
@@ -86,7 +85,7 @@ def probe_cosines(
 
     Args:
         folder: its run folder.
-        model_path: where the probed model lies now, if it has moved. Its weights are not compared then.
+        model_path: where the probed model lies now, if it has moved.
         on_images: called after each batch with its number of images and that of all.
 
     Raises:
@@ -109,11 +108,7 @@ def probe_cosines(
     rows.check_covers(dataset)
     check_images(dataset, roots)
     bank = run.bank(folder).to(device)
-    if model_path is None and start_digest(run.model) != run.weights:
-        raise ModelError(
-            f"{run.model} has other weights than when the probes in {folder} were trained; train them again"
-        )
-    model, _ = load_probed(model_path or run.model, dtype=DTYPES[run.dtype], template=run.template)
+    model, _ = load_probed(run.find_model(folder, model_path), dtype=DTYPES[run.dtype], template=run.template)
     check_layout(model, run.layout, folder)
     rows.feed(model.fused_teachers, dataset)
     model.to(device)

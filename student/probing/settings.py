@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from olavlm.student.config import TrainConfig
@@ -85,8 +86,8 @@ class ProbeSettings:
             rule(getattr(self, flag) >= 1, flag.replace("_", "-"), getattr(self, flag), "at least 1")
         rule(self.max_steps is None or self.max_steps >= 1, "max-steps", self.max_steps, "at least 1")
         rule(self.workers >= 0, "workers", self.workers, "at least 0")
-        rule(self.lr > 0, "lr", self.lr, "above 0")
-        rule(self.epochs > 0, "epochs", self.epochs, "above 0")
+        rule(0 < self.lr < inf, "lr", self.lr, "above 0")
+        rule(0 < self.epochs < inf, "epochs", self.epochs, "above 0")
         rule(0 <= self.warmup < 1, "warmup", self.warmup, "a part of the run, from 0 to below 1")
         rule(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2**32 - 1, as NumPy's generators take")
         rule(bool(self.tasks), "tasks", "empty", "name one at least, such as depth")

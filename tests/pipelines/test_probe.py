@@ -188,6 +188,7 @@ def test_the_plot_places_means_and_intervals_where_they_belong():
         (["--tasks", "gen="], 2, "give names, such as depth,seg"),
         (["--batch-size", "7", "--micro-batch", "4"], 2, "do not divide it"),
         (["--epochs", "0"], 2, "--epochs is 0.0: above 0"),
+        (["--epochs", "inf"], 2, "--epochs is inf: above 0"),
         (
             ["--tasks", "seg"],
             1,

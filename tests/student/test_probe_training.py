@@ -17,6 +17,7 @@ from olavlm.student.formats.llava_hf import from_llava_hf
 from olavlm.student.probing import scores as scoring
 from olavlm.student.probing.bank import ProbeRun
 from olavlm.student.probing.model import TURNS, check_layout, load_probed, probe_collator, token_layout
+from olavlm.student.probing.predictions import ProbePredictions
 from olavlm.student.probing.rows import ProbeRows
 from olavlm.student.probing.scores import probe_cosines
 from olavlm.student.probing.settings import ProbeData, ProbeSettings
@@ -184,8 +185,20 @@ def test_a_finetuned_model_sees_padded_pictures_and_its_probes_take_no_other_mod
     save_file({"x": torch.zeros(1)}, weights)
     with pytest.raises(ModelError, match="has other weights than when the probes"):
         probe_cosines(folder, data, workers=0)
-    with pytest.raises(ModelError, match="trained with geometry pad, and this model has square"):
+    with pytest.raises(ModelError, match="has other weights than when the probes"):
         probe_cosines(folder, data, model_path=str(start), workers=0)
+    with pytest.raises(ModelError, match="trained with geometry pad, and this model has square"):
+        check_layout(models["pt"], kept.layout, folder)
+    weights.unlink()
+    (tmp_path / "kept").rename(weights)
+    moved = ift.rename(tmp_path / "moved")
+    for look in (
+        lambda **where: probe_cosines(folder, data, workers=0, **where),
+        lambda **where: ProbePredictions(folder, roots, torch.device("cpu"), **where),
+    ):
+        with pytest.raises(ModelError, match=f"{ift} holds no weights, and the probes in .* name where it lies now"):
+            look()
+        assert look(model_path=str(moved)) is not None
     other = token_layout(models["ift"]) | {"task_tokens": [["depth", 8], ["gen", 8], ["seg", 8]]}
     with pytest.raises(ModelError, match="trained with task_tokens"):
         check_layout(models["ift"], other, folder)

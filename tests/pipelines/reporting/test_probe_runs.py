@@ -137,6 +137,18 @@ def test_damaged_scores_are_one_line_and_status_1(tmp_path, capsys, damage):
     assert error.count("\n") == 1
 
 
+def test_what_is_damaged_in_a_run_leaves_the_rest_of_its_report(probe_run, report, tmp_path):
+    run = probe_run("run", layers=2)
+    (run / "eval").mkdir()
+    (run / "eval" / "scores.json").write_text("{")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    for odd in ({**recipe["probe"], "data": 3}, {k: v for k, v in recipe["probe"].items() if k != "output"}):
+        (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "probe": odd}))
+        page = report(run, "--samples", 1)
+        assert "eval/scores.json holds no scores" in page.text
+        assert "No pictures: recipe.yaml does not say what the probes were trained on" in page.text
+
+
 def test_the_pace_shows_what_was_clocked(make_run, report):
     plain = labels(report(make_run("plain"), "--samples", 0))
     assert any(label.startswith("Time a step: step ends at 100; of which waiting") for label in plain)
