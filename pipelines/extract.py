@@ -1,7 +1,7 @@
 """olavlm-extract: run frozen teachers over a dataset's images, once, into a feature store.
 
     olavlm-extract --teacher depth --teacher seg --teacher gen \\
-        --data blip_laion_cc_sbu_558k.json --images LLaVA-Pretrain/images.zip --store features
+        --data LLaVA-Pretrain/blip_laion_cc_sbu_558k.json --images LLaVA-Pretrain/images.zip --store features
 
 On a laptop, with the tiny checkpoints of `olavlm-tiny tiny`:
 
@@ -44,8 +44,8 @@ def arguments() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="olavlm-extract",
         description="Run frozen vision teachers over a dataset's images into a feature store. Resumable.",
-        epilog="example: olavlm-extract --teacher depth --data blip_laion_cc_sbu_558k.json "
-        "--images LLaVA-Pretrain/images --store features",
+        epilog="example: olavlm-extract --teacher depth --data LLaVA-Pretrain/blip_laion_cc_sbu_558k.json "
+        "--images LLaVA-Pretrain/images.zip --store features",
     )
     p.add_argument("--teacher", action="append", required=True, metavar="NAME[=MODEL]",
                    help="depth, seg, gen, timm:MODEL, open_clip:MODEL/PRETRAINED, or base, a recipe's model.encoder; "

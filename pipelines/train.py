@@ -1,6 +1,6 @@
 """olavlm-train: PT, VPT and IFT from a recipe, one by one or all in a row.
 
-    olavlm-train pt  --config llama3-8b-clip-l --data.images LLaVA-Pretrain/images --targets.store features
+    olavlm-train pt  --config llama3-8b-clip-l --targets.store features
     olavlm-train ift --config llama3-8b-clip-l --init.from runs/llama3-8b-clip-l/pt
     olavlm-train all --config table5/n4 --train.output_dir runs/n4
     olavlm-train recipes

@@ -128,7 +128,7 @@ def test_a_row_trains_two_steps_at_tiny_size(name, train_row):
         ("table4/tokens-only", {"losses.stages": [], "model.num_task_tokens": 8}),
         ("table5/n0", {"model.num_task_tokens": 0}),
         ("table6/learnable", {"train.freeze_tokens": False}),
-        ("table7/558k-663k", {"data.images": ["LLaVA-Pretrain/images", "allava"]}),
+        ("table7/558k-663k", {"data.images": ["LLaVA-Pretrain/images.zip", "allava"]}),
         ("tableI/img-t", {"model.key_blocks": "img+t", "tasks.depth.layers": [8, 20]}),
         ("tableII/seg", {"task_order": ["seg"]}),
         ("tableIII/s-d-g", {"task_order": ["seg", "depth", "gen"]}),
