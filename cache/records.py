@@ -167,11 +167,6 @@ def record_name(shard: int, revision: int) -> str:
     return f"{shard:06d}.{revision}.json"
 
 
-def shards_on_record(folder: Location) -> list[int]:
-    """The shards that have a commit record, valid or not, ascending."""
-    return sorted(latest_records(files.names(folder)))
-
-
 def latest_records(names: Iterable[str]) -> dict[int, int]:
     """The highest revision of each shard that has a record, by the names in a folder of records."""
     found = _numbered(names)

@@ -53,11 +53,6 @@ class ArrayLayout:
         return int(np.prod(self.row_shape)) * np.dtype(self.dtype).itemsize
 
     @property
-    def slot_bytes(self) -> int:
-        """An uncompressed row and its crc32c."""
-        return self.row_bytes + CRC_BYTES
-
-    @property
     def index_bytes(self) -> int:
         return 16 * self.shard_rows + CRC_BYTES
 

@@ -23,7 +23,6 @@ LEAST_PIXELS, LEAST_SHARE = 36, 0.5
 """Of an object that are seen; the share is of what would be if nothing stood before it."""
 _ATTEMPTS = 400
 _ASK = 99
-_PART = 4 * BATCH
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from olavlm.cache import (
     pending,
 )
 from olavlm.cache.codec import CODECS
-from olavlm.cache.records import shards_on_record
+from olavlm.cache.records import latest_records
 
 NOBODY = 65534
 
@@ -145,7 +145,8 @@ class SmallStore:
     def records(self) -> dict[int, dict]:
         """What counts, without host and timings."""
         group = self.group
-        return {shard: group.record(shard).comparable() for shard in shards_on_record(group.folder / "commits")}
+        shards = sorted(latest_records(files.names(group.folder / "commits")))
+        return {shard: group.record(shard).comparable() for shard in shards}
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_sizes_by_hand():
     assert [layout.shard_of(r) for r in (0, 3, 4)] == [0, 0, 1]
     assert [layout.padded(r) for r in (0, 1, 4, 5)] == [0, 4, 4, 8]
     (array,) = layout.arrays.values()
-    assert (array.name, array.row_shape, array.row_bytes, array.slot_bytes) == ("features", (3, 5), 30, 34)
+    assert (array.name, array.row_shape, array.row_bytes) == ("features", (3, 5), 30)
     assert array.index_bytes == 4 * 16 + 4
     for lengths, second in (([34, 34], 34), ([17, 90], 17)):
         index = array.index([1, 3], lengths)

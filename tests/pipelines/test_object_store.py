@@ -11,8 +11,8 @@ import threading
 import numpy as np
 import pytest
 
-from olavlm.cache import CorruptFeatures, FeatureStore
-from olavlm.cache.records import shards_on_record
+from olavlm.cache import CorruptFeatures, FeatureStore, files
+from olavlm.cache.records import latest_records
 from olavlm.pipelines import extract, store, train
 from olavlm.student.training.metrics import read_metrics
 from olavlm.student.training.trainer import train as run_training
@@ -79,7 +79,7 @@ def contents(found: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def records(group) -> dict[int, dict]:
-    shards = shards_on_record(group.folder / "commits")
+    shards = latest_records(files.names(group.folder / "commits"))
     return {n: {**group.record(n).comparable(), "revision": 0} for n in shards}
 
 
