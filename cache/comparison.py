@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import CacheError
-from .preview import row_and_image, visible, why
+from .preview import row_and_image, why
+from .wording import printable
 
 if TYPE_CHECKING:
     from .features import TeacherFeatures
@@ -138,8 +139,8 @@ class Comparison(Mapping[str, Agreement]):
         return len(self.teachers)
 
     def __repr__(self) -> str:
-        a, b = (f"row {row} ({visible(image)})" for row, image in zip(self.rows, self.images, strict=True))
-        lines = [f"  {key}: {visible(str(agreement))}" for key, agreement in self.items()]
+        a, b = (f"row {row} ({printable(image)})" for row, image in zip(self.rows, self.images, strict=True))
+        lines = [f"  {key}: {printable(str(agreement))}" for key, agreement in self.items()]
         return "\n".join([f"Comparison of A, {a}, with B, {b}", *(lines or ["  the store has no teachers"])])
 
     def _repr_html_(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -41,9 +40,9 @@ from .preview import (
     reachable_root,
     sheet,
     started_in,
-    visible,
     why,
 )
+from .wording import counted, printable, storage
 
 if TYPE_CHECKING:
     from .features import TeacherFeatures
@@ -93,18 +92,18 @@ def store_html(store: FeatureStore) -> str:
         try:
             features = store[key]
             _, tokens, dim = features.shape
-            cells = [f"{tokens} {TIMES} {dim}", _storage(features), _size(features.ledger().bytes)]
+            cells = [f"{tokens} {TIMES} {dim}", _storage(features), storage(features.ledger().bytes)]
             cells += [_coverage(features), f'<div style="{_WRAPPED};max-width:34em">{_card(features.card)}</div>']
         except (CacheError, OSError) as e:
             cells = ["", "", "", _note(why(e), "40em"), ""]
         lines.append([f"<b>{_text(key)}</b>", *cells])
     heads = ("key", f"tokens {TIMES} dim", "dtype", "size", "coverage", "card")
     plan = store.rows
-    about = f"plan {plan.hash[:12]}, {plan.num_images:,} images, {_plural(len(plan.segments), 'segment')}"
+    about = f"plan {plan.hash[:12]}, {plan.num_images:,} images, {counted(len(plan.segments), 'segment')}"
     body = _table(heads, lines) if lines else f'<div style="{_FAINT}">olavlm-extract adds features of a teacher.</div>'
     return (
         f'<div style="{_FRAME}"><b>FeatureStore</b> <code>{_text(store.path)}</code>'
-        f'<div style="{_FAINT}">{about if plan.num_images else "no plan"}, {_plural(len(lines), "teacher")}</div>'
+        f'<div style="{_FAINT}">{about if plan.num_images else "no plan"}, {counted(len(lines), "teacher")}</div>'
         f"{body}</div>"
     )
 
@@ -115,7 +114,7 @@ def teacher_html(features: TeacherFeatures) -> str:
     return (
         f'<div style="{_FRAME}"><b>TeacherFeatures</b> <code>{_text(features.key)}</code>'
         f'<div style="{_FAINT}">{rows:,} plan rows {TIMES} {tokens} tokens {TIMES} {dim} dim, {_storage(features)}, '
-        f"{_size(features.ledger().bytes)}, {features.layout.shard_rows} rows a shard</div>"
+        f"{storage(features.ledger().bytes)}, {features.layout.shard_rows} rows a shard</div>"
         f'<div style="margin:6px 0">{_coverage(features)}</div>{_card(features.card, is_open=True)}</div>'
     )
 
@@ -199,21 +198,12 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _text(value: object) -> str:
-    return escape(visible(str(value)))
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+    return escape(printable(str(value)))
 
 
 def _storage(features: TeacherFeatures) -> str:
     layout = features.layout
     return layout.dtype + (f", {layout.compress}" if layout.compress != "none" else "")
-
-
-def _size(size: int) -> str:
-    step = min(4, int(math.log10(max(1, size)) // 3))
-    return f"{size / 1000**step:.4g} {('B', 'kB', 'MB', 'GB', 'TB')[step]}"
 
 
 def _coverage(features: TeacherFeatures) -> str:
@@ -230,7 +220,7 @@ def _coverage(features: TeacherFeatures) -> str:
         f"{coverage.quarantined:,} quarantined"
         + (f" ({reasons})" if reasons else "")
         + (f", {coverage.missing:,} missing" if coverage.missing else "")
-        + (f", {_plural(damaged, 'shard')} damaged" if damaged else "")
+        + (f", {counted(damaged, 'shard')} damaged" if damaged else "")
     )
     return (
         '<div style="display:flex;width:16em;height:8px;margin:5px 0 3px;border-radius:3px;overflow:hidden;'

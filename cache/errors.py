@@ -4,6 +4,8 @@ Every error derives from `CacheError` and from the builtin a caller would expect
 the value, the rule, the remedy.
 """
 
+from .wording import printable
+
 
 class CacheError(Exception):
     """Base of every error raised by `olavlm.cache`."""
@@ -42,11 +44,6 @@ class MissingFeatures(CacheError, KeyError):
 
 class MissingExtra(CacheError, ImportError):
     """A package of an optional extra of olavlm that is not installed."""
-
-
-def printable(text: str) -> str:
-    """`text` on one line, safe on a terminal: what is no visible character (escapes, bidi marks) as `\\x1b`."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class BadImage(CacheError, ValueError):

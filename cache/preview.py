@@ -23,6 +23,7 @@ from . import files
 from .colours import TIMES, token_map, vector_bars
 from .errors import BadImage, CacheError, CorruptFeatures, DatasetError, MissingFeatures
 from .images import ImageRoots
+from .wording import printable
 
 if TYPE_CHECKING:
     from .features import TeacherFeatures
@@ -206,14 +207,9 @@ def panel(content: Image.Image | str, title: str, subtitle: str) -> Image.Image:
         corner = ((SIDE - content.width) // 2, (SIDE - content.height) // 2)
         whole.paste(content, corner, content if content.mode == "RGBA" else None)
     for line, text in enumerate((title, subtitle)):
-        text = _fit(visible(text), font, SIDE)
+        text = _fit(printable(text), font, SIDE)
         draw.text((0, SIDE + 6 + _LINE * line), text, _SOFT_INK if line else _INK, font)
     return whole
-
-
-def visible(text: str) -> str:
-    """The text with what does not print (line ends, control and direction characters) spelled out, as `\\n`."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @cache
@@ -234,7 +230,7 @@ def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 8) -> list[str]:
     lines = [""]
-    for word in map(visible, text.split()):
+    for word in map(printable, text.split()):
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:
             lines.append(word)

@@ -17,6 +17,7 @@ import yaml
 
 from olavlm.cache import Dataset, TeacherFeatures
 from olavlm.cache.files import is_local
+from olavlm.cache.wording import storage
 from olavlm.student.config import Recipe
 from olavlm.student.data.targets import CachedTargets, extract_command
 from olavlm.student.training.metrics import read_metrics
@@ -87,8 +88,8 @@ def cost_lines(recipe: Recipe, dataset: Dataset, load: Load) -> Iterator[str]:
     groups = list(source.groups.values())
     row_bytes = sum(group.layout.row_bytes for group in groups)
     yield (
-        f"targets: {_size(row_bytes)} a sample, {_size(row_bytes * load.images)} in the store, "
-        f"{_size(row_bytes * load.samples)} to read in a run"
+        f"targets: {storage(row_bytes)} a sample, {storage(row_bytes * load.images)} in the store, "
+        f"{storage(row_bytes * load.samples)} to read in a run"
     )
     reading = read_rate(groups, source.store.rows.rows_of(dataset.images()))
     yield f"reading: {recipe.targets.store} gives {reading}"
@@ -203,13 +204,6 @@ def _held(groups: list[TeacherFeatures], rows: list[int]) -> float | None:
             finally:
                 os.close(descriptor)
     return sum(found) / len(found) if found else None
-
-
-def _size(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
 
 
 def _rate(rate: float) -> str:

@@ -160,11 +160,6 @@ class Progress:
             self._bar.close()
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 shard`, `2 shards`."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
 def positive(text: str) -> int:
     """A whole number above 0, as the type of an argument."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from olavlm.cache import TeacherFeatures
-from olavlm.cache.errors import printable
+from olavlm.cache.wording import printable
 
 SHOWN = 20  # findings and failures printed a teacher; --json has them all
 

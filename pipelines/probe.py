@@ -23,9 +23,10 @@ import os
 import sys
 from pathlib import Path
 
+from olavlm.cache.wording import counted
 from olavlm.student.probing.settings import RECIPES, ProbeData, ProbeSettings, default_key
 
-from .cli import JobFailed, Progress, UsageError, command, counted, positive, quiet_models, seed, versions
+from .cli import JobFailed, Progress, UsageError, command, positive, quiet_models, seed, versions
 from .downstream import command as downstream
 from .train import StepDisplay
 

@@ -27,9 +27,10 @@ from olavlm.cache import (
 )
 from olavlm.cache.preview import recorded_roots
 from olavlm.cache.records import Record
+from olavlm.cache.wording import counted
 from olavlm.teachers.base import resolve_device
 
-from .cli import JobFailed, Stopped, counted
+from .cli import JobFailed, Stopped
 from .extract import sweep
 from .extraction.places import Job
 from .extraction.preflight import readable

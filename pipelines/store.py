@@ -25,14 +25,15 @@ from dataclasses import asdict
 
 from olavlm.cache import Dataset, FeatureStore, Finding, StoreBuilder, TeacherFeatures, Transfer, convert, merge, verify
 from olavlm.cache.codec import CODECS
-from olavlm.cache.errors import MissingFeatures, StoreError, printable
+from olavlm.cache.errors import MissingFeatures, StoreError
 from olavlm.cache.files import location
 from olavlm.cache.garbage import YOUNG_SECONDS, collect
 from olavlm.cache.lease import is_live, leased
 from olavlm.cache.shard import COMPRESSIONS
 from olavlm.cache.verify import open_teachers, shards_to_verify
+from olavlm.cache.wording import counted, printable, storage
 
-from .cli import JobFailed, Progress, UsageError, command, counted
+from .cli import JobFailed, Progress, UsageError, command
 from .extraction.record import Running, record_copy, running_extractions
 from .failed_rows import SHOWN, failed_rows, named
 
@@ -177,7 +178,7 @@ def status(args: argparse.Namespace) -> Answer:
             "damaged_shards": {str(shard): why for shard, why in ledger.damaged.items()},
             "failures": failures,
         }
-        lines.append(f"{group.key}: {coverage}, {_size(ledger.bytes)} in {ledger.table.num_rows} shards")
+        lines.append(f"{group.key}: {coverage}, {storage(ledger.bytes)} in {ledger.table.num_rows} shards")
         if job:
             rate, eta, wanted = job["rows_per_second"], job["eta_seconds"], job["rows_wanted"]
             pace = f", {rate:.2f} rows/s, ETA {eta / 3600:.2f} h" if rate else ", none committed lately"
@@ -225,7 +226,7 @@ def info(args: argparse.Namespace) -> Answer:
         packed = "" if about["compress"] == "none" else f" + {about['compress']}"
         lines.append(
             f"{key}: shape {tuple(about['shape'])}, {about['dtype']}{packed}, {about['shard_rows']} rows a shard, "
-            f"{about['row_bytes']} bytes a row, {about['shards']} shards, {_size(about['bytes'])}"
+            f"{about['row_bytes']} bytes a row, {about['shards']} shards, {storage(about['bytes'])}"
         )
         lines.append(f"  statistics: {json.dumps(about['statistics'])}")
         lines += [f"  {name}: {json.dumps(v)}" for name, v in about["card"].items()]
@@ -328,8 +329,8 @@ def convert_store(args: argparse.Namespace) -> Answer:
         }
         fidelity = value["teachers"][transfer.key]["fidelity"]
         lines.append(
-            f"{transfer.key}: {before['dtype']} {_size(before['bytes'])} to {after['dtype']} {_size(after['bytes'])}, "
-            f"{100 * saved:.1f} % saved"
+            f"{transfer.key}: {before['dtype']} {storage(before['bytes'])} "
+            f"to {after['dtype']} {storage(after['bytes'])}, {100 * saved:.1f} % saved"
             + (
                 f"; cosine {fidelity['cosine_mean']:.6f} mean, {fidelity['cosine_worst']:.6f} worst, relative error "
                 f"{fidelity['relative_error_mean']:.2e} mean, {fidelity['relative_error_worst']:.2e} worst"
@@ -372,9 +373,9 @@ def gc(args: argparse.Namespace) -> Answer:
         sizes[item.what] += item.bytes
     total = sum(sizes.values())
     value = {"dry_run": args.dry_run, "bytes": total, "items": [asdict(item) for item in found]}
-    lines = [f"{n} {what}, {_size(sizes[what])}" for what, n in sorted(counts.items())]
+    lines = [f"{n} {what}, {storage(sizes[what])}" for what, n in sorted(counts.items())]
     verb = "would be removed" if args.dry_run else "removed"
-    return value, "\n".join([*lines, f"{len(found)} items, {_size(total)} {verb}"]), True
+    return value, "\n".join([*lines, f"{len(found)} items, {storage(total)} {verb}"]), True
 
 
 def drop(args: argparse.Namespace) -> Answer:
@@ -387,7 +388,7 @@ def drop(args: argparse.Namespace) -> Answer:
         size = 0  # damaged, which is a reason to drop it
     StoreBuilder(args.store).drop(key)
     value = {"store": args.store, "dropped": key, "bytes": size, "left": FeatureStore(args.store).teachers}
-    return value, f"{key}: dropped, {_size(size)}; left: {', '.join(value['left']) or 'none'}", True
+    return value, f"{key}: dropped, {storage(size)}; left: {', '.join(value['left']) or 'none'}", True
 
 
 def _opened(args: argparse.Namespace) -> FeatureStore:
@@ -408,14 +409,6 @@ def _left(done: list[Transfer]) -> list[str]:
     held, damaged = sum(t.held for t in done), [d for t in done for d in t.damaged]
     lines = [f"{held} shards are being written by another; run the same command again"] if held else []
     return lines + [f"damaged, not copied: {printable(d)}" for d in damaged[:SHOWN]]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
 
 
 if __name__ == "__main__":

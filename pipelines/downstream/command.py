@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from olavlm.cache import BadImage, ImageRoots
-from olavlm.pipelines.cli import JobFailed, Progress, UsageError, counted, positive, versions
+from olavlm.cache.wording import counted
+from olavlm.pipelines.cli import JobFailed, Progress, UsageError, positive, versions
 
 from .da2k import TURNS, Da2kScore, read_pairs
 from .miou import MiouScore, PanopticImage, PanopticLabels, match_classes

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from olavlm.pipelines.cli import JobFailed, counted
+from olavlm.cache.wording import counted
+from olavlm.pipelines.cli import JobFailed
 
 from .predictions import Prediction
 from .scores import described, measure

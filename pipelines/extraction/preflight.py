@@ -19,7 +19,8 @@ from olavlm.cache import BadImage, FeatureStore, ImageRoots, PlanError, StoreErr
 from olavlm.cache.codec import CODECS
 from olavlm.cache.files import exists, is_local, location
 from olavlm.cache.images import decode_rgb
-from olavlm.pipelines.cli import JobFailed, counted
+from olavlm.cache.wording import counted
+from olavlm.pipelines.cli import JobFailed
 from olavlm.teachers import Teacher
 from olavlm.teachers.base import resolve_device
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 
 from olavlm.cache import ShardTask
 from olavlm.cache.lease import LEASE_SECONDS
-from olavlm.pipelines.cli import Progress, Stopped, counted
+from olavlm.cache.wording import counted
+from olavlm.pipelines.cli import Progress, Stopped
 
 from .blocks import Block, plan_blocks
 from .crew import Crew, Event, Gone, Looked, Ready, Returned, Worker

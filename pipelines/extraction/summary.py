@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 
 from olavlm.cache import BadImage, FeatureStore
 from olavlm.cache.files import Location
-from olavlm.pipelines.cli import JobFailed, counted
+from olavlm.cache.wording import counted
+from olavlm.pipelines.cli import JobFailed
 
 from .extractor import ShardResult, Stages, TeacherSpec
 

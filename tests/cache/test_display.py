@@ -25,6 +25,7 @@ from olavlm.cache import (
 )
 from olavlm.cache.colours import PcaColours, heat_map, token_map
 from olavlm.cache.preview import recorded_roots
+from olavlm.cache.wording import printable
 
 IMAGES = ["a.png", "b/é.jpg", "c.png", "d.png"]
 GRID = (6, 8)
@@ -188,7 +189,7 @@ def test_any_name_can_be_a_label(name):
     """Pillow fails on a label of two lines, and a terminal or page would obey some characters."""
     panel = preview.panel(f"photograph: missing ({name})", name, "row 1")
     assert panel.size == (preview.SIDE, preview.SIDE + 46)
-    assert preview.visible(name).isprintable()
+    assert printable(name).isprintable()
 
 
 class Balanced(HTMLParser):

@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 
 from olavlm.cache import BadImage, DatasetError, ImageRoots, images
-from olavlm.cache.errors import printable
 from olavlm.cache.images import redacted
+from olavlm.cache.wording import printable
 
 
 @pytest.fixture
