@@ -50,7 +50,7 @@ class Codec:
     """Channels that one item of "features" holds."""
 
     def row_bytes(self, tokens: int, dim: int) -> int:
-        """Of a stored row, all arrays together, without checksums."""
+        """Bytes of a stored row, all arrays together, without checksums."""
         return tokens * (dim // self.values_per_item * self.dtype.itemsize + 4 * self.has_scales)
 
     def encode(self, row: np.ndarray) -> tuple[Parts | None, str | None, Fidelity | None]:

@@ -190,7 +190,7 @@ def _picture(picture: Image.Image, name: str, *, photo: bool = False) -> str:
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Of HTML cells."""
+    """An HTML table of cells that are HTML already."""
     first = "".join(f'<th style="{_CELL};font-weight:600;border-top:0">{head}</th>' for head in heads)
     rest = ("".join(f'<td style="{_CELL}">{cell}</td>' for cell in line) for line in lines)
     body = "".join(f'<tr style="background:none">{line}</tr>' for line in (first, *rest))

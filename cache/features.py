@@ -41,7 +41,7 @@ Sound = Callable[[bytes], bool]
 
 @dataclass(frozen=True)
 class Coverage:
-    """Of the plan's images: how many have features, were quarantined, or are not committed."""
+    """How many of the plan's images have features, were quarantined, or are not committed."""
 
     images: int
     valid: int
@@ -129,7 +129,7 @@ class TeacherFeatures:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of `features` in storage; `[]` and `read` hand out float32."""
+        """The storage dtype of `features`; `[]` and `read` hand out float32."""
         return self.layout.numpy_dtype
 
     def record(self, shard: int) -> Record | None:
@@ -175,7 +175,7 @@ class TeacherFeatures:
         return failures_frame(self)
 
     def missing_rows(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """Of `rows` (default: the whole plan) those that are not committed, ascending, int64."""
+        """Those of `rows` (default: the whole plan) that are not committed, ascending, int64."""
         wanted = self._wanted(rows)
         return wanted[~self.ledger().covered(wanted)]
 

@@ -138,7 +138,7 @@ def _error_code(error: OSError) -> str:
 
 
 def stamp(file: Location) -> Stamp | None:
-    """Of one file; None if there is none."""
+    """Size and time of one file; None if there is none."""
     try:
         if is_local(file):
             return Stamp.of_local(file.stat())

@@ -117,7 +117,7 @@ def acquire_lease(folder: Location, shard: int) -> Lease:
 
 
 def generations(folder: Location, shard: int) -> list[int]:
-    """Of the leases of a shard, ascending; the last is the holder's."""
+    """Generations of the leases of a shard, ascending; the last is the holder's."""
     found = (_NAME.fullmatch(name) for name in files.names(folder))
     return sorted(int(m[2]) for m in found if m and int(m[1]) == shard)
 

@@ -109,7 +109,7 @@ class Ledger:
 
     @property
     def bytes(self) -> int:
-        """Of the shard files."""
+        """Bytes of the shard files."""
         return pc.sum(self.table["bytes"]).as_py() or 0
 
     @cached_property
@@ -180,7 +180,7 @@ def _line(record: Record, mark: str) -> dict:
 
 
 def _shard_file_sizes(group: Location, layout: Layout, shards: dict[int, int]) -> dict[int, tuple[int | None, ...]]:
-    """Of each shard the bytes of its files `features` and `scales`, None for one that is not there."""
+    """Bytes of each shard's files `features` and `scales`, None for one that is not there."""
     if files.is_local(group):
         of = {name: {s: _size(f"{group}/{name}/{a.key(s)}") for s in shards} for name, a in layout.arrays.items()}
     else:

@@ -112,7 +112,7 @@ class LocalCache:
         self.used(file)
 
     def num_bytes(self) -> int:
-        """Of disk space in use now."""
+        """Bytes of disk space in use now."""
         return sum(size for _, size, _ in self._files())
 
     def _files(self) -> list[tuple[int, int, str]]:

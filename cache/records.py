@@ -83,7 +83,7 @@ class Record:
 
     @property
     def bytes(self) -> int:
-        """Of the shard files."""
+        """Bytes of the shard files."""
         return sum(file.size for file in self.files.values())
 
     @property

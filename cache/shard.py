@@ -49,7 +49,7 @@ class ArrayLayout:
 
     @cached_property
     def row_bytes(self) -> int:
-        """Of a row before compression."""
+        """Bytes of a row before compression."""
         return int(np.prod(self.row_shape)) * np.dtype(self.dtype).itemsize
 
     @property
@@ -165,12 +165,12 @@ class Layout:
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        """Of the array "features"."""
+        """The dtype of the array "features"."""
         return self.codec.dtype
 
     @property
     def row_bytes(self) -> int:
-        """Of a row in storage, all arrays together, before compression."""
+        """Bytes of a row in storage, all arrays together, before compression."""
         return sum(array.row_bytes for array in self.arrays.values())
 
     def shard_of(self, row: int) -> int:

@@ -42,7 +42,7 @@ class Chunks:
         self.index = array.index(offsets, slots[valid])
 
     def range_of(self, offset: int) -> tuple[int, int]:
-        """Of a row's chunk and its crc32c in the shard file: [start, stop)."""
+        """Where a row's chunk and its crc32c are in the shard file: bytes [start, stop)."""
         return self.starts[offset], self.starts[offset] + self.lengths[offset] + CRC_BYTES
 
     def take(self, slot: bytes | Exception, offset: int, into: np.ndarray) -> bool:

@@ -77,7 +77,7 @@ class Reading:
 
 
 def cost_lines(recipe: Recipe, dataset: Dataset, load: Load) -> Iterator[str]:
-    """Of a stage that reads targets; CacheError for rows that cannot be read."""
+    """What targets cost a stage that reads them; CacheError for rows that cannot be read."""
     if recipe.targets.source == "online":
         yield (
             f"teachers in the loop: {load.samples} images through each in a run, none kept; what a cache would take is "

@@ -186,5 +186,5 @@ def quiet_models() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this package and the libraries that decide results."""
+    """Versions of Python, this package and the libraries that decide results."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}

@@ -288,7 +288,7 @@ def answers_of(predictions: Predictions, tasks: Sequence[Task], score_only: bool
 
 
 def scores_of(task: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Of one task, as scores.json holds them."""
+    """Scores of one task, as scores.json holds them."""
     from .evaluation.scores import scores
 
     return scores(TASKS[task], predictions)

@@ -63,7 +63,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def add_teacher_argument(p: argparse.ArgumentParser) -> None:
-    """Of what asks a fusion baseline; `places_of` reads it."""
+    """Adds `--teacher` to a command that asks fusion baselines; `places_of` reads it."""
     p.add_argument(
         "--teacher",
         metavar="NAME=MODEL",

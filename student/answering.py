@@ -17,7 +17,7 @@ from olavlm.student.text.templates import CHAT, get_template
 
 
 def greedy_settings(given: GenerationConfig) -> GenerationConfig:
-    """Of a language model's settings what says which tokens begin, end and pad, and which are never said.
+    """A language model's settings of which tokens begin, end and pad, and which are never said.
 
     How answers are drawn was tuned for that model, not for what is trained from it, and is for whoever asks: greedily,
     as benchmarks are asked, unless they say otherwise.

@@ -48,7 +48,7 @@ class FusedTeacher:
 
     @property
     def tokens(self) -> int:
-        """Of an image."""
+        """Tokens of an image."""
         return self.card["tokens"]
 
     @property

@@ -412,7 +412,7 @@ class OlaVLM(Answering, PreTrainedModel):
         cut: bool = True,
         padding_side: PaddingSide | None = None,
     ) -> Placement:
-        """Of a batch on any device, cut to the longest sequence unless it is to be gone on with."""
+        """The placement of a batch on any device, cut to the longest sequence unless it is to be gone on with."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         length = self.config.max_sequence_length if cut else None
         return place(input_ids, mask, labels, self.inserted, length, padding_side).to(input_ids.device)

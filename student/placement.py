@@ -103,7 +103,7 @@ class Placement:
 
     @property
     def starts(self) -> list[int]:
-        """Of each row, the position of the sample's first token, from which its layout counts."""
+        """Position of the first token of each row's sample, from which its layout counts."""
         width = self.labels.shape[1]
         return [0 if self.padding_side == "right" else width - length for length in self.lengths]
 
@@ -205,7 +205,7 @@ def place(
 
 
 def _layout(row: int, ids: np.ndarray, text: np.ndarray, inserted: Inserted, max_length: int | None) -> SampleLayout:
-    """Of a row's token ids without padding, and their columns."""
+    """The layout of a row's token ids without padding, and their columns."""
     if len(text) and text[-1] - text[0] >= len(text):
         raise SampleError("attention_mask has a 0 with text on either side of it; pad at the ends of the text alone")
     (images,) = np.nonzero(ids == inserted.image_token_id)

@@ -135,7 +135,7 @@ class Inception:
 
 
 def _batches(pictures: Iterable[Image.Image]) -> Iterator[list[Image.Image]]:
-    """Of one size each, 50 at most."""
+    """Batches of pictures of one size each, 50 at most."""
     batch: list[Image.Image] = []
     for picture in pictures:
         if batch and (len(batch) == BATCH or picture.size != batch[0].size):

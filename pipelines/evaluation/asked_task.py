@@ -82,11 +82,11 @@ class AskedTask(LmmsTask):
         return {"score": self.task.judge(self.task.item(doc), results[0]).score}
 
     def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:
-        """Of scores over rows."""
+        """How lmms-eval is to aggregate scores over rows."""
         return {"score": lambda scores: sum(scores) / len(scores)}
 
     def higher_is_better(self) -> dict[str, bool]:
-        """Of each score."""
+        """Whether a higher value of each score is better."""
         return {"score": True}
 
     def doc_iterator(

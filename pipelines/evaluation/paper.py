@@ -45,7 +45,7 @@ class PaperTable:
 
 
 def mean(row: PaperRow) -> Decimal:
-    """Of a row's columns, not rounded."""
+    """Mean of a row's columns, not rounded."""
     return sum(row.values, Decimal(0)) / len(row.values)
 
 
@@ -60,7 +60,7 @@ def slips(table: PaperTable) -> list[PaperRow]:
 
 
 def _rows(*rows: str) -> tuple[PaperRow, ...]:
-    """Of lines `label | label | value value ... average`."""
+    """Rows of a table, from lines `label | label | value value ... average`."""
     parsed = []
     for row in rows:
         *labels, numbers = (part.strip() for part in row.split("|"))

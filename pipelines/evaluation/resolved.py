@@ -136,7 +136,7 @@ def _is_pace(argument: str) -> bool:
 
 
 def all_versions() -> dict[str, str]:
-    """Of Python, this package, the libraries that decide results, and lmms-eval if it is there."""
+    """Versions of Python, this package, the libraries that decide results, and lmms-eval if it is there."""
     return versions() | {name: found for name in ("lmms-eval",) if (found := _version(name))}
 
 

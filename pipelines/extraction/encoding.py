@@ -106,7 +106,7 @@ def _encode(scratch: torch.Tensor, tokens: torch.Tensor, stored: torch.Tensor, *
 
 
 def _sums(a: torch.Tensor, b: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """Of a * b, by token."""
+    """Sums of a * b, by token."""
     if a.device.type == "cpu" and a.shape[-1] <= _LONGEST_DOT:  # in half the time
         with np.errstate(over="ignore", invalid="ignore"):
             return torch.from_numpy(np.vecdot(a.numpy(), b.numpy()))

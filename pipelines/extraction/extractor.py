@@ -202,7 +202,7 @@ class ShardExtractor:
                 block.drop()
 
     def _jobs(self, tasks: Sequence[ShardTask]) -> tuple[list[ShardJob], list[ShardResult]]:
-        """Of the tasks, and the results of those that cannot be begun."""
+        """Jobs of the tasks, and the results of those that cannot be begun."""
         store, jobs, failed = None, [], []
         for task in tasks:
             try:

@@ -41,7 +41,7 @@ class Workers:
     """That each prepares images with."""
 
     def hours(self, preparing: float, forward: float) -> float:
-        """Of these seconds of one thread and of the device. On a GPU they overlap, on the CPU they share one."""
+        """Hours of these seconds of one thread and of the device. On a GPU they overlap, on the CPU they share one."""
         one = preparing + forward if self.device == "cpu" else max(preparing / self.threads, forward)
         return one / 3600 / self.number
 

@@ -44,7 +44,7 @@ class Batch:
 
     @property
     def is_last(self) -> bool:
-        """Of its shard."""
+        """Whether it is the last of its shard."""
         return self.stop == self.job.task.stop
 
     def put(self, row: int, pixels: np.ndarray) -> None:

@@ -115,7 +115,7 @@ class Recorded:
 
 
 def recorded_extractions(store: Location, keys: Sequence[str]) -> Recorded | None:
-    """Of those that have ended and gave rows of these teachers; None unless all of them are on record."""
+    """What those took that have ended and gave rows of these teachers; None unless all are on record."""
     rows, others, devices = dict.fromkeys(keys, 0), set(), set()
     hours = worker_seconds = device_seconds = 0.0
     for name in files.listing(store / "runs"):

@@ -25,7 +25,7 @@ BOTTLENECKS = {
 
 @dataclass
 class Done:
-    """Of one teacher, by this run."""
+    """What this run did for one teacher."""
 
     shards: int = 0
     rows: int = 0
@@ -68,11 +68,11 @@ class Tally:
         done.carried_over += result.carried_over
 
     def total(self, what: str) -> int:
-        """Of `shards`, `rows`, `bytes`, `quarantined` or `carried_over`."""
+        """Sum over teachers of `shards`, `rows`, `bytes`, `quarantined` or `carried_over`."""
         return sum(getattr(done, what) for done in self.teachers.values())
 
     def shares(self) -> dict[str, float]:
-        """Of the workers' time, by stage; {} if there was none."""
+        """Shares of the workers' time, by stage; {} if there was none."""
         stages = asdict(self.stages)
         whole = max(self.worker_seconds, sum(stages.values()))
         return {name: seconds / whole for name, seconds in stages.items()} if whole else {}

@@ -226,7 +226,7 @@ def smooth(values: np.ndarray, width: float | None = None) -> np.ndarray:
 
 
 def _y_range(curves: Iterable[_Prepared], log: bool) -> tuple[float, float]:
-    """Of the lines as a whole, and of all raw values but the extreme hundredths."""
+    """Range of the lines as a whole, and of all raw values but the extreme hundredths."""
     lows, highs = [], []
     for c in curves:
         line = c.bucket_y if c.smoothed is None else c.smoothed

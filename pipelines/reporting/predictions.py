@@ -156,7 +156,7 @@ def compared(prediction: np.ndarray, own: np.ndarray, others: list[np.ndarray]) 
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two arrays as flat vectors, in float64; NaN if one of them is zero or not finite."""
+    """Cosine of two arrays as flat vectors, in float64; NaN if one of them is zero or not finite."""
     a, b = (np.asarray(x, np.float64).reshape(-1) for x in (a, b))
     size = np.linalg.norm(a) * np.linalg.norm(b)
     return float(a @ b / size) if size > 0 else math.nan

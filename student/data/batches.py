@@ -198,7 +198,7 @@ class Collator:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def _shapes(self, images: list[str | None]) -> dict[str, Any]:
-        """Of the tensors that are read from files, by their fields; and of `complete`."""
+        """Shapes and dtypes of the tensors that are read from files, by their fields; and of `complete`."""
         num, size = len(images), self.transform.size
         shapes: dict[str, Any] = {"complete": ((num,), torch.bool)}
         if self.features is None:
@@ -386,7 +386,7 @@ def make_sampler(
 
 
 def estimated_tokens(dataset: Dataset) -> np.ndarray:
-    """Of each sample's text, int64: a quarter of its bytes in UTF-8.
+    """A guess at the tokens of each sample's text, int64: a quarter of its bytes in UTF-8.
 
     English has some 4.3 bytes a token in Llama-3's vocabulary, Chinese some 4. To count them would take minutes.
     """

@@ -40,7 +40,7 @@ class EncoderFeatures:
         self.group: TeacherFeatures = self.store[store_key(recipe)]
 
     def shapes(self, num_samples: int) -> dict[str, Shape]:
-        """Of what `load` fills for so many samples."""
+        """Shapes and dtypes of what `load` fills for so many samples."""
         return row_shapes(self.group, num_samples)
 
     def load(self, images: Sequence[str | None], out: Stored | None = None) -> tuple[Stored | None, dict[int, str]]:
@@ -104,7 +104,7 @@ def tower_digest(tower: PreTrainedModel) -> str:
 
 
 def describe_resize(transform: ImageTransform) -> str:
-    """Of a card: what is done to the frame."""
+    """What is done to the frame, as a card says it."""
     return f"short edge to {transform.size} {transform.interpolation}, centre crop"
 
 

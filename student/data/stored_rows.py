@@ -38,7 +38,7 @@ def rows_of(store: FeatureStore, images: Sequence[str]) -> np.ndarray:
 
 
 def row_shapes(group: TeacherFeatures, num_rows: int) -> dict[str, Shape]:
-    """Of the tensors that `read_rows` fills."""
+    """Shapes and dtypes of the tensors that `read_rows` fills."""
     _, tokens, dim = group.shape
     if group.layout.dtype == "int4":
         return {"features": ((num_rows, tokens, dim), torch.float32)}

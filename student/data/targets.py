@@ -39,7 +39,7 @@ class TargetSource(Protocol):
     """For each task what identifies the features."""
 
     def shapes(self, num_samples: int) -> dict[str, dict[str, Shape]]:
-        """Of what `load` fills for so many samples."""
+        """Shapes and dtypes of what `load` fills for so many samples."""
         ...
 
     def load(self, images: Sequence[str | None], out: Loaded | None = None) -> tuple[Loaded, dict[int, str]]:

@@ -17,7 +17,7 @@ PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
 class Shards:
-    """Of a folder or a hub id.
+    """The weight files of a folder or a hub id.
 
     Raises:
         ModelError: no safetensors there, a damaged file, or a shard that is not there.

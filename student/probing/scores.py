@@ -154,7 +154,7 @@ def probe_cosines(
 
 
 def cosines(predictions: torch.Tensor, targets: Features) -> torch.Tensor:
-    """Of (b, n, D) predictions and targets, each sample flattened as a whole: float64 (b,)."""
+    """Cosines of (b, n, D) predictions with targets, each sample flattened as a whole: float64 (b,)."""
     targets = targets.float() if isinstance(targets, ScaledFeatures) else targets
     p, t = predictions.double().flatten(1), targets.double().flatten(1)
     return (p * t).sum(dim=1) / (p.norm(dim=1) * t.norm(dim=1))

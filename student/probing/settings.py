@@ -120,7 +120,7 @@ class ProbeSettings:
         return asdict(self) | {"tasks": dict(self.tasks)}
 
     def identity(self, layers: tuple[int, ...]) -> dict[str, Any]:
-        """Of what a run's numbers follow from, what is set: it is resumed under the same settings alone."""
+        """The settings that a run's numbers follow from: it is resumed under the same alone."""
         content = self.to_dict() | {"layers": list(layers)}
         for name in ("output", "max_steps", "micro_batch", "workers", "save_every", "keep", "num_processes"):
             del content[name]

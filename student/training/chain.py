@@ -72,7 +72,7 @@ def is_finished(recipe: Recipe, stage: Stage) -> bool:
 
 
 def num_processes() -> int:
-    """Of this launch, by the environment of torchrun and accelerate."""
+    """Processes of this launch, by the environment of torchrun and accelerate."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

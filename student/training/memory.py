@@ -249,7 +249,7 @@ def _embedding_loss(predictions: list[torch.Tensor], targets: torch.Tensor, scal
 
 
 def _placement(model: OlaVLM, shape: BatchShape, recipe: Recipe) -> Placement:
-    """Of samples that all have an image ahead of their text, whose end is supervised."""
+    """The placement of samples that all have an image ahead of their text, whose end is supervised."""
     ids = torch.full((shape.samples, shape.text_tokens), model.config.image_token_id + 1)
     ids[:, 0] = model.config.image_token_id
     labels = torch.full_like(ids, IGNORE_INDEX)
@@ -272,6 +272,6 @@ def _feature_bytes(teachers: Sequence[TaskSpec | FusedTeacher], rows: int) -> in
 
 
 def _bytes(parameters: Any) -> int:
-    """Of distinct parameters: tied ones count once."""
+    """Bytes of distinct parameters: tied ones count once."""
     distinct: dict[int, nn.Parameter] = {id(p): p for p in parameters}
     return sum(p.numel() * p.element_size() for p in distinct.values())

@@ -81,7 +81,7 @@ class Replicated:
         """Called after the last backward of a step; now all processes have the gradients of the whole batch."""
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Of a micro-batch."""
+        """Run the backward pass of a micro-batch."""
         (loss * self.loss_factor).backward()
 
     def update(self) -> None:

@@ -275,7 +275,7 @@ class Schedule:
             )
 
     def lr(self, step: int) -> float:
-        """Of a step, from 0. The first is not wasted at 0, the last is above it. Beyond the epochs it starts anew."""
+        """Learning rate of a step, from 0. Neither the first nor the last is 0. Beyond the epochs it starts anew."""
         step %= self.horizon
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
@@ -361,7 +361,7 @@ def check_start(recipe: Recipe, start: dict[str, Any], tasks: list[TaskSpec], fu
 
 
 def run_identity(recipe: Recipe, stage: Stage, global_batch: int, dataset: Dataset) -> Identity:
-    """Of everything but the features, which are known once their teachers are."""
+    """The identity of everything but the features, which are known once their teachers are."""
     return {
         "stage": stage,
         "recipe": recipe.identity(),

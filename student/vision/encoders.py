@@ -31,7 +31,7 @@ class EncoderFamily(Protocol):
     """Of the tower's constructor, beside its config."""
 
     def feature_shape(self, tower: PreTrainedModel, select_layer: int, side: int) -> FeatureShape:
-        """Of pictures of `side` pixels; RecipeError for a layer that the tower lacks or a side that it cannot take."""
+        """The shape of what pictures of `side` pixels give; RecipeError for a layer or side the tower cannot take."""
         ...
 
     def features(self, tower: PreTrainedModel, pixels: torch.Tensor, select_layer: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from .select_layer import FeatureShape, block_of, check_patches
 
 
 class Blocks(NamedTuple):
-    """Of a ViT."""
+    """The blocks of a ViT."""
 
     number: int
     patch_size: int
@@ -52,7 +52,7 @@ class LibraryTower(PreTrainedModel):
 
     @property
     def blocks(self) -> Blocks | None:
-        """Of a network whose blocks all give features of one grid; None for one whose grid shrinks by stages."""
+        """Blocks of a network that all give features of one grid; None if its grid shrinks by stages."""
         raise NotImplementedError
 
     def feature_map(self, pixels: torch.Tensor, block: int) -> torch.Tensor:

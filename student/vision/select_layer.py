@@ -6,7 +6,7 @@ from olavlm.student.errors import RecipeError
 
 
 class FeatureShape(NamedTuple):
-    """Of one picture's features; tokens are row-major."""
+    """The shape of one picture's features; tokens are row-major."""
 
     rows: int
     columns: int

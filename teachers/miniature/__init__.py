@@ -20,7 +20,7 @@ NAMES = ("depth", "seg", "gen")
 
 
 def folder(name: str) -> Path:
-    """Of the small teacher of this name. TeacherError if there is none."""
+    """Folder of the small teacher of this name. TeacherError if there is none."""
     if name not in NAMES:
         raise TeacherError(f"{name!r}: no small teacher comes with the package; there are {', '.join(NAMES)}")
     return Path(str(files("olavlm.teachers.miniature") / name))

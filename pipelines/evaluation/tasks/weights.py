@@ -37,5 +37,5 @@ def accuracy(items: Sequence[Item]) -> dict[str, np.ndarray]:
 
 
 def one_stratum(item: Item) -> str:
-    """Of a benchmark without groups."""
+    """Weights of a benchmark without groups."""
     return "all"
