@@ -66,6 +66,7 @@ def _missing(url: str, error: ImportError) -> MissingExtra:
 
 
 def is_local(file: Location) -> bool:
+    """Whether it lies on a file system of this machine."""
     return isinstance(file, Path)
 
 
@@ -155,6 +156,7 @@ def size(file: Location) -> int | None:
 
 
 def exists(file: Location) -> bool:
+    """Whether there is a file or folder, or an object."""
     return stamp(file) is not None
 
 

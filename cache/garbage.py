@@ -29,6 +29,8 @@ YOUNG_SECONDS = 3600.0  # a private name younger than this may be a writer's at 
 
 @dataclass(frozen=True)
 class Garbage:
+    """Something that nobody needs, and the bytes that it takes."""
+
     what: str
     path: str
     bytes: int

@@ -32,6 +32,7 @@ QUESTIONS = (
 
 @command("olavlm-demo")
 def main(argv: list[str] | None = None) -> int:
+    """The whole method on the sample: models, extraction, training, probes, report."""
     p = argparse.ArgumentParser(prog="python -m olavlm.pipelines.demo", description=__doc__.splitlines()[0])
     p.add_argument("--output", type=Path, default=Path("demo_run"), help="folder for everything the demo makes")
     out = p.parse_args(argv).output

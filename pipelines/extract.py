@@ -41,6 +41,7 @@ SWEEP_SECONDS = 10.0  # for killed workers to be gone
 
 
 def arguments() -> argparse.ArgumentParser:
+    """The command line of `olavlm-extract`."""
     p = argparse.ArgumentParser(
         prog="olavlm-extract",
         description="Run frozen vision teachers over a dataset's images into a feature store. Resumable.",
@@ -103,6 +104,7 @@ def _part(text: str) -> float:
 
 
 def teacher_specs(args: argparse.Namespace) -> list[TeacherSpec]:
+    """The teachers that are asked for, each with the key under which the store keeps its features."""
     if len(args.teacher) > 1 and (only := [o for o in ("model", "revision", "recipe", "key") if getattr(args, o)]):
         flag = "--as" if only[0] == "key" else f"--{only[0]}"
         raise UsageError(f"{flag} goes with exactly one --teacher; {len(args.teacher)} were given")
@@ -140,6 +142,7 @@ def absolute_model(teacher: str, model: str | None) -> str | None:
 
 @command("olavlm-extract")
 def main(argv: list[str] | None = None) -> int:
+    """Extract; 1 if shards or rows are missing at the end."""
     args = arguments().parse_args(argv)
     specs = teacher_specs(args)
     location(args.store)  # can it be opened here at all? teachers take long to load

@@ -96,6 +96,7 @@ def _compare(
 
 
 def image_roots(store: FeatureStore, given: list[str] | None) -> ImageRoots:
+    """The roots that are given, or those on record; JobFailed if none is known."""
     roots = given or extracted_from(store)
     if not roots:
         raise JobFailed(f"where the images of {store.path} are is not on record, or they have moved: give --images")
@@ -114,6 +115,7 @@ def load_again(group: TeacherFeatures, args: argparse.Namespace) -> Teacher:
 
 
 def spec_of(group: TeacherFeatures, args: argparse.Namespace) -> TeacherSpec:
+    """How the teacher of a group is loaded, as its card says; `--model` moves it."""
     card, models = group.card, {}
     for text in args.model:
         key, eq, model = text.partition("=")

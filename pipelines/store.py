@@ -48,6 +48,7 @@ Answer = tuple[dict, str, bool]
 
 
 def arguments() -> argparse.ArgumentParser:
+    """The command line of `olavlm-cache`."""
     p = argparse.ArgumentParser(
         prog="olavlm-cache",
         description="Make a plan, look into a feature store, and keep it sound.",
@@ -131,6 +132,7 @@ def _count(text: str) -> int:
 
 @command("olavlm-cache")
 def main(argv: list[str] | None = None) -> int:
+    """Run one command; its exit status is 1 where something is left to be done."""
     args = arguments().parse_args(argv)
     value, text, sound = args.run(args)
     print(json.dumps(value, indent=1) if args.json else text)
@@ -138,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan(args: argparse.Namespace) -> Answer:
+    """The plan that extractions of these datasets would follow, which is written nowhere."""
     added = 0
     if args.data:
         images = Dataset(args.data).images()
@@ -156,6 +159,7 @@ def plan(args: argparse.Namespace) -> Answer:
 
 
 def status(args: argparse.Namespace) -> Answer:
+    """Coverage, failures and bytes of every teacher, and the pace of extractions that run."""
     store = FeatureStore(args.store)
     value: dict = {"images": store.rows.num_images, "teachers": {}}
     lines = [f"{args.store}: {store.rows.num_images} images, {len(store)} teachers"]
@@ -215,6 +219,7 @@ def running_job(group: TeacherFeatures, extraction: Running | None) -> dict | No
 
 
 def info(args: argparse.Namespace) -> Answer:
+    """What the features are: shapes, storage, cards and statistics."""
     store = FeatureStore(args.store)
     value = {
         "store": str(store.path),
@@ -234,6 +239,7 @@ def info(args: argparse.Namespace) -> Answer:
 
 
 def verify_store(args: argparse.Namespace) -> Answer:
+    """Every finding of `verify`, and with `--live` of the teachers run again; 1 if there is any."""
     store = _opened(args)
     findings, checked = find_damage(store, args.teacher, fast=args.fast)
     value: dict = {"store": str(store.path), "fast": args.fast, "checked": checked}
@@ -285,6 +291,7 @@ def find_damage(store: FeatureStore, keys: list[str] | None, *, fast: bool) -> t
 
 
 def repair(args: argparse.Namespace) -> Answer:
+    """Extract again what is broken; 1 if something still is, or was lost."""
     from .repair import repair_store
 
     FeatureStore(args.store)  # is it one? a builder would make it
@@ -309,6 +316,7 @@ def repair(args: argparse.Namespace) -> Answer:
 
 
 def convert_store(args: argparse.Namespace) -> Answer:
+    """A store in another storage dtype; 1 if rows could not be copied."""
     source = _opened(args)
     keys = args.teacher or source.teachers
     progress = Progress(sum(source[key].coverage().covered for key in keys), "rows", "converting")
@@ -343,6 +351,7 @@ def convert_store(args: argparse.Namespace) -> Answer:
 
 
 def merge_stores(args: argparse.Namespace) -> Answer:
+    """Rows of several stores in one; 1 if wanted ones could not be copied."""
     rows = sum(g.coverage().covered for s in args.sources for g in FeatureStore(s).values())
     progress = Progress(rows, "rows", "merging")
     done = merge(args.store, args.sources, on_shard=lambda key, rows: progress.update(rows))
@@ -366,6 +375,7 @@ def merge_stores(args: argparse.Namespace) -> Answer:
 
 
 def gc(args: argparse.Namespace) -> Answer:
+    """Remove what nobody needs."""
     found = list(collect(args.store, older_than=args.older_than, dry_run=args.dry_run))
     counts, sizes = Counter(), Counter()
     for item in found:
@@ -379,6 +389,7 @@ def gc(args: argparse.Namespace) -> Answer:
 
 
 def drop(args: argparse.Namespace) -> Answer:
+    """Remove the features of one teacher."""
     if (args.key is None) == (args.teacher is None):
         raise UsageError("drop removes one teacher: olavlm-cache drop STORE KEY")
     store, key = FeatureStore(args.store), args.key or args.teacher

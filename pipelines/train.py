@@ -32,6 +32,7 @@ from .recipe_list import list_recipes
 
 
 def arguments() -> argparse.ArgumentParser:
+    """The command line of `olavlm-train`."""
     whole = [name for name in shipped_recipes() if name not in table_rows()]
     p = argparse.ArgumentParser(
         prog="olavlm-train",
@@ -62,6 +63,7 @@ def arguments() -> argparse.ArgumentParser:
 
 @command("olavlm-train")
 def main(argv: list[str] | None = None) -> int:
+    """Run one stage, or `all` of a recipe; 1 if it cannot be trained."""
     parser = arguments()
     args, overrides = parser.parse_known_args(argv)
     if args.stage == "recipes":

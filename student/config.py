@@ -27,8 +27,16 @@ _NOT_THE_RESULT = (
 """Fields of `train` that a run may change when it is resumed."""
 
 
+def _rule(ok: bool, key: str, value: object, text: str) -> None:
+    """RecipeError that names the key, its value and the rule that it breaks."""
+    if not ok:
+        raise RecipeError(f"{key} is {value}: {text}")
+
+
 @dataclass
 class ModelConfig:
+    """The language model, the base encoder, and what of the method is built onto them."""
+
     llm: str
     """Causal language model: a hub id or a local folder."""
     encoder: str
@@ -66,9 +74,18 @@ class ModelConfig:
     include_answer: bool = True
     """Whether the supervised answer is among those keys, as in the public code."""
 
+    def __post_init__(self) -> None:
+        known = self.attention in (None, "eager", "sdpa") or _is_attention(self.attention)
+        _rule(known, "model.attention", self.attention, "use sdpa, flash_attention_2 or eager")
+        _rule(self.max_length >= 1, "model.max_length", self.max_length, "at least 1")
+        _rule(self.num_task_tokens >= 0, "model.num_task_tokens", self.num_task_tokens, "at least 0")
+        _rule(len(set(self.order)) == len(self.order), "model.order", self.order, "each task once")
+
 
 @dataclass
 class TaskConfig:
+    """One teacher's features, and the predictors that learn them."""
+
     layers: list[int]
     """Decoder blocks with a predictor, counted from 1."""
     weight: float = 0.5
@@ -96,6 +113,8 @@ def _paper_tasks() -> dict[str, TaskConfig]:
 
 @dataclass
 class LossConfig:
+    """The embedding losses, which are added to the text loss."""
+
     stages: list[Stage] = field(default_factory=lambda: ["pt"])
     """Stages with embedding losses (table 4)."""
     contrastive: bool = True
@@ -105,9 +124,15 @@ class LossConfig:
     kernels: Kernels = "eager"
     """What computes them: plain PyTorch, or Triton's kernels on CUDA, which no GPU has run yet."""
 
+    def __post_init__(self) -> None:
+        weight = self.contrastive_weight
+        _rule(0 <= weight < inf, "losses.contrastive_weight", weight, "at least 0")
+
 
 @dataclass
 class DataConfig:
+    """Dialogues and images."""
+
     file: str | list[str]
     """LLaVA files, .json, .jsonl or .parquet."""
     images: str | list[str]
@@ -132,9 +157,21 @@ class DataConfig:
     """LLaVA files with samples that are not trained on: `train.pictures_every` draws the first of them. By default,
     the first of those that `fraction` leaves out."""
 
+    def __post_init__(self) -> None:
+        block, keyed = self.shuffle_block, self.encoder_features_key is not None
+        _rule(0 < self.fraction <= 1, "data.fraction", self.fraction, "above 0 and at most 1")
+        _rule(block is None or block >= 1, "data.shuffle_block", block, "at least 1")
+        _rule(self.workers >= 0, "data.workers", self.workers, "at least 0")
+        store = self.encoder_features
+        _rule(store is not None or not keyed, "data.encoder_features", store, "data.encoder_features_key needs a store")
+        _rule(bool(self.file), "data.file", self.file, "name at least one dataset file")
+        _rule(bool(self.images), "data.images", self.images, "name at least one image root")
+
 
 @dataclass
 class TargetsConfig:
+    """Where the teachers' features come from."""
+
     store: str | None = None
     """Feature store of `olavlm-extract`."""
     source: Literal["cache", "online"] = "cache"
@@ -148,9 +185,15 @@ class TargetsConfig:
     local_cache_gb: float = 50
     """Of disk space that it may take, in 10^9 bytes; what was used the longest ago goes first."""
 
+    def __post_init__(self) -> None:
+        room = self.local_cache_gb
+        _rule(room > 0, "targets.local_cache_gb", room, "above 0; without a cache, leave targets.local_cache out")
+
 
 @dataclass
 class InitConfig:
+    """What training starts from, instead of `model.llm` and `model.encoder`."""
+
     from_: str | None = None
     """Run folder or checkpoint to start from; written `init.from`. `{recipe}` in it stands for the recipe's name,
     `{previous}` for the stage ahead of this one in `train.stages`."""
@@ -158,6 +201,8 @@ class InitConfig:
 
 @dataclass
 class TrainConfig:
+    """The run: its folder, length, batches, optimizer and checkpoints."""
+
     output_dir: str
     """Run folder. A run that stopped is resumed from it. `{recipe}` and `{stage}` in it stand for their names."""
     stages: list[Stage] = field(default_factory=lambda: ["pt", "ift"])
@@ -200,12 +245,32 @@ class TrainConfig:
     pictures: int = 4
     """Held-out samples that are drawn."""
 
+    def __post_init__(self) -> None:
+        norm, every = self.max_grad_norm, self.pictures_every
+        ordered = self.stages == [stage for stage in STAGES if stage in self.stages]
+        _rule(self.batch_size >= 1, "train.batch_size", self.batch_size, "at least 1")
+        _rule(self.accumulation >= 1, "train.accumulation", self.accumulation, "at least 1")
+        _rule(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1")
+        _rule(0 < self.epochs < inf, "train.epochs", self.epochs, "above 0")
+        _rule(0 <= self.seed < 2**32, "train.seed", self.seed, "from 0 to 2**32 - 1, as NumPy's generators take")
+        _rule(0 < self.lr < inf, "train.lr", self.lr, "above 0")
+        _rule(norm is None or 0 < norm < inf, "train.max_grad_norm", norm, "above 0, or null for none")
+        _rule(0 <= self.weight_decay < inf, "train.weight_decay", self.weight_decay, "at least 0")
+        _rule(0 <= self.warmup < 1, "train.warmup", self.warmup, "a part of the run, from 0 to below 1")
+        _rule(self.save_every >= 1, "train.save_every", self.save_every, "at least 1")
+        _rule(self.keep >= 1, "train.keep", self.keep, "at least 1")
+        _rule(every is None or every >= 1, "train.pictures_every", every, "at least 1, or null")
+        _rule(self.pictures >= 1, "train.pictures", self.pictures, "at least 1")
+        _rule(bool(self.stages) and ordered, "train.stages", self.stages, "some of pt, vpt, ift, in this order")
+
 
 @dataclass
 class LoraConfig:
+    """Low-rank updates of the language model, in place of training its weights (arXiv 2106.09685)."""
+
     rank: int | None = None
-    """Rank of the update that vpt and ift learn for each of the LLM's weights, which stay as they are (LoRA,
-    arXiv 2106.09685); without one the weights themselves are trained. LLaVA-1.5 takes 128."""
+    """Rank of the update that vpt and ift learn for each of the LLM's weights, which stay as they are;
+    without one the weights themselves are trained. LLaVA-1.5 takes 128."""
     alpha: float | None = None
     """The update is multiplied by alpha / rank; twice the rank by default."""
     dropout: float = 0.0
@@ -213,9 +278,15 @@ class LoraConfig:
     targets: str | list[str] = "all-linear"
     """Names of the layers that get an update, or all-linear: all linear ones but the output embedding."""
 
+    def __post_init__(self) -> None:
+        _rule(self.rank is None or self.rank >= 1, "lora.rank", self.rank, "at least 1, or null")
+        _rule(0 <= self.dropout < 1, "lora.dropout", self.dropout, "from 0 to below 1")
+
 
 @dataclass
 class Recipe:
+    """Everything a run depends on. RecipeError for values that cannot be, alone or together."""
+
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -226,66 +297,30 @@ class Recipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        def rule(ok: bool, key: str, value: object, text: str) -> None:
-            if not ok:
-                raise RecipeError(f"{key} is {value}: {text}")
-
-        t, d, order = self.train, self.data, self.model.order
-        rule(len(set(order)) == len(order), "model.order", order, "each task once")
-        rule(t.batch_size >= 1, "train.batch_size", t.batch_size, "at least 1")
-        rule(t.accumulation >= 1, "train.accumulation", t.accumulation, "at least 1")
-        rule(t.max_steps is None or t.max_steps >= 1, "train.max_steps", t.max_steps, "at least 1")
-        rule(0 < t.epochs < inf, "train.epochs", t.epochs, "above 0")
-        rule(0 <= t.seed < 2**32, "train.seed", t.seed, "from 0 to 2**32 - 1, as NumPy's generators take")
-        attention = self.model.attention
-        known = attention in (None, "eager", "sdpa") or _is_attention(attention)
-        rule(known, "model.attention", attention, "use sdpa, flash_attention_2 or eager")
-        rule(self.model.max_length >= 1, "model.max_length", self.model.max_length, "at least 1")
-        rule(self.model.num_task_tokens >= 0, "model.num_task_tokens", self.model.num_task_tokens, "at least 0")
-        rule(0 < t.lr < inf, "train.lr", t.lr, "above 0")
-        norm, weight = t.max_grad_norm, self.losses.contrastive_weight
-        rule(norm is None or 0 < norm < inf, "train.max_grad_norm", norm, "above 0, or null for none")
-        rule(0 <= t.weight_decay < inf, "train.weight_decay", t.weight_decay, "at least 0")
-        rule(0 <= weight < inf, "losses.contrastive_weight", weight, "at least 0")
-        rule(0 <= t.warmup < 1, "train.warmup", t.warmup, "a part of the run, from 0 to below 1")
-        rule(t.save_every >= 1, "train.save_every", t.save_every, "at least 1")
-        rule(t.keep >= 1, "train.keep", t.keep, "at least 1")
-        every = t.pictures_every
-        rule(every is None or every >= 1, "train.pictures_every", every, "at least 1, or null")
-        rule(t.pictures >= 1, "train.pictures", t.pictures, "at least 1")
-        ordered = t.stages == [stage for stage in STAGES if stage in t.stages]
-        rule(bool(t.stages) and ordered, "train.stages", t.stages, "some of pt, vpt, ift, in this order")
-        rule(self.lora.rank is None or self.lora.rank >= 1, "lora.rank", self.lora.rank, "at least 1, or null")
-        rule(0 <= self.lora.dropout < 1, "lora.dropout", self.lora.dropout, "from 0 to below 1")
-        rule(0 < d.fraction <= 1, "data.fraction", d.fraction, "above 0 and at most 1")
-        rule(d.shuffle_block is None or d.shuffle_block >= 1, "data.shuffle_block", d.shuffle_block, "at least 1")
-        rule(d.workers >= 0, "data.workers", d.workers, "at least 0")
-        room = self.targets.local_cache_gb
-        rule(room > 0, "targets.local_cache_gb", room, "above 0; without a cache, leave targets.local_cache out")
-        keyless = d.encoder_features is not None or d.encoder_features_key is None
-        rule(keyless, "data.encoder_features", d.encoder_features, "data.encoder_features_key needs a store")
-        rule(bool(d.file), "data.file", d.file, "name at least one dataset file")
-        rule(bool(d.images), "data.images", d.images, "name at least one image root")
         for name, task in self.tasks.items():
-            rule(name in self.model.order, "model.order", self.model.order, f"task {name} has no place in it")
-            rule(all(x >= 1 for x in task.layers), f"tasks.{name}.layers", task.layers, "layers are counted from 1")
+            _rule(name in self.model.order, "model.order", self.model.order, f"task {name} has no place in it")
+            _rule(all(x >= 1 for x in task.layers), f"tasks.{name}.layers", task.layers, "layers are counted from 1")
         if self.fuses:
             fusion = f"model.fusion is {self.model.fusion}, which "
-            rule(bool(self.tasks), "tasks", "empty", f"{fusion}fuses the features of their teachers; name one at least")
-            tokens = self.model.num_task_tokens
-            rule(tokens == 0, "model.num_task_tokens", tokens, f"{fusion}has no task tokens; set it to 0")
-            rule(not self.losses.stages, "losses.stages", self.losses.stages, f"{fusion}distils nothing; set it to []")
+            fused = f"{fusion}fuses the features of their teachers; name one at least"
+            _rule(bool(self.tasks), "tasks", "empty", fused)
+            tokens, stages = self.model.num_task_tokens, self.losses.stages
+            _rule(tokens == 0, "model.num_task_tokens", tokens, f"{fusion}has no task tokens; set it to 0")
+            _rule(not stages, "losses.stages", stages, f"{fusion}distils nothing; set it to []")
 
     @property
     def files(self) -> list[str]:
+        """`data.file` as a list."""
         return [self.data.file] if isinstance(self.data.file, str) else self.data.file
 
     @property
     def image_roots(self) -> list[str]:
+        """`data.images` as a list."""
         return [self.data.images] if isinstance(self.data.images, str) else self.data.images
 
     @property
     def held_out_files(self) -> list[str]:
+        """`data.held_out` as a list."""
         return [self.data.held_out] if isinstance(self.data.held_out, str) else self.data.held_out or []
 
     @property

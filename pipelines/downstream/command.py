@@ -120,6 +120,7 @@ def _need(args: argparse.Namespace, *names: str) -> None:
 
 
 def score_da2k(args: argparse.Namespace) -> int:
+    """Depth: which of two points is closer (DA-2K)."""
     pairs = read_pairs(args.annotations)
     source, decoder = _open(args)
     scores = {layer: Da2kScore() for layer in source.layers}
@@ -132,6 +133,7 @@ def score_da2k(args: argparse.Namespace) -> int:
 
 
 def score_miou(args: argparse.Namespace) -> int:
+    """Segmentation: mean intersection over union (COCO panoptic)."""
     annotations = Path(args.annotations)
     labels = PanopticLabels.read(annotations, args.panoptic or annotations.with_suffix(""))
     images: dict[str, PanopticImage] = {image.file_name: image for image in labels.images}
@@ -151,6 +153,7 @@ def score_miou(args: argparse.Namespace) -> int:
 
 
 def score_fid(args: argparse.Namespace) -> int:
+    """Generation: distance of drawn pictures from photographs (FID)."""
     from PIL import Image as Pictures
 
     from .fid import Inception, compared_size, frechet_distance, statistics_of, statistics_of_pictures

@@ -124,6 +124,8 @@ class _Actor:
 
 @dataclass(eq=False)
 class RayWorker:
+    """A worker as the driver sees it: its actor, its place, and what it has not answered yet."""
+
     name: str
     place: Place
     actor: object

@@ -71,6 +71,8 @@ class Computing:
 
 
 class Cpu:
+    """Forwards in the calling thread, one batch at a time."""
+
     def __init__(self) -> None:
         # One compute thread a worker: parallel sums would depend on the number of cores.
         torch.set_num_threads(1)

@@ -20,6 +20,7 @@ MOMENTS = (("at the end", 1.0), ("halfway", 0.5), ("at first", 0.0))
 
 
 def show_losses(run: Run, settings: Settings) -> str:
+    """Total and text loss over steps."""
     total = chart("Total loss", [run.curve("loss/total", "total")], unit="weighted sum", mark_zeros=True)
     drawn = [
         total if run.terms else "",  # without embedding losses it is the text loss
@@ -32,6 +33,7 @@ def show_losses(run: Run, settings: Settings) -> str:
 
 
 def show_embedding_losses(run: Run, settings: Settings) -> str:
+    """The terms of the embedding losses over steps, by task and layer."""
     content = _by_layer(run, "Smooth-L1", "loss/{task}/{layer}/smooth_l1", "mean over features")
     content += _by_layer(run, "Contrastive", "loss/{task}/{layer}/contrastive", "nats")
     content += _by_layer(run, "Cosine with the target", "cosine/{task}/{layer}", "training images")
@@ -86,6 +88,7 @@ def _moments(curves: Mapping[int, Curve]) -> list[Line]:
 
 
 def show_pace(run: Run, settings: Settings) -> str:
+    """Milliseconds a step, and what they went to."""
     parts = {"step_ms": "step", "data_wait_ms": "of which waiting for data", "h2d_ms": "copying to the device"}
     drawn = [chart("Time a step", _present(run, parts), unit="ms", log=True)]
     if run.global_batch:

@@ -28,6 +28,7 @@ BARS = (230, 64)  # pixels, of a one-token target
 
 
 def show_predictions(run: Run, settings: Settings) -> str:
+    """Targets and predictions of some photographs as pictures, layer by layer."""
     distils = run.stage == "pt" and run.get("tasks") and "pt" in (run.get("losses", "stages") or [])
     if not settings.samples or not (distils or (run.stage == PROBES and run.finished)):
         return ""

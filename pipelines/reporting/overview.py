@@ -14,6 +14,7 @@ from .settings import Settings
 
 
 def show_summary(run: Run, settings: Settings) -> str:
+    """How far the run came, and its last losses."""
     if not run.metrics:
         return ""
     steps, last = run.metrics, run.metrics[-1]
@@ -45,10 +46,12 @@ def show_summary(run: Run, settings: Settings) -> str:
 
 
 def show_faults(run: Run, settings: Settings) -> str:
+    """What needs a look."""
     return warning(run.faults)
 
 
 def show_facts(run: Run, settings: Settings) -> str:
+    """What was trained, on what."""
     pairs = _probe_facts(run) if run.stage == PROBES else _training_facts(run)
     shown = facts((name, str(value)) for name, value in pairs if value is not None)
     return shown if run.recipe else shown + note("recipe.yaml is missing or damaged: what was asked for is not known.")
@@ -108,6 +111,8 @@ def _task(task: dict[str, Any]) -> str:
 
 
 def show_parts(run: Run, settings: Settings) -> str:
+    """Parameters of each part, and how many of them train."""
+
     def line(part: dict[str, Any]) -> list[object]:
         parameters, trainable = part.get("parameters", 0), part.get("trainable", 0)
         share = 100 * trainable / parameters if parameters else 0
@@ -130,6 +135,7 @@ def show_parts(run: Run, settings: Settings) -> str:
 
 
 def show_settings(run: Run, settings: Settings) -> str:
+    """The recipe as it was resolved, folded."""
     used = ", ".join(f"{name} {version}" for name, version in run.versions.items()) or "not recorded"
     recipe = fold("Resolved recipe", source(run.recipe_text, "Resolved recipe")) if run.recipe_text else ""
     return block("Settings", facts([("Run folder", str(run.folder)), ("Versions", used)]) + recipe)
