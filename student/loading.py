@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import torch
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -20,6 +21,8 @@ from transformers.utils import cached_file
 
 from olavlm.student.errors import ModelError, RecipeError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of weights, by the names that recipes give them."""
 _BUILT_IN_ATTENTION = (None, "sdpa", "eager")
 """What needs no package beside PyTorch."""
 

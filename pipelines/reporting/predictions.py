@@ -22,9 +22,10 @@ from olavlm.cache.display import reachable_root, started_in
 from olavlm.student.config import Recipe
 from olavlm.student.data.batches import Collator
 from olavlm.student.data.targets import OnlineTargets, TargetSource, open_targets
+from olavlm.student.loading import DTYPES
 from olavlm.student.recipes import load_recipe
 from olavlm.student.training.checkpoint import read_adapter
-from olavlm.student.training.trainer import DTYPES, open_data
+from olavlm.student.training.trainer import open_data
 
 
 @dataclass

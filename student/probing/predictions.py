@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from olavlm.cache import BadImage, ImageRoots, Sample
+from olavlm.student.loading import DTYPES
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.training.trainer import DTYPES
 
 from .bank import ProbeRun
 from .model import TURNS, check_layout, load_probed, probe_collator

@@ -18,8 +18,8 @@ import torch
 from olavlm.cache import Dataset, ImageRoots
 from olavlm.student.data.batches import batches, check_images
 from olavlm.student.errors import ModelError, TargetsError
+from olavlm.student.loading import DTYPES
 from olavlm.student.losses.scaled_features import Features, ScaledFeatures
-from olavlm.student.training.trainer import DTYPES
 
 from .bank import ProbeRun
 from .model import TURNS, check_layout, load_probed, probe_collator

@@ -16,8 +16,6 @@ Source: arXiv 2412.09585, probing experiments; hyper-parameters as in the public
 from __future__ import annotations
 
 import math
-import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +32,16 @@ from olavlm.student.config import TrainConfig
 from olavlm.student.data.batches import MicroBatch, batches, check_images
 from olavlm.student.data.sampler import GlobalBatchSampler
 from olavlm.student.errors import RecipeError, TrainingError
+from olavlm.student.loading import DTYPES
 from olavlm.student.losses.fused import smooth_l1_and_cosines
 from olavlm.student.model import OlaVLM
 from olavlm.student.tokens import TaskSpec
 from olavlm.student.training.checkpoint import check_files, latest_step, load_trained, save_step, write_json, writing
 from olavlm.student.training.identity import features_digest, start_digest
+from olavlm.student.training.loop import OnStep, Schedule, StepLoop
 from olavlm.student.training.metrics import open_trackers
 from olavlm.student.training.parallel import Replicated, launched_with, make_optimizer
-from olavlm.student.training.signals import stop_requests
 from olavlm.student.training.step import NAMED_SAMPLES
-from olavlm.student.training.trainer import DTYPES, OnStep, Schedule
 
 from .bank import BYTES_A_PARAMETER, ProbeBank, ProbedTeacher, ProbeRun
 from .model import TURNS, chosen_layers, load_probed, probe_collator, token_layout
@@ -120,47 +118,31 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
     if resumed_from is not None:
         parallel.load_optimizer(resumed_from)
         accelerator.print(f"resumed from step {first_step}")
-    steps = range(first_step, schedule.total_steps)
+    loop = StepLoop(
+        schedule,
+        first_step,
+        accelerator,
+        parallel.optimizer,
+        open_trackers([], run, first_step, {}) if accelerator.is_main_process else [],
+        save=lambda step: save_step(run, step, parallel, identity, settings.keep),
+        save_every=settings.save_every,
+    )
     loading = batches(
         probe_collator(model, dataset, roots, rows),
         sampler,
-        steps,
+        loop.steps,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         accumulation=settings.train.accumulation,
         workers=settings.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    probe_step = ProbeStep(model, rows, parallel)
-    trackers = open_trackers([], run, first_step, {}) if accelerator.is_main_process else []
-    with ExitStack() as leaving, stop_requests() as stop, loading as loaded:
-        for tracker in trackers:
-            leaving.callback(tracker.close)
-        for step in steps:
-            began = time.perf_counter()
-            micro_batches = next(loaded)
-            data_wait = time.perf_counter() - began
-            for group in parallel.optimizer.param_groups:
-                group["lr"] = schedule.lr(step)
-            values = probe_step(step, micro_batches) | {
-                "lr": schedule.lr(step),
-                "epoch": (step + 1) / len(sampler),
-                "data_wait_ms": 1000 * data_wait,
-                "step_ms": 1000 * (time.perf_counter() - began),
-            }
-            for tracker in trackers:
-                tracker.log(step + 1, values)
-            if accelerator.is_main_process:
-                on_step(step + 1, schedule.total_steps, values)
-            last = step + 1 == schedule.total_steps
-            stopping = bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device)) > 0)
-            if last or stopping or (step + 1) % settings.save_every == 0:
-                save_step(run, step + 1, parallel, identity, settings.keep)
-            if stopping and not last:
-                raise TrainingError(
-                    f"stopped by {stop[0] if stop else 'another process'} after step {step + 1}, which is saved; run "
-                    "the same command again to finish"
-                )
+
+    def after_step(step: int, values: dict[str, float]) -> None:
+        if accelerator.is_main_process:
+            on_step(step, schedule.total_steps, values)
+
+    loop.run(loading, ProbeStep(model, rows, parallel), after_step)
     if accelerator.is_main_process:
         result = ProbeRun(
             model=str(Path(settings.model).absolute()) if Path(settings.model).exists() else settings.model,

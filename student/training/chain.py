@@ -18,7 +18,8 @@ from olavlm.student.config import Recipe
 from olavlm.student.errors import RecipeError
 
 from .checkpoint import latest_step
-from .trainer import STAGE_FILE, OnStep, Schedule, open_data, run_identity, train
+from .loop import OnStep, Schedule
+from .trainer import STAGE_FILE, open_data, run_identity, train
 
 
 def train_chain(recipes: Mapping[Stage, Recipe], versions: dict[str, str], on_step: OnStep = lambda *_: None) -> Path:

@@ -29,7 +29,7 @@ from olavlm.student.config import Recipe
 from olavlm.student.decoder import checkpoint_activations
 from olavlm.student.errors import ModelError
 from olavlm.student.fused_teachers import FusedTeacher
-from olavlm.student.loading import load_errors
+from olavlm.student.loading import DTYPES, load_errors
 from olavlm.student.lora import add_lora
 from olavlm.student.losses.embedding import embedding_loss_sums
 from olavlm.student.losses.text import chunk_rows
@@ -43,8 +43,6 @@ from olavlm.student.vision.image_transform import ImageTransform
 
 from .checkpoint import whole_model
 from .live_bytes import LiveBytes
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,13 @@ A step (`step.py`) takes the global batch of the sampler, cut into `accumulation
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
@@ -29,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from olavlm.cache import Dataset, ImageRoots
 from olavlm.student.choices import Stage
-from olavlm.student.config import Recipe, TrainConfig
+from olavlm.student.config import Recipe
 from olavlm.student.data.batches import (
     Collator,
     batches,
@@ -40,12 +37,12 @@ from olavlm.student.data.batches import (
     make_sampler,
 )
 from olavlm.student.data.encoder_features import EncoderFeatures, check_encoder_features
-from olavlm.student.data.load_times import load_metrics
-from olavlm.student.data.targets import check_targets, open_targets, tokens_without_losses
+from olavlm.student.data.targets import TargetSource, check_targets, open_targets, tokens_without_losses
 from olavlm.student.decoder import checkpoint_activations
 from olavlm.student.errors import RecipeError, TrainingError
 from olavlm.student.extension import extend
 from olavlm.student.fused_teachers import FusedTeacher
+from olavlm.student.loading import DTYPES
 from olavlm.student.lora import add_lora, lora_parameters, merge_lora, save_lora
 from olavlm.student.model import OlaVLM
 from olavlm.student.stages import PartRow, apply_stage, trains_llm
@@ -69,10 +66,10 @@ from .checkpoint import (
 )
 from .data_watch import DataWatch
 from .identity import Identity, features_digest, start_digest
+from .loop import OnStep, Schedule, StepLoop
 from .metrics import check_trackers, open_trackers
 from .parallel import launched_with, spread
 from .pictures import HeldOutPictures, held_out
-from .signals import stop_requests
 from .step import OptimizerStep
 
 STAGE_FILE = "stage.json"
@@ -80,11 +77,6 @@ OF_TEACHERS = ("name", "model", "revision", "recipe", "fingerprint")
 """What is kept there of the cards of features."""
 PATIENCE = timedelta(hours=1)
 """That processes wait for one: an 8B model and its optimizer take longer to write than the ten minutes of NCCL."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-OnStep = Callable[[int, int, dict[str, float]], None]
-"""Called on the main process after each step with its number, the number of steps and the metrics."""
 
 
 def train(
@@ -100,53 +92,13 @@ def train(
             than the recipe, a loader that died, images that are gone, a checkpoint that could not be written, or a stop
             by SIGINT or SIGTERM (after a checkpoint, or the result).
     """
-    distil = recipe.distils(stage)
-    reads_features = distil or recipe.fuses
-    check_trackers(recipe.train.trackers)
     dataset, roots = open_data(recipe)
-    check_samples(dataset, recipe.model.template)
-    reads_encoder = recipe.data.encoder_features is not None
-    if reads_encoder:
-        check_encoder_features(recipe, dataset, stage)
-    if not reads_encoder or (reads_features and recipe.targets.source == "online"):
-        check_images(dataset, roots)
-    if reads_features:
-        check_targets(recipe, dataset, stage)
-    drawn = held_out(recipe, stage)
-
-    AcceleratorState._reset_state()  # a stage before this one may have had another precision; processes stay joined
-    # Without `cpu`, accelerate would take several processes on a machine without an accelerator for one each.
-    accelerator = Accelerator(
-        mixed_precision=recipe.train.mixed_precision,
-        cpu=not torch.accelerator.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
-    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "processes do not see each other"
-    source = open_targets(recipe, accelerator.device) if reads_features else None
+    drawn = check_inputs(recipe, stage, dataset, roots)
+    accelerator = join_processes(recipe)
+    source = open_targets(recipe, accelerator.device) if reads_features(recipe, stage) else None
     set_seed(recipe.train.seed)
-    specs, fused = [], []
-    if recipe.fuses:
-        fused = [FusedTeacher.of(name, source.cards[name]) for name in recipe.task_order]
-    elif distil:
-        specs = source.specs
-    elif stage == "pt" and recipe.tasks:
-        specs = tokens_without_losses(recipe)
-    model, tokenizer = start_model(recipe, stage, specs, fused, distil)
-    model.pack(recipe.model.packing)
-    features = EncoderFeatures(recipe) if reads_encoder else None
-    if features is not None:  # of the models saved, pt's holds no encoder
-        features.take_the_place_of(model.vision, keep=stage != "pt" and accelerator.is_main_process)
-    least = least_length(tokenizer, recipe.model.template, model.inserted)
-    if recipe.model.max_length < least:
-        raise RecipeError(
-            f"model.max_length is {recipe.model.max_length}: a short question about an image takes {least} tokens here "
-            "before it is answered, and nothing would be learnt; make it longer"
-        )
-    if recipe.lora.rank is not None and trains_llm(stage):
-        add_lora(model.llm, recipe.lora)
-    table = apply_stage(model, stage, freeze_tokens=recipe.train.freeze_tokens, distil=distil)
-    if recipe.train.gradient_checkpointing:
-        checkpoint_activations(model.llm)
+    model, tokenizer, features, table = prepare_model(recipe, stage, source, saves=accelerator.is_main_process)
+
     run = Path(recipe.train.output_dir)
     global_batch = recipe.train.batch_size * recipe.train.accumulation * accelerator.num_processes
     identity = run_identity(recipe, stage, global_batch, dataset)
@@ -167,7 +119,6 @@ def train(
         describe_run(run, recipe, stage, table, versions, accelerator.num_processes, model.packed, cards)
     collator = Collator.of(recipe, model, tokenizer, dataset, roots, source, features)
     parallel = spread(model, accelerator, recipe.train)
-    optimizer = parallel.optimizer
     if resumed_from is not None:
         parallel.load_optimizer(resumed_from)
     trackers = []
@@ -179,58 +130,39 @@ def train(
     if first_step:
         accelerator.print(f"resumed from step {first_step}")
 
-    losses = recipe.losses
-    task = DistillTask(model.tasks if distil else [], losses.contrastive, losses.contrastive_weight, losses.kernels)
+    losses, tasks = recipe.losses, model.tasks if recipe.distils(stage) else []
+    task = DistillTask(tasks, losses.contrastive, losses.contrastive_weight, losses.kernels)
+    watch = DataWatch(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    def after_step(step: int, values: dict[str, float]) -> None:
+        if accelerator.is_main_process:
+            on_step(step, schedule.total_steps, values)
+            if (warning := watch.see(values)) is not None:
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+        if pictures is not None:
+            pictures(step, trackers)
+
+    loop = StepLoop(
+        schedule,
+        first_step,
+        accelerator,
+        parallel.optimizer,
+        trackers,
+        save=lambda step: save_step(run, step, parallel, identity, recipe.train.keep),
+        save_every=recipe.train.save_every,
+    )
     optimizer_step = OptimizerStep(recipe, accelerator, parallel, source, task)
-    steps = range(first_step, schedule.total_steps)
     loading = batches(
         collator,
         sampler,
-        steps,
+        loop.steps,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         accumulation=recipe.train.accumulation,
         workers=recipe.data.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    watch = DataWatch(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    stopped_by = ""
-    with ExitStack() as leaving, stop_requests() as stop, loading as loaded:
-        for tracker in trackers:
-            leaving.callback(tracker.close)
-        for step in steps:
-            waited = time.perf_counter()
-            micro_batches = next(loaded)
-            data_wait = time.perf_counter() - waited
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.lr(step)
-            values = optimizer_step(step, micro_batches)
-            values |= {
-                "lr": optimizer.param_groups[0]["lr"],
-                "epoch": (step + 1) / len(sampler),
-                "data_wait_ms": 1000 * data_wait,
-                "step_ms": 1000 * (time.perf_counter() - waited),
-                **load_metrics(micro.load_times for micro in micro_batches),
-            }
-            for tracker in trackers:
-                tracker.log(step + 1, values)
-            if accelerator.is_main_process:
-                on_step(step + 1, schedule.total_steps, values)
-                if (warning := watch.see(values)) is not None:
-                    print(f"warning: {warning}", file=sys.stderr, flush=True)
-            if pictures is not None:
-                pictures(step + 1, trackers)
-            last = step + 1 == schedule.total_steps
-            stopping = bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device)) > 0)
-            if last or stopping or (step + 1) % recipe.train.save_every == 0:
-                save_step(run, step + 1, parallel, identity, recipe.train.keep)
-            if stopping:
-                stopped_by = stop[0] if stop else "another process"
-            if stopping and not last:
-                raise TrainingError(
-                    f"stopped by {stopped_by} after step {step + 1}, which is saved; run the same command again to "
-                    "finish"
-                )
+    stopped_by = loop.run(loading, optimizer_step, after_step)
     parallel.gather()
     if accelerator.is_main_process:
         with writing(f"the result in {run}", run):
@@ -244,43 +176,89 @@ def train(
     return run
 
 
+def reads_features(recipe: Recipe, stage: Stage) -> bool:
+    """Whether the stage distils teachers' features, or is fed them."""
+    return recipe.distils(stage) or recipe.fuses
+
+
+def check_inputs(recipe: Recipe, stage: Stage, dataset: Dataset, roots: ImageRoots) -> Dataset | None:
+    """Refuse what cannot be trained on before any model is loaded; gives the samples that are held out to be drawn.
+
+    Raises:
+        StudentError, CacheError: a tracker, sample, image root or store that cannot be used, and why.
+    """
+    check_trackers(recipe.train.trackers)
+    check_samples(dataset, recipe.model.template)
+    reads_encoder = recipe.data.encoder_features is not None
+    if reads_encoder:
+        check_encoder_features(recipe, dataset, stage)
+    if not reads_encoder or (reads_features(recipe, stage) and recipe.targets.source == "online"):
+        check_images(dataset, roots)
+    if reads_features(recipe, stage):
+        check_targets(recipe, dataset, stage)
+    return held_out(recipe, stage)
+
+
+def join_processes(recipe: Recipe) -> Accelerator:
+    """This process among those of the launch, in the recipe's precision."""
+    AcceleratorState._reset_state()  # a stage before this one may have had another precision; processes stay joined
+    # Without `cpu`, accelerate would take several processes on a machine without an accelerator for one each.
+    accelerator = Accelerator(
+        mixed_precision=recipe.train.mixed_precision,
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "processes do not see each other"
+    return accelerator
+
+
+def prepare_model(
+    recipe: Recipe, stage: Stage, source: TargetSource | None, *, saves: bool
+) -> tuple[OlaVLM, PreTrainedTokenizerBase, EncoderFeatures | None, list[PartRow]]:
+    """The model that the stage trains, set to train what it trains.
+
+    Args:
+        source: the teachers' features, if the stage reads any.
+        saves: whether this process will save the model; then the encoder stays with it, where features are read in its
+            place.
+
+    Returns:
+        Model, tokenizer, the encoder's features if they are read in its place, and the table of what trains.
+
+    Raises:
+        StudentError: a model that cannot be had or does not fit the recipe, or sequences too short to learn from.
+    """
+    distil = recipe.distils(stage)
+    specs, fused = [], []
+    if recipe.fuses:
+        fused = [FusedTeacher.of(name, source.cards[name]) for name in recipe.task_order]
+    elif distil:
+        specs = source.specs
+    elif stage == "pt" and recipe.tasks:
+        specs = tokens_without_losses(recipe)
+    model, tokenizer = start_model(recipe, stage, specs, fused, distil)
+    model.pack(recipe.model.packing)
+    features = None
+    if recipe.data.encoder_features is not None:
+        features = EncoderFeatures(recipe)
+        features.take_the_place_of(model.vision, keep=stage != "pt" and saves)  # pt's result holds no encoder
+    least = least_length(tokenizer, recipe.model.template, model.inserted)
+    if recipe.model.max_length < least:
+        raise RecipeError(
+            f"model.max_length is {recipe.model.max_length}: a short question about an image takes {least} tokens here "
+            "before it is answered, and nothing would be learnt; make it longer"
+        )
+    if recipe.lora.rank is not None and trains_llm(stage):
+        add_lora(model.llm, recipe.lora)
+    table = apply_stage(model, stage, freeze_tokens=recipe.train.freeze_tokens, distil=distil)
+    if recipe.train.gradient_checkpointing:
+        checkpoint_activations(model.llm)
+    return model, tokenizer, features, table
+
+
 def leave_processes() -> None:
     """Leave the group of processes that `train` joined, after the last stage: it cannot be joined twice."""
     PartialState().destroy_process_group()
-
-
-class HasTrainConfig(Protocol):
-    """A recipe, or what else a run is described by."""
-
-    @property
-    def train(self) -> TrainConfig: ...
-
-
-class Schedule:
-    """Length of the run, and the learning rate of each step: linear warm-up, then a cosine to 0."""
-
-    def __init__(self, recipe: HasTrainConfig, steps_per_epoch: int) -> None:
-        by_epochs = math.ceil(recipe.train.epochs * steps_per_epoch)
-        self.total_steps = recipe.train.max_steps or by_epochs
-        self.horizon = by_epochs  # not of max_steps: a run resumed has the rates of one that never stopped
-        self.warmup_steps = math.ceil(recipe.train.warmup * self.horizon)
-        self.peak = recipe.train.lr
-
-    def check_not_passed(self, step: int, run: Path, setting: str) -> None:
-        """TrainingError if a run folder holds a later step than the last, which is put off by the setting."""
-        if step > self.total_steps:
-            raise TrainingError(
-                f"{run} holds step {step}, and this run ends at step {self.total_steps}: set {setting} to {step} or "
-                "more, or use another output folder"
-            )
-
-    def lr(self, step: int) -> float:
-        """Learning rate of a step, from 0. Neither the first nor the last is 0. Beyond the epochs it starts anew."""
-        step %= self.horizon
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.horizon - self.warmup_steps)
-        return self.peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def open_data(recipe: Recipe) -> tuple[Dataset, ImageRoots]:

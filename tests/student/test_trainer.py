@@ -22,9 +22,10 @@ from olavlm.student.data.batches import _leave_signals_to_the_trainer
 from olavlm.student.stages import ADAPTER
 from olavlm.student.training import trainer as trainer_module
 from olavlm.student.training.checkpoint import check_files, latest_step, read_adapter, save_step
+from olavlm.student.training.loop import Schedule
 from olavlm.student.training.metrics import read_metrics
 from olavlm.student.training.step import OptimizerStep
-from olavlm.student.training.trainer import Schedule, train
+from olavlm.student.training.trainer import train
 
 LAYERS = {"gen": (4, 6), "depth": (2, 6), "seg": (3, 5)}
 TERMS = [
