@@ -27,20 +27,20 @@ class AssembledBatch:
     """On the same device."""
 
 
-def assemble(words: torch.Tensor, images: torch.Tensor, tasks: torch.Tensor, placement: Placement) -> AssembledBatch:
+def assemble(text: torch.Tensor, images: torch.Tensor, tasks: torch.Tensor, placement: Placement) -> AssembledBatch:
     """Puts the pieces of each sample in their places.
 
     Without any image, projector and task tokens are part of the graph all the same, as of every rank's in every step.
 
     Args:
-        words: (W, H), embeddings of the words that the placement keeps.
+        text: (W, H), embeddings of the text tokens that the placement keeps.
         images: (samples with an image, P, H), or (0, ., H).
         tasks: (T*N, H), those of each sample with an image.
     """
     b, length = placement.shape
     of_samples = tasks.expand(len(images), -1, -1)
-    pieces = torch.cat([words, images.flatten(0, 1), of_samples.flatten(0, 1)])
-    embeds = words.new_zeros(b * length + placement.cuts, words.shape[-1]).index_copy_(0, placement.places, pieces)
+    pieces = torch.cat([text, images.flatten(0, 1), of_samples.flatten(0, 1)])
+    embeds = text.new_zeros(b * length + placement.cuts, text.shape[-1]).index_copy_(0, placement.places, pieces)
     if placement.cuts:
         embeds = embeds[:-1]
     return AssembledBatch(embeds.view(b, length, -1), placement)

@@ -425,7 +425,7 @@ class OlaVLM(Answering, PreTrainedModel):
         teacher_features: Mapping[str, torch.Tensor] | None = None,
         image_features: torch.Tensor | None = None,
     ) -> AssembledBatch:
-        words = self.llm.get_input_embeddings()(input_ids.flatten().index_select(0, placement.words))
+        text = self.llm.get_input_embeddings()(input_ids.flatten().index_select(0, placement.text_tokens))
         rows = placement.image_rows
         if len(rows):
             first = next(row for row, layout in enumerate(placement.layouts) if layout.image is not None)
@@ -439,8 +439,8 @@ class OlaVLM(Answering, PreTrainedModel):
             images = self.projector(features, *fused)
         else:
             nothing = [(self.vision.num_tokens, self.vision.width), *((t.tokens, t.dim) for t in self.fused_teachers)]
-            images = self.projector(*(words.new_zeros(1, *shape) for shape in nothing))[:0]
-        return assemble(words, images.to(words), self.task_tokens().to(words), placement)
+            images = self.projector(*(text.new_zeros(1, *shape) for shape in nothing))[:0]
+        return assemble(text, images.to(text), self.task_tokens().to(text), placement)
 
     def _run_llm(
         self, batch: AssembledBatch, layers: set[int], with_logits: bool

@@ -71,11 +71,11 @@ class Placement:
     """long [b, L], -100 at padding and at inserted tokens."""
     parts: torch.Tensor
     """int8 [b, L], what each position holds."""
-    words: torch.Tensor
-    """long (W,): of the text tokens that are kept, the places in the flattened `input_ids`."""
+    text_tokens: torch.Tensor
+    """long (W,): where the text tokens that are kept stand in the flattened `input_ids`."""
     places: torch.Tensor
-    """long (W + I·P + I·T·N,): of those words, of the I samples' image tokens and of their task tokens. What is cut off
-    has the place behind the last, b·L."""
+    """long (W + I·P + I·T·N,): places of text tokens, then of the I samples' image tokens, then of their task tokens.
+    What is cut off has the place behind the last, b·L."""
     image_rows: torch.Tensor
     """long (I,): samples with an image."""
     task_starts: torch.Tensor
@@ -163,7 +163,7 @@ def place(
     b, length = len(layouts), max((layout.length for layout in layouts), default=0)
     parts, all_labels = np.full((b, length), PADDING, np.int8), np.full((b, length), IGNORE_INDEX)
     task_starts = np.zeros((b, inserted.num_tasks), np.int64)
-    words, word_places, image_places, task_places, positions = [], [], [], [], []
+    text_tokens, text_places, image_places, task_places, positions = [], [], [], [], []
     for row, (layout, text) in enumerate(zip(layouts, texts, strict=True)):
         start = 0 if padding_side == "right" else length - layout.length
         offsets = np.arange(len(text))
@@ -179,8 +179,8 @@ def place(
             if layout.complete:
                 task_starts[row] = [start + tokens.start for tokens in layout.tasks]
         kept = offsets < layout.length
-        words.append(row * ids.shape[1] + text[kept])
-        word_places.append(row * length + start + offsets[kept])
+        text_tokens.append(row * ids.shape[1] + text[kept])
+        text_places.append(row * length + start + offsets[kept])
         all_labels[row, start + offsets[kept]] = given[row, text[kept]]
         positions.append(np.arange(layout.length))
         _mark(parts[row, start : start + layout.length], layout)
@@ -192,8 +192,8 @@ def place(
         attention_mask=torch.from_numpy(is_token.astype(np.int64)),
         labels=torch.from_numpy(all_labels),
         parts=torch.from_numpy(parts),
-        words=_joined(words),
-        places=_joined([*word_places, *image_places, *task_places]),
+        text_tokens=_joined(text_tokens),
+        places=_joined([*text_places, *image_places, *task_places]),
         image_rows=torch.tensor([row for row, x in enumerate(layouts) if x.image is not None], dtype=torch.long),
         task_starts=torch.from_numpy(task_starts),
         complete=torch.tensor([layout.complete for layout in layouts], dtype=torch.bool),

@@ -79,7 +79,7 @@ def dry_run(args: argparse.Namespace, specs: Sequence[TeacherSpec], images: pa.L
     return 0
 
 
-def spread(images: pa.LargeStringArray | pa.ChunkedArray) -> list[str]:
+def evenly_spaced(images: pa.LargeStringArray | pa.ChunkedArray) -> list[str]:
     """At most `TRIED` of them, from the first to the last."""
     return images.take(pa.array(np.unique(np.linspace(0, len(images) - 1, TRIED).astype(np.int64)))).to_pylist()
 
@@ -87,7 +87,7 @@ def spread(images: pa.LargeStringArray | pa.ChunkedArray) -> list[str]:
 def readable(roots: ImageRoots, images: pa.LargeStringArray | pa.ChunkedArray) -> list[str]:
     """Some images that can be read here."""
     found = []
-    for image in spread(images):
+    for image in evenly_spaced(images):
         with suppress(BadImage):
             roots.read(image)
             found.append(image)
@@ -96,7 +96,7 @@ def readable(roots: ImageRoots, images: pa.LargeStringArray | pa.ChunkedArray) -
 
 def _pictures(roots: ImageRoots, images: pa.LargeStringArray) -> tuple[list, float]:
     """A few pictures, and the seconds that reading and decoding one takes."""
-    few = spread(images)
+    few = evenly_spaced(images)
     pictures, failures, began = [], [], time.perf_counter()
     for image in few:
         try:

@@ -75,7 +75,7 @@ def predict(
     dataset, roots = open_data(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_targets(recipe, device)
-    indices = spread(dataset, num_samples)
+    indices = evenly_spaced(dataset, num_samples)
     options = {"dtype": DTYPES[recipe.model.dtype], "attn_implementation": recipe.model.attention}
     model, tokenizer = adapter.build(with_predictors=True, **options)
     collator = Collator.of(recipe, model, tokenizer, dataset, roots, source)
@@ -126,7 +126,7 @@ def reachable_recipe(run: Path, store: str | None = None, images: Sequence[str] 
     return recipe
 
 
-def spread(dataset: Dataset, count: int) -> list[int]:
+def evenly_spaced(dataset: Dataset, count: int) -> list[int]:
     """Indices of `count` samples with different images (of all, if there are fewer), evenly spread over the data."""
     images = dataset.images()
     if not len(images):

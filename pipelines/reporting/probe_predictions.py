@@ -13,7 +13,7 @@ from olavlm.cache.display import reachable_root, started_in
 from olavlm.student.errors import RecipeError, TargetsError
 from olavlm.student.probing.predictions import ProbePredictions
 
-from .predictions import SampleView, TaskView, compared, spread
+from .predictions import SampleView, TaskView, compared, evenly_spaced
 
 
 def predict_by_probes(
@@ -46,7 +46,7 @@ def predict_by_probes(
     roots = ImageRoots(list(images or [reachable_root(root, base) or root for root in roots_given]))
     features = FeatureStore(store or reach(store_given))
     probes = ProbePredictions(folder, roots, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = [dataset[index].image for index in spread(dataset, num_samples)]
+    chosen = [dataset[index].image for index in evenly_spaced(dataset, num_samples)]
     predictions, reached = probes(chosen, probes.run.tasks)
     by_task: dict[str, list[TaskView]] = {}
     for task in probes.run.tasks:

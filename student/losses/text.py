@@ -1,9 +1,9 @@
 """Next-token loss from hidden states, with the vocabulary logits of a bounded number of positions at a time.
 
-At 128,256 words the logits of a position are 0.5 MB in float32, and their softmax and gradient as much again: of 6,400
-labelled positions, 3.3 GB each. Only those of one chunk are there at once; the backward computes them anew, which
-costs the head's forward again, less than 1% of what an 8B model computes for these tokens. A batch of one chunk, as in
-pt, computes nothing twice.
+With a vocabulary of 128,256 the logits of a position are 0.5 MB in float32, and their softmax and gradient as much
+again: of 6,400 labelled positions, 3.3 GB each. Only those of one chunk are there at once; the backward computes them
+anew, which costs the head's forward again, less than 1% of what an 8B model computes for these tokens. A batch of one
+chunk, as in pt, computes nothing twice.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def text_loss_from_states(head: nn.Module, states: torch.Tensor, labels: torch.T
         head: the LLM's output embeddings, with whatever bias, ties and adapters they have.
         states: (positions, H).
         labels: long (positions,).
-        vocabulary: words that the head gives logits for.
+        vocabulary: number of tokens that the head gives logits for.
 
     Returns:
         float32 scalar; exactly 0, with a graph, without a position.

@@ -124,15 +124,15 @@ def estimate_memory(
         raise ModelError(f"{recipe.model.llm}: what it computes depends on what its tensors hold ({e})") from None
     share = processes if sharded else 1
     buckets = 2 if processes > 1 and not sharded else 1
-    words = max(vocabulary, config.text_config.get_text_config().vocab_size)
-    rows = min(batch.samples * batch.supervised_tokens, chunk_rows(words))
+    vocab_size = max(vocabulary, config.text_config.get_text_config().vocab_size)
+    rows = min(batch.samples * batch.supervised_tokens, chunk_rows(vocab_size))
     logit_bytes = torch.finfo(_compute_dtype(recipe)).bits // 8
     return MemoryEstimate(
         weights=weights // share,
         gradients=buckets * gradients // share,
         optimizer=2 * gradients // share,  # AdamW's two moments, in the parameters' dtype
         activations=activations,
-        logits=rows * words * 2 * (logit_bytes + 4),
+        logits=rows * vocab_size * 2 * (logit_bytes + 4),
         targets=_feature_bytes(specs, batch.global_batch)
         if distil
         else _feature_bytes(fused, _own_rows(recipe, batch)),

@@ -33,7 +33,7 @@ from olavlm.student.model import OlaVLM
 OPTIMIZER = "optimizer.pt"
 
 
-def spread(model: OlaVLM, accelerator: Accelerator, settings: TrainConfig) -> Replicated:
+def parallelize(model: OlaVLM, accelerator: Accelerator, settings: TrainConfig) -> Replicated:
     """Spreads a model, in which what trains is marked, as the processes were launched.
 
     Raises:

@@ -68,7 +68,7 @@ from .data_watch import DataWatch
 from .identity import Identity, features_digest, start_digest
 from .loop import OnStep, Schedule, StepLoop
 from .metrics import check_trackers, open_trackers
-from .parallel import launched_with, spread
+from .parallel import launched_with, parallelize
 from .pictures import HeldOutPictures, held_out
 from .step import OptimizerStep
 
@@ -118,7 +118,7 @@ def train(
         cards = {} if source is None else source.cards
         describe_run(run, recipe, stage, table, versions, accelerator.num_processes, model.packed, cards)
     collator = Collator.of(recipe, model, tokenizer, dataset, roots, source, features)
-    parallel = spread(model, accelerator, recipe.train)
+    parallel = parallelize(model, accelerator, recipe.train)
     if resumed_from is not None:
         parallel.load_optimizer(resumed_from)
     trackers = []

@@ -25,10 +25,10 @@ def placed(max_length=None, padding_side=None, ids=IDS, mask=MASK, labels=LABELS
 
 def embeds_of(placement, ids=IDS):
     """Words are their ids, the two images 100 and 200, the task tokens 50 to 53."""
-    words = ids.flatten()[placement.words][:, None].expand(-1, WIDTH).float()
+    text = ids.flatten()[placement.text_tokens][:, None].expand(-1, WIDTH).float()
     image = torch.stack([torch.full((PATCHES, WIDTH), value) for value in (100.0, 200.0)])
     tasks = torch.arange(TASKS * N)[:, None].expand(-1, WIDTH) + 50.0
-    return assemble(words, image, tasks, placement).embeds[..., 0]
+    return assemble(text, image, tasks, placement).embeds[..., 0]
 
 
 def test_places():
@@ -90,8 +90,8 @@ def test_padding_of_the_text_may_be_anywhere():
     ids = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 0], [0, 7, 8, 0], [0, 0, 0, 0]])
     placement = placed(ids=ids, mask=mask, labels=None)
     assert placement.padding_side == "left"
-    words = ids.flatten()[placement.words][:, None].float()
-    embeds = assemble(words, torch.empty(0, PATCHES, 1), torch.empty(TASKS * N, 1), placement).embeds[..., 0]
+    text = ids.flatten()[placement.text_tokens][:, None].float()
+    embeds = assemble(text, torch.empty(0, PATCHES, 1), torch.empty(TASKS * N, 1), placement).embeds[..., 0]
     assert embeds.tolist() == [[0, 5, 6], [1, 2, 3], [0, 7, 8], [0, 0, 0]]
     assert placed(ids=ids, mask=mask, labels=None, padding_side="right").padding_side == "right"
     assert placed().padding_side == "right"
@@ -161,12 +161,12 @@ def test_without_any_image_projector_and_tokens_are_in_the_graph():
 
 def test_every_piece_gets_its_own_gradient():
     placement = placed(10)
-    words = torch.zeros(len(placement.words), 1, requires_grad=True)
+    text = torch.zeros(len(placement.text_tokens), 1, requires_grad=True)
     image = torch.zeros(2, PATCHES, 1, requires_grad=True)
     tasks = torch.zeros(TASKS * N, 1, requires_grad=True)
     weights = torch.arange(30.0).view(3, 10, 1)
-    (assemble(words, image, tasks, placement).embeds * weights).sum().backward()
-    assert words.grad.flatten().tolist() == [0, 1, 9, 17, *range(20, 26)]
+    (assemble(text, image, tasks, placement).embeds * weights).sum().backward()
+    assert text.grad.flatten().tolist() == [0, 1, 9, 17, *range(20, 26)]
     assert image.grad.flatten().tolist() == [2, 3, 4, 10, 11, 12]
     assert tasks.grad.flatten().tolist() == [5 + 13, 6 + 14, 7 + 15, 8 + 16], "those of both samples"
 
