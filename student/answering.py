@@ -77,7 +77,7 @@ class Answering:
         ids = pad_sequence(prompts, batch_first=True, padding_side="left")
         mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
         pixels, features = self._seen([image for _, image in dialogues])
-        end = self._written_end(tokenizer)
+        end = self.written_end(tokenizer)
         was_training = self.training
         self.eval()
         try:
@@ -89,9 +89,9 @@ class Answering:
                 **{
                     "max_new_tokens": max_new_tokens,
                     "do_sample": False,
-                    "eos_token_id": self._stop_ids(tokenizer),
+                    "eos_token_id": self.stop_ids(tokenizer),
                     "pad_token_id": tokenizer.pad_token_id,
-                    "suppress_tokens": self._never_said(),
+                    "suppress_tokens": self.never_said(),
                     "stop_strings": [end] if end else None,
                     "tokenizer": tokenizer,  # for `stop_strings`
                 }
@@ -118,20 +118,20 @@ class Answering:
         pixels = [torch.from_numpy(self.config.image_transform(image)) for image in shown]
         return spread(torch.stack(pixels)), {name: spread(values) for name, values in features.items()}
 
-    def _stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """What ends an answer: the LLM's own end tokens and the template's terminator."""
         own = self.llm.generation_config.eos_token_id
         ids = set(own if isinstance(own, list) else [own])
         ids |= {tokenizer.eos_token_id, terminator_id(tokenizer, self.config.template)}
         return sorted(ids - {None})
 
-    def _written_end(self, tokenizer: PreTrainedTokenizerBase) -> str:
+    def written_end(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The template's terminator if the tokenizer writes it in several tokens, which end answers together, or ''."""
         template = self.config.template
         if template == CHAT or terminator_id(tokenizer, template) is not None:
             return ""
         return get_template(template).assistant_end
 
-    def _never_said(self) -> list[int]:
+    def never_said(self) -> list[int]:
         """What is no part of an answer: what the LLM's own settings say, and `<image>`, which stands for a picture."""
         return sorted({*(self.llm.generation_config.suppress_tokens or ()), self.config.image_token_id})

@@ -53,5 +53,5 @@ def extend(base: OlaVLM, tasks: Sequence[TaskSpec], **config: Any) -> OlaVLM:
         vision=base.vision,
     )
     model.projector.load_state_dict(base.projector.state_dict())
-    model._head_is_plain, model.tokenizer = base._head_is_plain, base.tokenizer
+    model.head_is_plain, model.tokenizer = base.head_is_plain, base.tokenizer
     return model

@@ -132,7 +132,8 @@ class OlaVLM(Answering, PreTrainedModel):
                     self.predictors[_predictor_key(task.name, layer)] = self._predictor(task, width)
                 if task.layers:
                     self.logit_scales[task.name] = nn.Parameter(torch.tensor(LOGIT_SCALE_INIT))
-        self._head_is_plain: bool | None = None
+        self.head_is_plain: bool | None = None
+        """Whether the LLM's logits are its head's of the last states, and no more; None until that is looked up."""
         self.packed = False
         """Whether `forward` runs the LLM without padding; `pack` sets it."""
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -208,7 +209,7 @@ class OlaVLM(Answering, PreTrainedModel):
             vision=vision,
         )
         grow_vocabulary(model.llm, 1 + max(tokenizer.get_vocab().values()))
-        model._head_is_plain = head_is_plain(model.llm)
+        model.head_is_plain = head_is_plain(model.llm)
         model.tokenizer = tokenizer
         return model
 
@@ -240,7 +241,7 @@ class OlaVLM(Answering, PreTrainedModel):
             model.llm.generation_config = GenerationConfig.from_pretrained(path)
         with suppress(ModelError):  # a folder without one is a model all the same
             model.tokenizer = load_tokenizer(path)
-        model._head_is_plain = head_is_plain(model.llm)
+        model.head_is_plain = head_is_plain(model.llm)
         return (model, info) if with_info else model
 
     def save_pretrained(
@@ -449,10 +450,10 @@ class OlaVLM(Answering, PreTrainedModel):
 
         What they hold at padding means nothing: zeros if packed.
         """
-        if self._head_is_plain is None:
-            self._head_is_plain = head_is_plain(self.llm)
+        if self.head_is_plain is None:
+            self.head_is_plain = head_is_plain(self.llm)
         with capture_states(self.llm, layers) as states:
-            if with_logits or not self._head_is_plain:
+            if with_logits or not self.head_is_plain:
                 logits = self.llm(**self._llm_inputs(batch), use_cache=False).logits
             else:
                 self.llm.get_decoder()(**self._llm_inputs(batch), use_cache=False)

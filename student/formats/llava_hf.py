@@ -100,7 +100,7 @@ def from_llava_hf(source: str | Path, template: str | None = None) -> Converted:
     grow_vocabulary(llm, 1 + max(tokenizer.get_vocab().values()))
     if (added := llm.get_input_embeddings().num_embeddings - rows) > 0:
         notes.append(f"vocabulary: {added} rows more than the checkpoint's {rows}, for tokens that have none there")
-    model._head_is_plain = True
+    model.head_is_plain = True
     model.tokenizer = tokenizer
     return Converted(model.eval(), notes)
 

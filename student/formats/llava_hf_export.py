@@ -80,10 +80,10 @@ def to_llava_hf(model: OlaVLM, tokenizer: PreTrainedTokenizerBase, dtype: torch.
     dtype = dtype or llm.dtype
     parts = {"language model": llm.dtype, "projector and task tokens": model.projector[0].weight.dtype}
     notes = [f"{part}: {_name(dtype)}, and {_name(own)} in the run" for part, own in parts.items() if own != dtype]
-    if end := model._written_end(tokenizer):
+    if end := model.written_end(tokenizer):
         notes.append(f"answers end with {end}, several tokens here: generate with stop_strings=[{end!r}]")
     rows = model.task_tokens().to(llm.get_input_embeddings().weight.dtype)
-    ends = model._stop_ids(tokenizer)
+    ends = model.stop_ids(tokenizer)
     never_written = config.image_token_id if tokenizer.pad_token_id in ends else tokenizer.pad_token_id
     _grow(llm, ids, rows, like=never_written)
     stock = _assemble(model)
@@ -98,7 +98,7 @@ def to_llava_hf(model: OlaVLM, tokenizer: PreTrainedTokenizerBase, dtype: torch.
         bos_token_id=text.tokenizer.bos_token_id,
         eos_token_id=ends,
         pad_token_id=text.tokenizer.pad_token_id,
-        suppress_tokens=sorted({*model._never_said(), *ids}),
+        suppress_tokens=sorted({*model.never_said(), *ids}),
     )
     return Exported(
         stock, _processor(stock.config, model.config.image_transform, text.tokenizer), text, [*notes, *_notes(text)]
@@ -127,7 +127,7 @@ def check_exportable(model: OlaVLM) -> None:
         raise ModelError(
             f"template {config.template!r} has no roles to answer in; a model with a chat template exports"
         )
-    if not (model._head_is_plain or head_is_plain(model.llm)):
+    if not (model.head_is_plain or head_is_plain(model.llm)):
         raise ModelError(
             f"{type(model.llm).__name__} scales, caps or shifts its logits, which stock LLaVA leaves out; this "
             "language model is not supported"

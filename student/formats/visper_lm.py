@@ -98,7 +98,7 @@ def from_visper_lm(source: str | Path, template: str | None = None, encoder: str
             f"vocabulary: {added} rows more than the checkpoint's {rows}; {IMAGE_TOKEN}, an id of -200 in the public "
             "code, is a token"
         )
-    model._head_is_plain = head_is_plain(llm)
+    model.head_is_plain = head_is_plain(llm)
     model.tokenizer = tokenizer
     return Converted(model.eval(), notes)
 

@@ -151,7 +151,7 @@ def empty_model(recipe: Recipe, stage: Stage, config: OlaVLMConfig, *, vocabular
             llm.resize_token_embeddings(vocabulary, mean_resizing=False)
         if recipe.lora.rank is not None and trains_llm(stage):
             add_lora(llm, recipe.lora)
-    model._head_is_plain = True
+    model.head_is_plain = True
     apply_stage(model, stage, freeze_tokens=recipe.train.freeze_tokens, distil=distil)
     return model
 

@@ -270,11 +270,11 @@ def test_model_of_a_chat_template(tiny, tokenizer, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = OlaVLM.from_pretrained(tmp_path)
     assert (loaded.config.template, loaded.tokenizer.chat_template) == ("chat", tokenizer.chat_template)
-    assert tokenizer.convert_tokens_to_ids("<|eot_id|>") in loaded._stop_ids(loaded.tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|eot_id|>") in loaded.stop_ids(loaded.tokenizer)
     torch.manual_seed(0)
     answer = loaded.answer(loaded.tokenizer, None, "Hi.", max_new_tokens=3)
     ids = torch.tensor([encode_prompt(tokenizer, [{"from": "human", "value": "Hi."}], "chat")])
-    stops = loaded._stop_ids(tokenizer)
+    stops = loaded.stop_ids(tokenizer)
     expected = model.llm.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=stops, pad_token_id=4)
     assert answer == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True).strip()
     tokenizer.chat_template = None

@@ -193,7 +193,7 @@ def test_teachers_at_inference_give_what_the_cache_gives(run, fusion, mixed, sto
         torch.testing.assert_close(online, cached, atol=1e-4, rtol=0)
         assert (other - cached).abs().max() > 1e-3
         new = model.generate(ids, pixel_values=pixels, teacher_features=stored, max_new_tokens=8, do_sample=False,
-                             eos_token_id=model._stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+                             eos_token_id=model.stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)  # fmt: skip
         assert answer == tokenizer.decode(new[0], skip_special_tokens=True).strip()
         assert model.answer(tokenizer, None, "Hello?", max_new_tokens=3) is not None
         assert set(load_file(next(folder.glob("*.safetensors")))) <= set(model.state_dict()), "no teacher is a part"

@@ -225,7 +225,7 @@ def test_what_is_written(checkpoints, loaded):
     assert config.text_config.vocab_size == stock.config.text_config.vocab_size > len(model.tokenizer)
     assert config.max_sequence_length == stock.config.text_config.max_position_embeddings
     assert model.llm.generation_config.eos_token_id == stock.generation_config.eos_token_id
-    assert model.tokenizer.convert_tokens_to_ids("<|eot_id|>") in model._stop_ids(model.tokenizer)
+    assert model.tokenizer.convert_tokens_to_ids("<|eot_id|>") in model.stop_ids(model.tokenizer)
     names = set(load_file(ours / "model.safetensors"))
     assert {name.partition(".")[0] for name in names} == {"llm", "projector", "vision"}
 

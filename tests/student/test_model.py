@@ -340,7 +340,7 @@ def test_other_llms_and_heads_that_do_more(name, tiny, tokenizer, tmp_path, make
     tasks = [TaskSpec("gen", 1, 32, (1, 3)), TaskSpec("depth", 16, 24, (2,))]
     model = OlaVLM.build(save_llm(tmp_path / "llm", llm, tiny), tiny["encoder"], tokenizer, tasks, num_task_tokens=4)
     model.eval()
-    assert model._head_is_plain is plain
+    assert model.head_is_plain is plain
     batch = make_batch(samples)
     output = model(**inputs_of(batch))
     assembled = assembled_of(model, batch)
@@ -558,5 +558,5 @@ def test_answer(build, tokenizer):
     assert isinstance(model.answer(tokenizer, None, "What is this?", max_new_tokens=2), str)
     assert model.training
     assert not model.vision.training
-    ends = model._stop_ids(tokenizer)
+    ends = model.stop_ids(tokenizer)
     assert tokenizer.convert_tokens_to_ids("<|eot_id|>") in ends

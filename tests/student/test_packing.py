@@ -107,9 +107,9 @@ def test_with_gradient_checkpointing(build, make_batch, samples):
 def test_text_alone_and_a_head_that_is_not_plain(around, make_batch, samples):
     text = [sample for sample in samples if not sample[2]] * 2
     model = around(make("GraniteConfig", SIZES | {"logits_scaling": 2.0}))
-    model._head_is_plain = None
+    model.head_is_plain = None
     assert_packed_equals_padded(model, make_batch([*samples, *text]))
-    assert model._head_is_plain is False
+    assert model.head_is_plain is False
     assert_packed_equals_padded(model, make_batch(text))
 
 
