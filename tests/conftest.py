@@ -47,7 +47,7 @@ DEAREST = (
     "student/test_encoders.py",
     "test_faults.py",
     "test_notebook.py",
-    "cache/test_store.py",
+    "cache/store/test_damage.py",
     "pipelines/test_store.py",
     "student/test_probe_planted.py",
     "pipelines/evaluation/test_evaluate.py",
