@@ -176,11 +176,13 @@ def _refuse_other_images(
     groups: dict[str, TeacherFeatures], tasks: list[ShardTask], roots: ImageRoots, tries: int = 16
 ) -> None:
     """JobFailed if of some images that can be read none has the bytes that were extracted: another data set lies where
-    the roots on record were."""
+    the roots on record were. Those of the shards to be repaired are tried first."""
+    shards = [(task.key, task.shard) for task in tasks]
+    shards += [(key, shard) for key, group in groups.items() for shard in group.ledger().table["shard"].to_pylist()]
     known = (
         (group.plan.image_of(row), sha256)
-        for task in tasks
-        if (record := _record(group := groups[task.key], task.shard)) is not None
+        for key, shard in shards
+        if (record := _record(group := groups[key], shard)) is not None
         for row, sha256 in zip(range(*record.rows), record.images_sha256, strict=True)
         if sha256 is not None
     )

@@ -341,6 +341,12 @@ def test_repair_extracts_no_other_data_set_that_lies_where_the_roots_were(
         (images / plan.image_of(row)).write_bytes(kept[9 - row])
     assert main(["repair", str(store), "--workers", "1"]) == 1
     assert f"under {images} lie other images than those that were extracted" in capsys.readouterr().err
+    record = store / "depth" / "commits" / "000000.0.json"
+    intact = record.read_bytes()
+    record.write_bytes(b"{")  # then those of the other shards tell
+    assert main(["repair", str(store), "--workers", "1"]) == 1
+    assert "lie other images than those that were extracted" in capsys.readouterr().err
+    record.write_bytes(intact)
     assert shard_files(store) == damaged
     (images / plan.image_of(3)).write_bytes(kept[3])  # one that is the same: the others have changed since
     assert answer("repair", store, "--workers", 1)[1]["repaired"] == {"depth": [0]}
