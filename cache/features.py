@@ -329,9 +329,10 @@ class TeacherFeatures:
                     number, span = row // chunks.array.shard_rows, chunks.range_of(offset)
                     take = partial(chunks.take, offset=offset, into=out[name][i])
                     if not self._kept(chunks, number, span, take):
-                        wanted.append((i, name, chunks.array.file(self.folder, number), *span))
-        answers = files.read_ranges(*(list(column) for column in list(zip(*wanted, strict=True))[2:])) if wanted else []
-        for (i, name, _, *span), answer in zip(wanted, answers, strict=True):
+                        wanted.append((i, name, chunks.array.file(self.folder, number), span))
+        parts = [file for _, _, file, _ in wanted]
+        starts, stops = ([span[end] for *_, span in wanted] for end in (0, 1))
+        for (i, name, _, span), answer in zip(wanted, files.read_ranges(parts, starts, stops), strict=True):
             chunks = shards[i].chunks[name]
             if chunks.take(answer, rows[i] - shards[i].start, out[name][i]):
                 self._keep(chunks, self.layout.shard_of(rows[i]), span, answer)

@@ -5,7 +5,6 @@ The samples take the trainer's own way: its collator, its target source, and a f
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from olavlm.student.data.targets import OnlineTargets, TargetSource, open_target
 from olavlm.student.loading import DTYPES
 from olavlm.student.recipes import load_recipe
 from olavlm.student.training.checkpoint import read_adapter
+from olavlm.student.training.pictures import cosine
 from olavlm.student.training.trainer import open_data
 
 
@@ -154,10 +154,3 @@ def compared(prediction: np.ndarray, own: np.ndarray, others: list[np.ndarray]) 
     """Its cosine with its own target, and the mean with others', None without any."""
     apart = [cosine(prediction, other) for other in others]
     return cosine(prediction, own), statistics.fmean(apart) if apart else None
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Cosine of two arrays as flat vectors, in float64; NaN if one of them is zero or not finite."""
-    a, b = (np.asarray(x, np.float64).reshape(-1) for x in (a, b))
-    size = np.linalg.norm(a) * np.linalg.norm(b)
-    return float(a @ b / size) if size > 0 else math.nan

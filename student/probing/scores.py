@@ -181,9 +181,15 @@ def score(values: np.ndarray, *, resamples: int = 1000, seed: int = 0, level: fl
         return [Score(np.nan, np.nan, np.nan, 0, np.nan, [np.nan] * 5) for _ in values]
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     tails = [(1 - level) / 2, (1 + level) / 2]
-    low, high = np.quantile(draws @ values.T / count, tails, axis=0)
-    quantiles = np.quantile(values, [0, 0.25, 0.5, 0.75, 1], axis=1).T
+    lows, highs = np.quantile(draws @ values.T / count, tails, axis=0).tolist()
     return [
-        Score(*(float(v[i]) for v in (values.mean(axis=1), low, high)), count, float(values[i].std()), q.tolist())
-        for i, q in enumerate(quantiles)
+        Score(
+            mean=float(row.mean()),
+            low=low,
+            high=high,
+            images=count,
+            std=float(row.std()),
+            quantiles=np.quantile(row, [0, 0.25, 0.5, 0.75, 1]).tolist(),
+        )
+        for row, low, high in zip(values, lows, highs, strict=True)
     ]

@@ -10,6 +10,7 @@ left as it was, so no other step is slower or different, and a run that is resum
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,7 +248,7 @@ def _colour_panels(task: str, features: dict[str, np.ndarray], grid: Sequence[in
             drawn = vector_bars(values[0], (SIDE, SIDE // 2), limit)
         else:
             drawn = enlarged(token_map(values, grid, colours), SIDE)
-        said = "" if name == "target" else f"cosine with the target {_cosine(values, target):.3f}"
+        said = "" if name == "target" else f"cosine with the target {cosine(values, target):.3f}"
         panels.append(panel(drawn, f"{task}, {name}", said))
     return panels
 
@@ -261,6 +262,8 @@ def _decoded_panels(decoder: Any, features: dict[str, np.ndarray], photograph: I
     return [first, *panels]
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = (torch.from_numpy(np.asarray(x, np.float64)).flatten() for x in (a, b))
-    return float(nn.functional.cosine_similarity(a, b, dim=0))
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine of two arrays as flat vectors, in float64; NaN if one of them is zero or not finite."""
+    a, b = (np.asarray(x, np.float64).reshape(-1) for x in (a, b))
+    size = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / size) if size > 0 else math.nan

@@ -14,7 +14,8 @@ from PIL import Image
 from olavlm.cache import FeatureStore
 from olavlm.pipelines.reporting import predictions as predictions_module
 from olavlm.pipelines.reporting.features import _task_view
-from olavlm.pipelines.reporting.predictions import TaskView, cosine, predict
+from olavlm.pipelines.reporting.predictions import TaskView, predict
+from olavlm.student.training.pictures import cosine
 from olavlm.student.training.trainer import train
 
 
