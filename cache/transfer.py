@@ -31,7 +31,7 @@ class Transfer:
     held: int = 0
     """by another writer, which is at work on them"""
     damaged: list[str] = field(default_factory=list)
-    """What is wrong with shards, or rows, that could not be copied."""
+    """What is wrong with shards, or rows, that the target lacks and that could not be copied."""
     quarantined: list[dict] = field(default_factory=list)
     """Rows that are valid in the source and cannot be in the target: row, image, reason and detail of each."""
 
@@ -61,7 +61,7 @@ def copy_shard(
     vouched = writer.vouched_rows(record.shard, record.segment) if unite else []
     stays = vouched[0].record if vouched else None
     rows = record.rows[0], max(record.rows[1], stays.rows[1] if stays else 0)
-    if stays is not None:
+    if stays is not None and supersedes is not None:
         _refuse_without_gain(source, record, stays)
 
     def take(row: int) -> dict[str, np.ndarray] | np.ndarray | None:
@@ -213,7 +213,10 @@ def _copy_all(
 ) -> Transfer:
     done, writer = Transfer(source.key), builder.writer(target)
     ledger = source.ledger()
-    done.damaged += ledger.damaged.values()
+    for shard, damage in ledger.damaged.items():
+        wanted = target.plan.rows[target.layout.shard_of(target.plan.rows) == shard]
+        if target.coverage(wanted).valid < len(wanted):
+            done.damaged.append(damage)
     for shard in ledger.table["shard"].to_pylist():
         try:
             here, there = source.record(shard), writer.valid_record(shard)

@@ -58,6 +58,9 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument("--top-p", metavar="P", type=float, default=1.0, help="sample from this much of the probability")
     p.add_argument("--seed", metavar="N", type=seed, default=0, help="of sampling (%(default)s)")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of LLM and encoder (default: the run's)"
+    )
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return p
 
@@ -89,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         raise JobFailed("--device cuda: this machine has no usable CUDA device; use --device cpu")
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     quiet_models()
-    model, tokenizer = load_checkpoint(args.checkpoint)
+    model, tokenizer = load_checkpoint(args.checkpoint, args.dtype and getattr(torch, args.dtype))
     model = model.to(device)
     if args.teacher or (model.fused_teachers and args.image is not None):  # or they are loaded once there is an image
         model.load_teachers(places_of(args.teacher))

@@ -179,29 +179,33 @@ def _refuse_other_images(
     the roots on record were. Those of the shards to be repaired are tried first."""
     shards = [(task.key, task.shard) for task in tasks]
     shards += [(key, shard) for key, group in groups.items() for shard in group.ledger().table["shard"].to_pylist()]
-    known = (
-        (group.plan.image_of(row), sha256)
-        for key, shard in shards
-        if (record := _record(group := groups[key], shard)) is not None
-        for row, sha256 in zip(range(*record.rows), record.images_sha256, strict=True)
-        if sha256 is not None
-    )
+    known: dict[str, str] = {}
+    for key, shard in shards:
+        if len(known) >= tries:
+            break
+        if (record := _record(group := groups[key], shard)) is not None:
+            for row, sha256 in zip(range(*record.rows), record.images_sha256, strict=True):
+                if sha256 is not None:
+                    known.setdefault(group.plan.image_of(row), sha256)
     others = []
-    for image, sha256 in known:
+    for image in _evenly(list(known), tries):
         try:
-            same = hashlib.sha256(roots.read(image)).hexdigest() == sha256
+            same = hashlib.sha256(roots.read(image)).hexdigest() == known[image]
         except BadImage:
             continue
         if same:
             return
         others.append(image)
-        if len(others) == tries:
-            break
     if others:
         raise JobFailed(
             f"under {', '.join(roots.specs)} lie other images than those that were extracted: none of {len(others)} is "
             f"the one on record, the first {others[0]}; name all roots with --images, also if these are meant"
         )
+
+
+def _evenly(names: list[str], count: int) -> list[str]:
+    places = np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int)
+    return [names[place] for place in places]
 
 
 def _record(group: TeacherFeatures, shard: int) -> Record | None:

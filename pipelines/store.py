@@ -249,8 +249,9 @@ def verify_store(args: argparse.Namespace) -> Answer:
 
         try:
             live, wrong = compare_live(store, args)
-        except Exception:  # what was found already took hours, perhaps
-            print("\n".join(_named(findings)), file=sys.stderr, end="\n" if findings else "")
+        except BaseException:  # what was found already took hours, perhaps: a stop loses it no more than an error
+            for finding in findings:
+                print(printable(str(finding)), file=sys.stderr)
             raise
         value["live"] = live
         findings += wrong
@@ -368,10 +369,7 @@ def merge_stores(args: argparse.Namespace) -> Answer:
     for key, group in store.items():
         lines.append(f"{key}: {group.coverage()}")
         lines += named(key, list(failed_rows(group).values()))
-    coverage = {key: group.coverage() for key, group in store.items()}
-    wanting = {key for key, covered in coverage.items() if covered.valid < covered.images}
-    lost = any((t.held or t.damaged) and t.key in wanting for t in done)
-    return value, "\n".join(lines + _left(done)), not lost
+    return value, "\n".join(lines + _left(done)), not any(t.held or t.damaged for t in done)
 
 
 def gc(args: argparse.Namespace) -> Answer:

@@ -52,7 +52,7 @@ from olavlm.student.packing import packed_inputs, prepare_packing
 from olavlm.student.placement import Inserted, PaddingSide, Placement, place
 from olavlm.student.predictor import EmbeddingPredictor
 from olavlm.student.projector import as_input_of, make_projector, num_image_tokens
-from olavlm.student.tensor_files import share_weights
+from olavlm.student.tensor_files import shared_weights
 from olavlm.student.text.conversation import (
     IMAGE_TOKEN,
     load_tokenizer,
@@ -266,10 +266,10 @@ class OlaVLM(Answering, PreTrainedModel):
             state = {k: v for k, v in state.items() if not k.startswith(("predictors.", "logit_scales."))}
         self.config.with_predictors = kept and with_predictors
         try:
-            super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
+            with shared_weights(save_directory):
+                super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
         finally:
             self.config.with_predictors = kept
-        share_weights(save_directory)
         self.llm.generation_config.save_pretrained(save_directory)
         self.config.image_transform.save(save_directory)
         if (tokenizer := tokenizer or self.tokenizer) is not None:

@@ -6,7 +6,9 @@ safetensors 0.8 writes a file that is its owner's alone (mode 0600), whatever th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,10 +28,14 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     file.chmod(_mode_of_new_files(file.parent))
 
 
-def share_weights(folder: str | Path) -> None:
-    """Make weights that a `save_pretrained` wrote into a local folder as readable as others."""
+@contextmanager
+def shared_weights(folder: str | Path) -> Iterator[None]:
+    """Make what is written within, by a `save_pretrained` into a local folder, as readable as others."""
+    before = {file: file.stat().st_ino for file in Path(folder).glob("*.safetensors")}
+    yield
     for file in Path(folder).glob("*.safetensors"):
-        file.chmod(_mode_of_new_files(file.parent))
+        if file.stat().st_ino != before.get(file):
+            file.chmod(_mode_of_new_files(file.parent))
 
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -52,7 +58,7 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _mode_of_new_files(folder: Path) -> int:
     """By the umask, and whatever else the folder has a say in."""
-    probe = folder / ".mode"
+    probe = folder / f".mode.{secrets.token_hex(8)}"
     probe.touch()
     try:
         return probe.stat().st_mode & 0o777

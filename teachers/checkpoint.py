@@ -15,6 +15,8 @@ from olavlm.teachers.errors import TeacherError
 
 WEIGHTS, WEIGHTS_INDEX, SAFETENSORS = "model.safetensors", "model.safetensors.index.json", ".safetensors"
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+MIRRORS = {"stabilityai/stable-diffusion-2-1-unclip": "sd2-community/stable-diffusion-2-1-unclip"}
+"""Of teachers' own checkpoints that their owners have withdrawn from the hub since."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,12 @@ def _hub_errors(repository: str) -> Iterator[None]:
     except TeacherError:
         raise
     except Exception as error:  # the hub client's errors and its transport's share no base class
+        remedy = "check the name and the network, or name a folder"
+        if repository in MIRRORS:
+            remedy = f"its owner withdrew it there: name {MIRRORS[repository]}, which has the same weights, or a folder"
         raise TeacherError(
             f"{repository}: no such folder, and not to be had from the Hugging Face hub or its cache "
-            f"({type(error).__name__}); check the name and the network, or name a folder"
+            f"({type(error).__name__}); {remedy}"
         ) from error
 
 

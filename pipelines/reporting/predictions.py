@@ -113,7 +113,7 @@ def reachable_recipe(run: Path, store: str | None = None, images: Sequence[str] 
     base = started_in(run, recipe.train.output_dir)
 
     def reach(path: str) -> str:
-        return str(base / path) if base is not None and not Path(path).exists() and (base / path).exists() else path
+        return str(base / path) if base is not None and (base / path).exists() else path  # as for image roots
 
     recipe.data.file = [reach(file) for file in recipe.files]
     recipe.data.images = list(images or [reachable_root(root, base) or root for root in recipe.image_roots])

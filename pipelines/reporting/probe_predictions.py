@@ -40,7 +40,7 @@ def predict_by_probes(
         raise RecipeError(f"recipe.yaml does not say what the probes were trained on: {e!r}") from None
 
     def reach(path: str) -> str:
-        return str(base / path) if base is not None and not Path(path).exists() and (base / path).exists() else path
+        return str(base / path) if base is not None and (base / path).exists() else path  # as for image roots
 
     dataset = Dataset([reach(file) for file in files])
     roots = ImageRoots(list(images or [reachable_root(root, base) or root for root in roots_given]))

@@ -31,7 +31,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from olavlm.student.decoder import head_is_plain
 from olavlm.student.errors import ModelError
 from olavlm.student.model import OlaVLM
-from olavlm.student.tensor_files import share_weights
+from olavlm.student.tensor_files import shared_weights
 from olavlm.student.text.templates import CHAT, get_template
 from olavlm.student.vision.image_transform import ImageTransform
 from olavlm.student.vision.transformers_encoders import FAMILIES
@@ -55,8 +55,8 @@ class Exported:
 
     def save(self, folder: str | Path) -> None:
         """Writes weights, configs, processor, tokenizer and chat template."""
-        self.model.save_pretrained(folder)
-        share_weights(folder)
+        with shared_weights(folder):
+            self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         generic_tokenizer_class(Path(folder))
 

@@ -140,11 +140,12 @@ class ProbeRun:
         Raises:
             ModelError: it is not there, or has other weights than it had.
         """
-        path = moved_to or self.model
-        there = start_digest(path)
-        if there == self.weights or self.weights == start_digest(None):  # of a hub id nothing is known
-            return path
-        if there == start_digest(None):
+        path, of_hub = moved_to or self.model, start_digest(None)
+        if start_digest(path) == self.weights or self.weights == of_hub or (moved_to and not Path(path).exists()):
+            return path  # of a hub id nothing is known
+        if moved_to:
+            raise ModelError(f"{path} is not the model that the probes in {folder} read: it has other weights")
+        if start_digest(path) == of_hub:
             raise ModelError(
                 f"{path} holds no weights, and the probes in {folder} read a model there; name where it lies now "
                 "(olavlm-probe eval --model, score --probed-model)"

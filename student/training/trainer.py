@@ -92,6 +92,7 @@ def train(
             than the recipe, a loader that died, images that are gone, a checkpoint that could not be written, or a stop
             by SIGINT or SIGTERM (after a checkpoint, or the result).
     """
+    check_trackers(recipe.train.trackers)
     dataset, roots = open_data(recipe)
     drawn = check_inputs(recipe, stage, dataset, roots)
     accelerator = join_processes(recipe)
@@ -185,9 +186,8 @@ def check_inputs(recipe: Recipe, stage: Stage, dataset: Dataset, roots: ImageRoo
     """Refuse what cannot be trained on before any model is loaded; gives the samples that are held out to be drawn.
 
     Raises:
-        StudentError, CacheError: a tracker, sample, image root or store that cannot be used, and why.
+        StudentError, CacheError: a sample, image root or store that cannot be used, and why.
     """
-    check_trackers(recipe.train.trackers)
     check_samples(dataset, recipe.model.template)
     reads_encoder = recipe.data.encoder_features is not None
     if reads_encoder:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import TextStreamer
 
+from olavlm import student
 from olavlm.pipelines import generate
 from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.model import OlaVLM
@@ -72,6 +73,21 @@ def test_sampling_follows_the_seed_and_greedy_does_not(checkpoint, capsys):
     assert greedy[0] == greedy[1] != sampled[0]
     narrow = run(capsys, *words, "--temperature", "1.5", "--top-p", "1e-6", "--seed", 3)
     assert narrow == greedy[0], "the likeliest token alone is left"
+
+
+def test_weights_are_loaded_in_another_dtype_if_that_is_asked(checkpoint, sample_images, capsys, monkeypatch):
+    loaded, load = [], student.load_checkpoint
+
+    def keep(*asked):
+        model, tokenizer = load(*asked)
+        loaded.append(model)
+        return model, tokenizer
+
+    monkeypatch.setattr(student, "load_checkpoint", keep)
+    words = ["--image", sample_images / "cat.jpg", "--prompt", "What?", "--max-new-tokens", "3"]
+    assert run(capsys, checkpoint, *words) is not None
+    assert run(capsys, checkpoint, *words, "--dtype", "bfloat16") is not None
+    assert [model.llm.dtype for model in loaded] == [torch.float32, torch.bfloat16]
 
 
 def test_a_folder_gives_a_line_an_image(checkpoint, loaded, sample_images, tmp_path, capsys):

@@ -471,6 +471,9 @@ def test_a_merge_that_leaves_wanted_rows_behind_ends_with_1(store, tmp_path, ans
     shutil.copytree(store, tmp_path / "new")
     damaged = shutil.copytree(store, tmp_path / "damaged")
     flip(damaged / "depth" / "features" / "c" / "0" / "0" / "0")
+    (damaged / "gen" / "commits" / "000000.0.json").write_bytes(b"{")
+    commit_anew(tmp_path / "new", "gen", 1, None)
+    commit_anew(damaged, "gen", 1, None)
     assert answer("merge", tmp_path / "new", damaged)[0] == 0  # what is damaged there is here
     commit_anew(tmp_path / "new", "depth", 0, None)
     status, value = answer("merge", tmp_path / "new", damaged)  # and now it is quarantined

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from olavlm.teachers import TEACHERS, TeacherError, load_teacher, look_up, store_key
 
@@ -43,6 +44,17 @@ def test_an_unknown_recipe_lists_the_valid_ones(call):
     for recipe in ("layer", "layerN", "layer-", "layer1.5", "player1", ""):
         with pytest.raises(TeacherError, match=rf"'{recipe}': unknown to base; use one of layer-2, layerN"):
             call("base", recipe=recipe)
+
+
+def test_a_checkpoint_that_left_the_hub_is_told_with_its_mirror(monkeypatch):
+    def gone(*_, **__):
+        raise LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", gone)
+    with pytest.raises(TeacherError, match=r"withdrew it there: name sd2-community/stable-diffusion-2-1-unclip, which"):
+        load_teacher("gen")
+    with pytest.raises(TeacherError, match=r"check the name and the network, or name a folder"):
+        load_teacher("depth")
 
 
 @pytest.mark.parametrize(
