@@ -92,8 +92,8 @@ def test_the_dry_run_tells_the_cost(recipe, store32, record, tmp_path, capsys, m
     groups = [FeatureStore(store32)[key] for key in ("gen", "depth", "seg")]
     row = sum(group.layout.row_bytes for group in groups)
     out = told()
-    assert f"targets: {row / 1e3:.3g} kB a sample, {row * 10 / 1e6:.3g} MB in the store" in out
-    assert f"{row * 24 / 1e6:.3g} MB to read in a run" in out  # two epochs of three batches of four
+    assert f"targets: {row / 1e3:.4g} kB a sample, {row * 10 / 1e6:.4g} MB in the store" in out
+    assert f"{row * 24 / 1e6:.4g} MB to read in a run" in out  # two epochs of three batches of four
     assert "by one reader (10 random rows of each teacher, " in out
     assert "a step; how long one takes is known once a run has written metrics.jsonl" in out
     assert "what it cost is not recorded in" in out

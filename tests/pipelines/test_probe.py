@@ -109,7 +109,9 @@ def test_predictions_for_pictures_are_those_that_were_scored(scene, runs, sample
 )
 def test_each_benchmark_asks_its_own_prompt(task, prompt, runs, scene, sample_images, monkeypatch):
     """DA-2K what the public code asks there, the others what stood beside the images in the probes' training."""
-    asked = Namespace(task=task, source=str(runs[0]), images=[str(sample_images)], device="cpu", key=None)
+    asked = Namespace(
+        task=task, source=str(runs[0]), images=[str(sample_images)], device="cpu", key=None, probed_model=None
+    )
     source = open_source(asked, "gen")
     model, read = source.predict.model, []
     states = model.states
