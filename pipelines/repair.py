@@ -204,6 +204,7 @@ def _refuse_other_images(
 
 
 def _evenly(names: list[str], count: int) -> list[str]:
+    """At most `count` of the names, from the first to the last."""
     places = np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int)
     return [names[place] for place in places]
 

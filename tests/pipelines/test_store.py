@@ -195,12 +195,19 @@ class TestVerify:
         assert main([str(w) for w in [*words, "--model", f"gen={tiny['gen']}"]]) == 0
 
 
-def test_what_was_found_is_told_though_the_teachers_cannot_be_run(store, capsys):
+def test_what_was_found_is_told_though_the_teachers_cannot_be_run(store, monkeypatch, capsys):
     flip(store / "depth" / "features" / "c" / "0" / "0" / "0")
     assert main(["verify", str(store), "--live", "1"]) == 1
     said = capsys.readouterr().err
     assert "depth shard 0: row: " in said
     assert "give --images" in said
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("olavlm.pipelines.reextract.compare_live", stopped)
+    assert main(["verify", str(store), "--live", "1"]) != 0
+    assert "depth shard 0: row: " in capsys.readouterr().err
 
 
 def test_verify_names_the_remedy_that_there_is(store, capsys):
