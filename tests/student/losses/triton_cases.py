@@ -1,6 +1,6 @@
 """Embedding losses by the Triton kernels beside the eager ones, in a process of its own for the interpreter.
 
-TRITON_INTERPRET=1 python tests/student/triton_cases.py          prints the largest deviation of each case, as JSON
+TRITON_INTERPRET=1 python tests/student/losses/triton_cases.py     prints the largest deviation of each case, as JSON
 """
 
 import json

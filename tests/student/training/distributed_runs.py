@@ -1,6 +1,6 @@
 """Runs of a JSON file, one after the other, in the processes that this program was launched in.
 
-    accelerate launch --config_file CONFIG --num_processes 2 tests/student/distributed_runs.py JOBS.json
+    accelerate launch --config_file CONFIG --num_processes 2 tests/student/training/distributed_runs.py JOBS.json
 
 A job is {"stage", "recipe"}: a resolved recipe; or {"probe"}: settings of probes. Starting processes costs seconds, so
 that tests share a launch.
