@@ -35,6 +35,10 @@ class CorruptFeatures(CacheError, ValueError):
     """Stored bytes, or the record that vouches for them, are damaged."""
 
 
+class WrongSize(CorruptFeatures):
+    """A shard file that has not the size on record."""
+
+
 class MissingFeatures(CacheError, KeyError):
     """A row whose shard is not committed, or an image that is not in the plan."""
 

@@ -17,11 +17,11 @@ import os
 import re
 import stat
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import quote, unquote
 
 import fsspec
@@ -110,6 +110,15 @@ def redacted(url: str) -> str:
     """
     scheme, mark, rest = url.partition("://")
     return scheme + _QUERY.sub("", _USER.sub("", mark + rest)) if mark else url
+
+
+def without_credentials(value: Any) -> Any:
+    """`redacted` strings of a value of JSON's types, however deep: what may be kept with a run, or logged."""
+    if isinstance(value, Mapping):
+        return {key: without_credentials(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_credentials(v) for v in value]
+    return redacted(value) if isinstance(value, str) else value
 
 
 _USER = re.compile(r"(?<=://)[^/]*@")
@@ -366,6 +375,18 @@ def _local_path(location: str) -> str | None:
     return None if "://" in location else location
 
 
+def split_root(spec: str) -> tuple[str, str]:
+    """Prefix, or "", and location of `[PREFIX=]DIR|ZIP|URL`.
+
+    A prefix is the beginning of relative paths: where there is one, no `/` begins the text. A relative location with a
+    `=` in its name is known by being there.
+    """
+    prefix, eq, location = spec.partition("=")
+    if not eq or spec.startswith("/") or "://" in prefix or os.path.exists(spec):  # noqa: PTH110  Path.exists raises
+        return "", spec
+    return prefix.strip("/"), location
+
+
 @dataclass(frozen=True)
 class _Mount:
     prefix: str  # "" serves every path
@@ -389,10 +410,8 @@ class ImageRoots:
         self.specs = [str(s) for s in specs]
         mounts = []
         for spec in self.specs:
-            prefix, eq, location = spec.partition("=")
-            if not eq or "://" in prefix or os.path.exists(spec):  # noqa: PTH110
-                prefix, location = "", spec
-            mounts.append(_Mount(prefix.strip("/"), _open_root(location)))
+            prefix, location = split_root(spec)
+            mounts.append(_Mount(prefix, _open_root(location)))
         self._mounts = sorted(mounts, key=lambda m: -len(m.prefix))  # stable: unprefixed keep their order
 
     def read(self, image: str) -> bytes:

@@ -7,11 +7,9 @@ What cannot be shown (a quarantined or missing row, a photograph that is gone) i
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +17,10 @@ from typing import TYPE_CHECKING
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from . import files
 from .colours import TIMES, token_map, vector_bars
-from .errors import BadImage, CacheError, CorruptFeatures, DatasetError, MissingFeatures
+from .errors import BadImage, CacheError, CorruptFeatures, MissingFeatures
 from .images import ImageRoots
+from .recorded_roots import extracted_from
 from .wording import printable
 
 if TYPE_CHECKING:
@@ -122,68 +120,6 @@ def why(error: Exception) -> str:
     if isinstance(error, CorruptFeatures):
         return f"damaged: {error}"
     return f"cannot be read: {error}"
-
-
-@dataclass(frozen=True)
-class RecordedRoot:
-    """An image root `[PREFIX=]LOCATION` of an extraction into a store."""
-
-    spec: str
-    """As it is on record."""
-    here: str | None
-    """As it can be reached now; None if it is gone."""
-
-
-def recorded_roots(store: FeatureStore) -> list[RecordedRoot]:
-    """The image roots of all extractions into `store`, those of the newest first, each once; [] if none is known.
-
-    A data set that grew may have its images in several. Relative ones are looked for here, and where that extraction
-    was started.
-    """
-    found: dict[str, RecordedRoot] = {}
-    folder = store.path / "runs"
-    for name in reversed(files.names(folder)):
-        if not name.endswith(".json"):
-            continue
-        try:
-            arguments = json.loads(files.read(folder / name))["arguments"]
-            specs, recorded = list(map(str, arguments["images"])), str(arguments.get("store", ""))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        base = started_in(store.path, recorded) if isinstance(store.path, Path) else None  # a URL is nobody's folder
-        for spec in specs:
-            root = RecordedRoot(spec, reachable_root(spec, base))
-            found.setdefault(root.here or root.spec, root)
-    return list(found.values())
-
-
-def extracted_from(store: FeatureStore) -> list[str]:
-    """Those of `recorded_roots` that still exist."""
-    return [root.here for root in recorded_roots(store) if root.here is not None]
-
-
-def started_in(folder: Path, recorded: str) -> Path | None:
-    """The working directory from which `recorded`, a relative path, led to `folder`; None if it cannot be told."""
-    parts, whole = Path(recorded).parts, folder.absolute().parts
-    if not parts or Path(recorded).is_absolute() or ".." in parts or whole[-len(parts) :] != parts:
-        return None
-    return Path(*whole[: -len(parts)])
-
-
-def reachable_root(spec: str, base: Path | None) -> str | None:
-    """A recorded image root `[PREFIX=]LOCATION` as it can be reached, from `base` or else from here, where a folder of
-    the same name may hold other images; None if it is gone."""
-    prefix, eq, location = spec.partition("=")
-    if not eq or "://" in prefix or os.path.exists(spec):  # noqa: PTH110 - a long URL is no error here
-        prefix, eq, location = "", "", spec
-    candidates = [location] if base is None else [str(base / location), location]
-    for candidate in candidates:
-        try:
-            ImageRoots([candidate])
-        except (DatasetError, OSError, ImportError, ValueError):
-            continue
-        return f"{prefix}{eq}{candidate}"
-    return None
 
 
 def panel(content: Image.Image | str, title: str, subtitle: str) -> Image.Image:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 from . import files
-from .errors import CorruptFeatures
+from .errors import CorruptFeatures, WrongSize
 from .files import Location
 from .shard import CRC_BYTES, Layout
 
@@ -236,10 +236,12 @@ def valid_record(group: Location, layout: Layout, shard: int, fingerprint: str) 
         except CorruptFeatures as e:
             problem = problem or e
             continue
-        fault = fault_of(record, group, layout, fingerprint)
-        if fault is None:
-            return record
-        problem = problem or CorruptFeatures(f"commit record {file} {fault}")
+        try:
+            check_counts(record, file, group, layout, fingerprint)
+        except CorruptFeatures as e:
+            problem = problem or e
+            continue
+        return record
     if revisions_of(group / "commits", shard)[0] != revisions:  # a writer is replacing the shard: look again
         return valid_record(group, layout, shard, fingerprint)
     if problem is not None:
@@ -247,15 +249,14 @@ def valid_record(group: Location, layout: Layout, shard: int, fingerprint: str) 
     return None
 
 
-def fault_of(record: Record, group: Location, layout: Layout, fingerprint: str) -> str | None:
-    """Why a whole record does not count, or None if it does."""
+def check_counts(record: Record, file: Location, group: Location, layout: Layout, fingerprint: str) -> None:
+    """CorruptFeatures if a record, whole as it is and read from `file`, does not count."""
     if record.fingerprint != fingerprint:
-        return f"is of another card ({record.fingerprint[:12]})"
+        raise CorruptFeatures(f"commit record {file} is of another card ({record.fingerprint[:12]})")
     if not record.fits(layout):
-        return "is of another layout"
+        raise CorruptFeatures(f"commit record {file} is of another layout")
     for name, array in layout.arrays.items():
-        file = array.file(group, record.shard)
-        size, recorded = files.size(file), record.files[name].size if record.files else None
+        stored = array.file(group, record.shard)
+        size, recorded = files.size(stored), record.files[name].size if record.files else None
         if size != recorded:
-            return f"says that shard file {file} has size {recorded}, it has {size}"
-    return None
+            raise WrongSize(f"commit record {file} says that shard file {stored} has size {recorded}, it has {size}")

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 
 from . import files
-from .errors import CorruptFeatures, StoreError
+from .errors import CorruptFeatures, StoreError, WrongSize
 from .features import TeacherFeatures
 from .files import Location
 from .lease import is_live, leased
@@ -114,7 +114,7 @@ def _findings(group: TeacherFeatures, shard: int, arrays: list[str], fast: bool)
         record = group.record(shard)
     except CorruptFeatures as e:
         if not damaged:
-            yield Finding(group.key, shard, "size" if "has size" in str(e) else "record", str(e))
+            yield Finding(group.key, shard, "size" if isinstance(e, WrongSize) else "record", str(e))
         return
     if record is None and (beyond := valid_record(group.folder, group.layout, shard, group.fingerprint)) is not None:
         yield Finding(group.key, None, "plan", f"shard {shard} is of rows {beyond.rows}, which the plan does not hold")

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olavlm.cache import CorruptFeatures, FeatureStore, MissingFeatures, TeacherFeatures, verify
+from olavlm.cache import CorruptFeatures, FeatureStore, MissingFeatures, verify
+from olavlm.cache.row_reader import RowReader
 
 DAMAGES = int(os.environ.get("OLAVLM_TEST_DAMAGES", 104))  # of each store below
 STORAGE = [("float16", "none"), ("int8", "none"), ("int4", "zstd")]
@@ -247,6 +248,6 @@ def test_a_reader_that_does_not_compare_checksums_is_found_out(small, rng, monke
         return np.array([bool(shard.valid[row - shard.start]) for row, shard in zip(rows, shards, strict=True)])
 
     store, other = two_stores(small, "float16", "none")
-    monkeypatch.setattr(TeacherFeatures, "_read_local", believe)
+    monkeypatch.setattr(RowReader, "_read_local", believe)
     with pytest.raises(AssertionError, match=r"reads as another value|no row raises"):
         run_damages(store, other, rng, 10)

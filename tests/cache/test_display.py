@@ -24,7 +24,7 @@ from olavlm.cache import (
     preview,
 )
 from olavlm.cache.colours import PcaColours, heat_map, token_map
-from olavlm.cache.preview import recorded_roots
+from olavlm.cache.recorded_roots import extracted_from, recorded_roots
 from olavlm.cache.wording import printable
 
 IMAGES = ["a.png", "b/é.jpg", "c.png", "d.png"]
@@ -129,18 +129,18 @@ def test_roots_are_those_of_all_extractions_wherever_they_were_started(store, tm
     record_run(store, "20250101T000000Z-1", images=["elsewhere"], store="store")
     record_run(store, "20250102T000000Z-1", images=["gone", "images"], store="store")
     (store.path / "runs" / "20250103T000000Z-1.json").write_text("cut sho")
-    assert display.extracted_from(store) == [str(tmp_path / "here/images")]
+    assert extracted_from(store) == [str(tmp_path / "here/images")]
     panels.clear()
     store.preview(0)
     assert isinstance(panels[0][0], Image.Image)
     record_run(store, "20250104T000000Z-1", images=["b=images/b"], store="store")
     both = [f"b={tmp_path / 'here/images/b'}", str(tmp_path / "here/images")]
-    assert display.extracted_from(store) == both  # the newest first
+    assert extracted_from(store) == both  # the newest first
     record_run(store, "20250105T000000Z-1", images=["images"], store=str(store.path))
-    assert display.extracted_from(store) == both  # an absolute store does not tell where
+    assert extracted_from(store) == both  # an absolute store does not tell where
     assert [root.spec for root in recorded_roots(store) if root.here is None] == ["images", "gone", "elsewhere"]
     monkeypatch.chdir(tmp_path / "here")
-    assert display.extracted_from(store)[0] == "images"
+    assert extracted_from(store)[0] == "images"
 
 
 def test_errors_of_the_caller_are_raised(store):

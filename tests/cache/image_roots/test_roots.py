@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from olavlm.cache import BadImage, DatasetError, ImageRoots, images
+from olavlm.cache.images import split_root
 from olavlm.cache.wording import printable
 
 
@@ -22,6 +23,24 @@ def test_every_kind_of_root_reads_alike(any_root, reason):
     assert again.read("sub/b.jpg") == b"b"
     assert again.specs == roots.specs
     assert ImageRoots([f"coco={any_root}"]).read("coco/sub/b.jpg") == b"b"
+
+
+def test_where_a_prefix_ends(tmp_path, monkeypatch):
+    """A root that is gone is split as it was when it was there."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run=3" / "imgs"
+    folder.mkdir(parents=True)
+    split = {
+        "coco=images": ("coco", "images"),
+        "coco/=s3://bucket/a=b": ("coco", "s3://bucket/a=b"),
+        "https://host/x?a=b": ("", "https://host/x?a=b"),
+        str(folder): ("", str(folder)),
+        "run=3/imgs": ("", "run=3/imgs"),  # it is there
+    }
+    assert {spec: split_root(spec) for spec in split} == split
+    folder.rmdir()
+    assert split_root(str(folder)) == ("", str(folder))
+    assert split_root("run=3/imgs") == ("run", "3/imgs")
 
 
 OUTSIDE = ["../secret", "sub/../../secret", "/etc/passwd", "..", "sub\\..\\secret", "a.jpg\0", ""]

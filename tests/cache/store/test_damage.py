@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from olavlm.cache import CorruptFeatures, ShardTask, TeacherFeatures
+from olavlm.cache.row_reader import RowReader
 
 
 def flip(file, bit: int) -> None:
@@ -133,7 +134,7 @@ def test_a_file_that_is_gone(store):
     depth = store.group
     np.testing.assert_array_equal(depth[0], store.features[0])
     shutil.rmtree(store.path / "depth" / "features" / "c")
-    depth._files.clear()
+    depth._reader._files.clear()
     for reader in (depth, store.group):
         with pytest.raises(CorruptFeatures):
             reader[0]
@@ -143,7 +144,7 @@ def test_a_shard_replaced_between_every_look_and_every_read_is_no_damage(small, 
     """The reader looks again as often as there is a newer record, and not once more."""
     store = small(rows=4).fill()
     depth, features, left = store.group, store.features, [5]
-    read = TeacherFeatures._read_range
+    read = RowReader._read_range
 
     def replaced_first(self, *where):
         if left[0]:
@@ -151,7 +152,7 @@ def test_a_shard_replaced_between_every_look_and_every_read_is_no_damage(small, 
             store.commit(ShardTask("depth", 0, 0, 4, depth.plan.segments[0].hash), features=features + left[0])
         return read(self, *where)
 
-    monkeypatch.setattr(TeacherFeatures, "_read_range", replaced_first)
+    monkeypatch.setattr(RowReader, "_read_range", replaced_first)
     np.testing.assert_array_equal(depth[1], features[1])
     assert (left, store.group.record(0).revision) == ([0], 5)
     flip(store.shard_file(0), 400)  # row 1: real damage

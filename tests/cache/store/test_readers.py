@@ -14,7 +14,7 @@ from olavlm.cache import FeatureStore, MissingFeatures, ShardTask, TeacherFeatur
 
 
 def test_many_shards_few_descriptors(small, monkeypatch):
-    monkeypatch.setattr("olavlm.cache.features._OPEN_FILES", 4)
+    monkeypatch.setattr("olavlm.cache.row_reader._OPEN_FILES", 4)
     store = small(rows=60, shard_rows=2).fill()
     depth = store.group
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
@@ -30,7 +30,7 @@ def test_too_many_open_files_is_not_damage(store, monkeypatch):
         raise OSError(errno.EMFILE, "Too many open files")
 
     depth = store.group
-    monkeypatch.setattr("olavlm.cache.features._OpenFile", refuse)
+    monkeypatch.setattr("olavlm.cache.row_reader._OpenFile", refuse)
     with pytest.raises(OSError, match="Too many open files"):
         depth[0]
 
@@ -41,7 +41,7 @@ def read_all(group: TeacherFeatures, rows: np.ndarray) -> bytes:
 
 def test_threads_read_one_teacher(small, rng, monkeypatch):
     """Few descriptors, so that threads push each other's out; and one forgets everything again and again."""
-    monkeypatch.setattr("olavlm.cache.features._OPEN_FILES", 2)
+    monkeypatch.setattr("olavlm.cache.row_reader._OPEN_FILES", 2)
     store = small(rows=60, shard_rows=4).fill()
     for _ in range(3):
         depth, stop = store.group, threading.Event()
@@ -117,7 +117,7 @@ def test_a_shard_that_grows_or_is_replaced_under_a_reader(small, storage):
     store.fill()
     store.fill(retry_failed=True)
     np.testing.assert_array_equal(holding[1], expected[1])  # from the file it has open
-    looking._files.clear()  # another thread or 64 other shards pushed the file out
+    looking._reader._files.clear()  # another thread or 64 other shards pushed the file out
     np.testing.assert_array_equal(looking[1], expected[1])
     for reader in (holding, looking):
         reader.reload()
@@ -135,7 +135,7 @@ def test_a_row_s_features_and_scales_are_of_one_record(small, compress):
         store.writer().sweep(0, withdraw_all=True)
         store.features = new
         store.fill()
-        depth._files.pop((array, 0))
+        depth._reader._files.pop((array, 0))
         np.testing.assert_array_equal(depth[1], store.expected[1])
         assert (store.codec.encode(old[1])[0][array] != store.codec.encode(new[1])[0][array]).any()  # the control
 
@@ -165,7 +165,7 @@ def test_a_reader_of_a_shard_that_is_replaced_again_and_again_sees_whole_version
                 continue
             for row in rows:
                 seen.add(next(v for v in range(versions) if (values[row] == expected[v][row]).all()))
-        held._files.clear()  # but not what it knows of the record
+        held._reader._files.clear()  # but not what it knows of the record
     assert child.wait() == 0
     print(f"{len(seen)} versions seen")
     np.testing.assert_array_equal(store.group.read(rows)[0], expected[-1])
@@ -178,7 +178,7 @@ def test_a_row_whose_shard_is_being_replaced_is_missing_for_that_moment(small):
 
     def look(step):
         if step == "place":
-            depth._files.clear()
+            depth._reader._files.clear()
             with pytest.raises(MissingFeatures):
                 depth[1]
             seen.append(step)
