@@ -17,6 +17,7 @@ import yaml
 
 from olavlm.cache import Dataset, TeacherFeatures
 from olavlm.cache.files import is_local
+from olavlm.cache.images import redacted, without_credentials
 from olavlm.cache.wording import storage
 from olavlm.student.config import Recipe
 from olavlm.student.data.targets import CachedTargets, extract_command
@@ -92,7 +93,7 @@ def cost_lines(recipe: Recipe, dataset: Dataset, load: Load) -> Iterator[str]:
         f"{storage(row_bytes * load.samples)} to read in a run"
     )
     reading = read_rate(groups, source.store.rows.rows_of(dataset.images()))
-    yield f"reading: {recipe.targets.store} gives {reading}"
+    yield f"reading: {redacted(recipe.targets.store)} gives {reading}"
     step = known_step(recipe)
     yield needed_line(row_bytes, load, reading.rate, step)
     yield from pays_lines(recipe, recorded_extractions(source.store.path, [g.key for g in groups]), row_bytes, load,
@@ -116,8 +117,9 @@ def pays_lines(
     """What the extraction cost, and from which run on that is less than teachers in the loop."""
     if recorded is None:
         yield (
-            f"extraction: what it cost is not recorded in {recipe.targets.store}/runs, so that the runs until it pays "
-            f"are not known; measure it with: {extract_command(recipe, recipe.task_order, 'ANOTHER_STORE')} --dry-run"
+            f"extraction: what it cost is not recorded in {redacted(recipe.targets.store)}/runs, so the runs until "
+            "it pays are not known; measure it with: "
+            f"{extract_command(recipe, recipe.task_order, 'ANOTHER_STORE')} --dry-run"
         )
         return
     image, forward = recorded.worker_seconds / recorded.images, recorded.device_seconds / recorded.images
@@ -150,7 +152,7 @@ def known_step(recipe: Recipe) -> float | None:
         before = yaml.safe_load((run / "recipe.yaml").read_text())
         steps = read_metrics(run / "metrics.jsonl")
         busy = [step["step_ms"] - step["data_wait_ms"] for step in steps[STEPS_NOT_KEPT:]]
-        here = recipe.to_dict()
+        here = without_credentials(recipe.to_dict())
         same = all(before[section][key] == here[section][key] for section, key in _OF_A_STEP)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # none, one cut off, or another version's
         return None

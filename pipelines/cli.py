@@ -10,15 +10,18 @@ import argparse
 import errno
 import functools
 import io
+import math
 import os
 import platform
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -27,6 +30,11 @@ from olavlm.student.errors import RecipeError, StudentError
 from olavlm.teachers import TeacherError
 
 MAKE_ROOM = "make room where this command writes, then run it again"
+Number = TypeVar("Number", int, float)
+MAKE_SMALLER = (
+    "take smaller batches (in training train.batch_size, with more train.accumulation), train.gradient_checkpointing, "
+    "or more memory"
+)
 VERSIONED = ("olavlm", "torch", "transformers", "numpy", "pillow", "zarr", "ray", "accelerate")
 
 
@@ -65,10 +73,12 @@ def command(name: str) -> Callable[[Callable[[list[str] | None], int]], Callable
                     os._exit(0)  # the reader of our output left; there is nobody to tell
                 what = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e
                 return _fail(name, f"{what}; {MAKE_ROOM}" if e.errno in (errno.ENOSPC, errno.EDQUOT) else what, 1)
-            except Exception as e:  # those of safetensors and tokenizers are no OSErrors
-                if f"(os error {errno.ENOSPC})" not in str(e):
-                    raise
-                return _fail(name, f"{e}; {MAKE_ROOM}", 1)
+            except Exception as e:
+                if f"(os error {errno.ENOSPC})" in str(e):  # those of safetensors and tokenizers are no OSErrors
+                    return _fail(name, f"{e}; {MAKE_ROOM}", 1)
+                if is_out_of_memory(e):
+                    return _fail(name, f"out of memory ({str(e).strip().splitlines()[0]}); {MAKE_SMALLER}", 1)
+                raise
             except KeyboardInterrupt as e:
                 return _fail(name, f"stopped by {str(e) or 'SIGINT'}", 1)
             finally:
@@ -78,6 +88,16 @@ def command(name: str) -> Callable[[Callable[[list[str] | None], int]], Callable
         return run
 
     return wrap
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it says that a device, or the host, has no memory left."""
+    texts = ("can't allocate memory", "not enough memory", "Unable to allocate", "CUDA out of memory")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # of torch, which not every command imports
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
+    )
 
 
 def _fail(name: str, error: object, status: int) -> int:
@@ -162,13 +182,29 @@ class Progress:
 
 def positive(text: str) -> int:
     """A whole number above 0, as the type of an argument."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    return _number(text, int, lambda value: value > 0, "a positive number")
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 up, as the type of an argument."""
+    return _number(text, int, lambda value: value >= 0, "a whole number from 0 up")
+
+
+def positive_real(text: str) -> float:
+    """A finite number above 0, as the type of an argument."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a positive number")
+
+
+def fraction(text: str) -> float:
+    """A number between 0 and 1, as the type of an argument."""
+    return _number(text, float, lambda value: 0 < value < 1, "between 0 and 1")
+
+
+def _number(text: str, kind: Callable[[str], Number], holds: Callable[[Number], bool], what: str) -> Number:
+    with suppress(ValueError):
+        if holds(value := kind(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not {what}")
 
 
 def seed(text: str) -> int:
@@ -176,6 +212,17 @@ def seed(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) < 2**63):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**63 - 1")
     return int(text)
+
+
+def add_device_argument(p: argparse.ArgumentParser) -> None:
+    """Adds `--device`, which `olavlm.teachers.base.resolve_device` understands."""
+    p.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text} is none of auto, cpu, cuda and cuda:N")
+    return text
 
 
 def quiet_models() -> None:

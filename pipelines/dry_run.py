@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from olavlm.cache import CacheError, Dataset
+from olavlm.cache.images import redacted
+from olavlm.student.adapter import whole_model
 from olavlm.student.choices import Stage
 from olavlm.student.config import Recipe
-from olavlm.student.data.batches import prompt_turns
 from olavlm.student.data.encoder_features import check_encoder_features
-from olavlm.student.data.targets import CachedTargets, check_targets, tokens_without_losses
+from olavlm.student.data.samples import prompt_turns
+from olavlm.student.data.targets import CachedTargets, tokens_without_losses
 from olavlm.student.errors import ModelError, RecipeError, TargetsError
 from olavlm.student.fused_teachers import FusedTeacher
+from olavlm.student.processes import Process
 from olavlm.student.text.conversation import IGNORE_INDEX, encode, load_tokenizer
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.training.chain import num_processes, say
-from olavlm.student.training.checkpoint import whole_model
+from olavlm.student.training.loop import Schedule
 from olavlm.student.training.memory import BatchShape, MemoryEstimate, estimate_memory
+from olavlm.student.training.metrics import check_trackers
 from olavlm.student.training.parallel import launched_with
-from olavlm.student.training.trainer import open_data
+from olavlm.student.training.trainer import check_inputs, open_data
 
 from .cache_cost import Load, cost_lines
 
@@ -35,14 +37,17 @@ def dry_run(recipe: Recipe, stage: Stage) -> None:
     """Check what can be checked without a model, and print the plan of one stage.
 
     Raises:
-        StudentError, CacheError: what would stop the run.
+        StudentError, CacheError: what would stop the run before it loads a model.
     """
-    dataset, _ = open_data(recipe)
+    check_trackers(recipe.train.trackers)
+    dataset, roots = open_data(recipe)
+    check_inputs(recipe, stage, dataset, roots)
+    process = Process.launched()
+    processes, say = process.count, process.say
     with_images = int(dataset.has_image().true_count)
     say(f"{stage}: {len(dataset)} samples, {with_images} with an image, {len(dataset.images())} distinct images")
-    processes = num_processes()
     global_batch = recipe.train.batch_size * recipe.train.accumulation * processes
-    steps = recipe.train.max_steps or math.ceil(recipe.train.epochs * math.ceil(len(dataset) / global_batch))
+    steps = Schedule(recipe, math.ceil(len(dataset) / global_batch)).total_steps
     count = "one process" if processes == 1 else f"{processes} processes"
     say(f"{stage} with {count}: global batch {global_batch}, {steps} steps")
     if recipe.data.encoder_features is not None:
@@ -53,13 +58,12 @@ def dry_run(recipe: Recipe, stage: Stage) -> None:
             f"{group.layout.row_bytes / 1e6:.3f} MB each, {with_images * group.layout.row_bytes / 1e9:.3f} GB an epoch"
         )
     if recipe.distils(stage) or recipe.fuses:
-        check_targets(recipe, dataset, stage)
-        where = recipe.targets.store if recipe.targets.source == "cache" else "teachers in the loop"
+        where = redacted(recipe.targets.store) if recipe.targets.source == "cache" else "teachers in the loop"
         for name in recipe.task_order:
             task = recipe.tasks[name]
             how = f"layers {task.layers}, weight {task.weight}, targets" if not recipe.fuses else "fused, features"
             say(f"{name}: {how} from {where}")
-    if os.environ.get("RANK", "0") == "0":
+    if process.is_main:
         if (recipe.distils(stage) or recipe.fuses) and with_images:
             share = with_images / len(dataset)
             load = Load(round(steps * global_batch * share), len(dataset.images()), global_batch, share, processes)
@@ -83,7 +87,7 @@ def memory_lines(recipe: Recipe, stage: Stage, dataset: Dataset) -> Iterator[str
             "vocabulary": 1 + max(tokenizer.get_vocab().values()),
             "distil": distil,
             "fused": fused,
-            "processes": num_processes(),
+            "processes": Process.launched().count,
             "sharded": launched_with("FSDP"),
         }
         estimates = {
@@ -154,5 +158,5 @@ def batch_shape(recipe: Recipe, dataset: Dataset, tokenizer: object) -> BatchSha
         samples=recipe.train.batch_size,
         text_tokens=max(len(text["input_ids"]) for text in texts),
         supervised_tokens=math.ceil(sum(supervised) / len(supervised)),
-        global_batch=recipe.train.batch_size * recipe.train.accumulation * num_processes(),
+        global_batch=recipe.train.batch_size * recipe.train.accumulation * Process.launched().count,
     )

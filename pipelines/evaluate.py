@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from .cli import JobFailed, UsageError, command, positive, quiet_models, seed
+from olavlm.student.processes import Process
+
+from .cli import JobFailed, UsageError, add_device_argument, command, positive, quiet_models, seed
 from .evaluation.tasks import TASKS, Task, task_named
 from .generate import add_teacher_argument, places_of
 
@@ -72,11 +74,13 @@ def arguments() -> argparse.ArgumentParser:
     )
     p.add_argument("--limit", metavar="N", type=positive, help="the first N rows of each benchmark")
     p.add_argument("--batch-size", metavar="N", type=positive, help="questions in one pass, or at once to an endpoint")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)")
+    add_device_argument(p)
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
-    p.add_argument("--seed", metavar="N", type=seed, default=0, help="of what a model may draw; answers are greedy")
+    p.add_argument(
+        "--seed", metavar="N", type=seed, default=0, help="random seed of a model that samples; answers are greedy"
+    )
     add_teacher_argument(p)
-    p.add_argument("--endpoint", metavar="URL", help="of a server that speaks OpenAI's API, such as vLLM's")
+    p.add_argument("--endpoint", metavar="URL", help="a server that speaks OpenAI's API, such as vLLM's")
     p.add_argument(
         "--api-key-env",
         metavar="NAME",
@@ -99,7 +103,6 @@ def main(argv: list[str] | None = None) -> int:
     check_usage(args)
     output: Path = args.output or default_output(args.checkpoint)
     # Only now, so that help and a wrong flag are answered at once.
-    from .evaluation.harness import Process
     from .evaluation.predictions import Predictions
 
     process = Process.launched()
@@ -194,7 +197,7 @@ def ask_model(
 
     from .evaluation import resolved
     from .evaluation.datasets import open_rows
-    from .evaluation.harness import Process, ask
+    from .evaluation.harness import ask
 
     quiet_models()
     process = Process.launched()

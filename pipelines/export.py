@@ -61,7 +61,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of all weights; by default that of the language model's (to llava-hf)",
+        help="dtype of all weights; by default that of the language model's (to llava-hf)",
     )
     return p
 
@@ -101,8 +101,8 @@ def check_usage(args: argparse.Namespace) -> None:
 
 def kind_of(source: str) -> str:
     """What a checkpoint is, by its config. ModelError without one, JobFailed for none that we know."""
+    from olavlm.student.adapter import ADAPTER_CONFIG  # the import registers our config
     from olavlm.student.loading import read_config_fields
-    from olavlm.student.training.checkpoint import ADAPTER_CONFIG  # the import registers our config
 
     if any(Path(source, name).is_file() for name in (ADAPTER_CONFIG, "stage.json")):  # a run, finished or not
         return "olavlm"
@@ -135,7 +135,7 @@ def visper_lm_to_olavlm(args: argparse.Namespace, folder: Path) -> None:
 
 def write_olavlm(args: argparse.Namespace, converted: Converted, folder: Path) -> None:
     """A model that was read from elsewhere, and a record of how; says what it is."""
-    from olavlm.student.training.checkpoint import write_json
+    from olavlm.student.run_files import write_json
 
     model, config = converted.model, converted.model.config
     for note in converted.notes:
@@ -157,7 +157,7 @@ def write_olavlm(args: argparse.Namespace, converted: Converted, folder: Path) -
 
 def olavlm_to_llava_hf(args: argparse.Namespace, folder: Path) -> None:
     """StudentError for a run that cannot be loaded, or that stock LLaVA cannot hold, and why."""
-    from olavlm.student.training.checkpoint import load_checkpoint
+    from olavlm.student.adapter import load_checkpoint
 
     write_llava_hf(args, *load_checkpoint(args.source), folder)
 
@@ -199,7 +199,7 @@ def write_llava_hf(
 
 def olavlm_to_adapter(args: argparse.Namespace, folder: Path) -> None:
     """JobFailed for a run that left no adapter, ModelError for one that is damaged."""
-    from olavlm.student.training.checkpoint import copy_adapter, is_adapter
+    from olavlm.student.adapter import copy_adapter, is_adapter
 
     if not is_adapter(args.source):
         raise JobFailed(

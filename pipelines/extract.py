@@ -14,7 +14,6 @@ retry and resume. Running the same command again finishes what a crash left, and
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from pathlib import Path
@@ -25,11 +24,12 @@ from olavlm.cache.codec import CODECS
 from olavlm.cache.files import location
 from olavlm.cache.lease import leased
 from olavlm.cache.shard import COMPRESSIONS
+from olavlm.cache.wording import counted
 from olavlm.student.vision.encoder_name import TEACHER, EncoderName
 from olavlm.teachers import GEOMETRIES, TeacherError, store_key
 from olavlm.teachers.base import COMPUTE_DTYPES, resolve_device
 
-from .cli import JobFailed, Stopped, UsageError, command, positive
+from .cli import JobFailed, Stopped, UsageError, command, positive, positive_real
 from .extraction.extractor import TeacherSpec
 from .extraction.places import Job, find_cluster
 from .extraction.preflight import dry_run, readable
@@ -37,6 +37,7 @@ from .extraction.record import RunRecord
 from .extraction.scheduler import STALL_SECONDS
 from .extraction.summary import Tally, summarise
 
+BATCH_SIZE = 16  # images a forward, unless another is asked for
 SWEEP_SECONDS = 10.0  # for killed workers to be gone
 
 
@@ -63,11 +64,13 @@ def arguments() -> argparse.ArgumentParser:
     one.add_argument("--revision", help="commit of the hub model")
     one.add_argument("--recipe", help="which features, e.g. depth: mean4 (default) or last")
     one.add_argument("--as", dest="key", help="name in the store (default: the teacher's, with its recipe)")
-    p.add_argument("--dtype", choices=list(CODECS), default="float16", help="of the stored features (default float16)")
+    p.add_argument(
+        "--dtype", choices=list(CODECS), default="float16", help="storage dtype of the features (%(default)s)"
+    )
     p.add_argument("--compress", choices=COMPRESSIONS, default="none", help="zstd, row by row, for archives")
     p.add_argument("--geometry", choices=GEOMETRIES, default="reference", help="what a teacher sees of an image")
     p.add_argument("--compute-dtype", choices=list(COMPUTE_DTYPES), default="float32",
-                   help="of the teachers (default float32); it is on the card, as the geometry is")  # fmt: skip
+                   help="dtype that teachers compute in (%(default)s), part of the fingerprint")  # fmt: skip
     p.add_argument("--shard-rows", type=positive, help="rows a shard (default 128; 4096 for one-token teachers)")
     p.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of the full plan")
     p.add_argument("--retry-failed", action="store_true", help="try quarantined rows again")
@@ -77,28 +80,21 @@ def arguments() -> argparse.ArgumentParser:
         "workers", "On a cluster, run this on one of its nodes; image roots, store and models must be at the same "
         "paths on all of them."
     )  # fmt: skip
-    run.add_argument("--batch-size", type=positive, default=16, help="images a forward (default 16)")
+    run.add_argument("--batch-size", type=positive, default=BATCH_SIZE, help="images a forward (%(default)s)")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--compile", action="store_true", help="torch.compile the teachers: minutes first, then faster")
-    run.add_argument("--address", help="of a running Ray cluster, HOST:PORT or auto (default: this machine alone)")
-    run.add_argument("--workers", type=positive, help="at most so many (default: one a GPU, or one a CPU core)")
-    run.add_argument("--worker-gpus", type=_part, metavar="X", help="GPUs a worker: 1, or a part of one (default 1)")
-    run.add_argument("--worker-cpus", type=_amount, metavar="X",
+    run.add_argument("--address", help="running Ray cluster, HOST:PORT or auto (default: this machine alone)")
+    run.add_argument("--workers", type=positive, help="most workers (default: one a GPU, or one a CPU core)")
+    run.add_argument("--worker-gpus", type=_gpus, metavar="X", help="GPUs a worker: 1, or a part of one (default 1)")
+    run.add_argument("--worker-cpus", type=positive_real, metavar="X",
                      help="CPUs a worker, for images (default: its share of a GPU node, or 1)")  # fmt: skip
-    run.add_argument("--stall", type=_amount, default=STALL_SECONDS, metavar="SECONDS",
+    run.add_argument("--stall", type=positive_real, default=STALL_SECONDS, metavar="SECONDS",
                      help=f"without progress until a worker counts as stuck (default {STALL_SECONDS:.0f})")  # fmt: skip
     return p
 
 
-def _amount(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
-
-
-def _part(text: str) -> float:
-    if _amount(text) > 1:
+def _gpus(text: str) -> float:
+    if positive_real(text) > 1:
         raise argparse.ArgumentTypeError(f"{text}: a worker computes on one GPU; give 1, or less to share it")
     return float(text)
 
@@ -153,18 +149,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.address:
         find_cluster(args.address)
     job = Job(
-        args.store,
-        args.images,
-        specs,
-        args.batch_size,
-        args.device if args.address else str(resolve_device(args.device)),
-        args.compile,
-        args.address,
-        args.workers,
-        args.worker_gpus,
-        args.worker_cpus,
-        args.stall,
-        readable(roots, images),
+        store=args.store,
+        images=args.images,
+        specs=specs,
+        batch_size=args.batch_size,
+        device=args.device if args.address else str(resolve_device(args.device)),
+        compile=args.compile,
+        address=args.address,
+        workers=args.workers,
+        worker_gpus=args.worker_gpus,
+        worker_cpus=args.worker_cpus,
+        stall=args.stall,
+        known_images=readable(roots, images),
     )
     if args.dry_run:
         return dry_run(args, specs, images, job)
@@ -185,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         todo = pending(group, args.limit, retry_failed=args.retry_failed)
         rows = min(args.limit or plan.num_images, plan.num_images)
-        doing = f"{len(todo)} shards to do" if todo else "all committed, nothing to do"
+        doing = f"{counted(len(todo), 'shard')} to do" if todo else "all committed, nothing to do"
         print(f"{spec.key}: {group.layout.tokens} x {group.layout.dim} {args.dtype}, {rows} rows wanted, {doing}")
         tasks += todo
     tally, stopped, seconds = extract(builder, job, tasks, args) if tasks else (Tally(), None, 0.0)

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, TextIO
 
 from PIL import Image
 
-from olavlm.cache import BadImage, decode_rgb
+from olavlm.cache import BadImage, ImageRoots, decode_rgb
 
-from .cli import JobFailed, Progress, UsageError, command, quiet_models, seed, versions
+from .cli import JobFailed, Progress, UsageError, add_device_argument, command, quiet_models, seed, versions
 
 if TYPE_CHECKING:
     from olavlm.student.text.dialogue import Dialogue
@@ -49,7 +49,7 @@ def arguments() -> argparse.ArgumentParser:
         "--output",
         metavar="FILE",
         type=Path,
-        help="of a folder's answers, with a record of the run in FILE.run.json; standard output by default",
+        help="file for a folder's answers, with a record of the run in FILE.run.json; standard output by default",
     )
     add_teacher_argument(p)
     p.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="the longest answer (%(default)s)")
@@ -57,11 +57,11 @@ def arguments() -> argparse.ArgumentParser:
         "--temperature", metavar="T", type=float, default=0.0, help="0, the default, is greedy; above it, sampled"
     )
     p.add_argument("--top-p", metavar="P", type=float, default=1.0, help="sample from this much of the probability")
-    p.add_argument("--seed", metavar="N", type=seed, default=0, help="of sampling (%(default)s)")
+    p.add_argument("--seed", metavar="N", type=seed, default=0, help="random seed of sampling (%(default)s)")
     p.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of LLM and encoder (default: the run's)"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of LLM and encoder (default: the run's)"
     )
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device_argument(p)
     return p
 
 
@@ -72,7 +72,7 @@ def add_teacher_argument(p: argparse.ArgumentParser) -> None:
         metavar="NAME=MODEL",
         action="append",
         default=[],
-        help="of a fusion baseline: another hub id or folder of a teacher that it was trained with; repeatable",
+        help="where a fusion baseline finds a teacher that it was trained with: a hub id or folder; repeatable",
     )
 
 
@@ -87,10 +87,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from olavlm.student import load_checkpoint
     from olavlm.student.text.dialogue import Dialogue
+    from olavlm.teachers.base import resolve_device
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise JobFailed("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(args.device)
     quiet_models()
     model, tokenizer = load_checkpoint(args.checkpoint, args.dtype and getattr(torch, args.dtype))
     model = model.to(device)
@@ -180,12 +179,12 @@ def answer_folder(new_dialogue: NewDialogue, folder: Path, prompt: str, output: 
     images = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix.lower() in known)
     if not images:
         raise JobFailed(f"--image {folder}: no image in this folder")
-    progress, bad = Progress(len(images), "images", "generate"), 0
+    roots, progress, bad = ImageRoots([str(folder)]), Progress(len(images), "images", "generate"), 0
     with output.open("w", encoding="utf-8") if output is not None else contextlib.nullcontext(sys.stdout) as lines:
         for file in images:
             record = {"image": str(file.relative_to(folder)), "prompt": prompt}
             try:
-                record["answer"] = new_dialogue(open_image(file)).ask(prompt)
+                record["answer"] = new_dialogue(roots.open(record["image"])).ask(prompt)
             except BadImage as e:
                 record["error"] = str(e)
                 bad += 1

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from olavlm.cache import CacheError, Dataset
-from olavlm.cache.display import started_in
+from olavlm.cache.recorded_roots import started_in
 
 from .cli import versions
 from .reporting.runs import Run, read_run

@@ -23,10 +23,24 @@ import os
 import sys
 from pathlib import Path
 
+from olavlm.cache.images import without_credentials
 from olavlm.cache.wording import counted
 from olavlm.student.probing.settings import RECIPES, ProbeData, ProbeSettings, default_key
+from olavlm.student.processes import Process
 
-from .cli import JobFailed, Progress, UsageError, command, positive, quiet_models, seed, versions
+from .cli import (
+    JobFailed,
+    Progress,
+    UsageError,
+    add_device_argument,
+    command,
+    fraction,
+    natural,
+    positive,
+    quiet_models,
+    seed,
+    versions,
+)
 from .downstream import command as downstream
 from .train import StepDisplay
 
@@ -79,7 +93,7 @@ def arguments() -> argparse.ArgumentParser:
     train.add_argument("--output", required=True, metavar="DIR", help="run folder")
     train.add_argument("--layers", type=_layers, metavar="1,8-20", help="decoder blocks, from 1 (default: all)")
     train.add_argument("--template", metavar="NAME", help="prompt template of a stock LLaVA, where its own is not one")
-    train.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen model")
+    train.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the frozen model")
     train.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="autocast of model and probes")
     defaults = ProbeSettings
     train.add_argument("--batch-size", type=int, metavar="N", default=defaults.batch_size,
@@ -92,7 +106,9 @@ def arguments() -> argparse.ArgumentParser:
     train.add_argument("--lr", type=float, metavar="X", default=defaults.lr, help="peak learning rate (%(default)s)")
     train.add_argument("--warmup", type=float, metavar="X", default=defaults.warmup,
                        help="part of the run with rising learning rate, then a cosine (%(default)s)")  # fmt: skip
-    train.add_argument("--seed", type=seed, metavar="N", default=defaults.seed, help="of first weights and order")
+    train.add_argument(
+        "--seed", type=seed, metavar="N", default=defaults.seed, help="random seed of first weights and order"
+    )
     train.add_argument("--workers", type=int, metavar="N", default=defaults.workers,
                        help="loader processes (%(default)s)")  # fmt: skip
     train.add_argument("--save-every", type=int, metavar="N", default=defaults.save_every,
@@ -103,15 +119,21 @@ def arguments() -> argparse.ArgumentParser:
     _add_data(held_out)
     held_out.add_argument("--output", type=Path, metavar="DIR",
                           help="default: eval in the run folder, of several runs in the folder they share")  # fmt: skip
-    held_out.add_argument("--model", metavar="RUN", help="of one run: where the probed model lies now, if it has moved")
-    held_out.add_argument("--batch-size", type=positive, metavar="N", default=16, help="images a forward (%(default)s)")
-    held_out.add_argument("--workers", type=_natural, metavar="N", default=4, help="loader processes (%(default)s)")
     held_out.add_argument(
-        "--resamples", type=positive, metavar="N", default=1000, help="of the bootstrap (%(default)s)"
+        "--model", metavar="RUN", help="where the probed model lies now, if it has moved (of one run)"
     )
-    held_out.add_argument("--seed", type=_natural, metavar="N", default=0, help="of the bootstrap (%(default)s)")
-    held_out.add_argument("--level", type=_level, metavar="X", default=0.95, help="of the intervals (%(default)s)")
-    held_out.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    held_out.add_argument("--batch-size", type=positive, metavar="N", default=16, help="images a forward (%(default)s)")
+    held_out.add_argument("--workers", type=natural, metavar="N", default=4, help="loader processes (%(default)s)")
+    held_out.add_argument(
+        "--resamples", type=positive, metavar="N", default=1000, help="resamples of the bootstrap (%(default)s)"
+    )
+    held_out.add_argument(
+        "--seed", type=natural, metavar="N", default=0, help="random seed of the bootstrap (%(default)s)"
+    )
+    held_out.add_argument(
+        "--level", type=fraction, metavar="X", default=0.95, help="confidence level of the intervals (%(default)s)"
+    )
+    add_device_argument(held_out)
     scored = _subparser(commands, "score", "score decoded predictions on public benchmarks", SCORE_HELP, SCORE_EXAMPLE)
     downstream.add_arguments(scored)
     return p
@@ -130,7 +152,7 @@ def _subparser(commands, name: str, summary: str, about: str, example: str) -> a
 
 def _add_data(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data", nargs="+", action="extend", required=True, metavar="FILE",
-                   help=".json, .jsonl or .parquet; its images count, each once, and nothing else of it")  # fmt: skip
+                   help=".json, .jsonl or .parquet; only its distinct images are used")  # fmt: skip
     p.add_argument("--images", nargs="+", action="extend", required=True, metavar="[PREFIX=]DIR|ZIP|URL",
                    help="image roots, as for olavlm-extract")  # fmt: skip
     p.add_argument("--store", required=True, help="feature store of olavlm-extract with the targets of these images")
@@ -159,18 +181,6 @@ def _layers(text: str) -> list[int]:
     return sorted(set(layers))
 
 
-def _natural(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
-
-
-def _level(text: str) -> float:
-    if not 0 < (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
 @command("olavlm-probe")
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
@@ -185,30 +195,26 @@ def run_train(args: argparse.Namespace, data: ProbeData) -> int:
     """A run folder of probes, printed step by step."""
     # Here and in `run_eval`, so that help and a wrong flag are answered at once: this imports PyTorch and transformers.
     from olavlm.student.probing.training import train_probes
-    from olavlm.student.training.trainer import leave_processes
 
     names = ("model", "tasks", "output", "layers", "template", "dtype", "mixed_precision", "batch_size", "micro_batch",
              "epochs", "max_steps", "lr", "warmup", "seed", "workers", "save_every", "keep")  # fmt: skip
     settings = ProbeSettings(data=data, **{name: getattr(args, name) for name in names})
     train_probes(settings, versions(), StepDisplay())
-    leave_processes()
+    Process.leave()
     return 0
 
 
 def run_eval(args: argparse.Namespace, data: ProbeData) -> int:
     """Files with the scores of all runs, and the table."""
-    import torch
-
     from olavlm.student.probing.scores import probe_cosines
+    from olavlm.teachers.base import resolve_device
 
     from .probe_results import Scored, text_table, write_results
 
     folders = list(dict.fromkeys(folder.absolute() for folder in args.runs))
     if args.model is not None and len(folders) > 1:
         raise UsageError(f"--model goes with one RUN; {len(folders)} were given")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise JobFailed("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(args.device)
     shared = Path(os.path.commonpath([f.parent for f in folders] if len(folders) > 1 else folders))
     output: Path = args.output or shared / "eval"
     if output.exists() and not output.is_dir():
@@ -223,7 +229,7 @@ def run_eval(args: argparse.Namespace, data: ProbeData) -> int:
             model_path=args.model,
             batch_size=args.batch_size,
             workers=args.workers,
-            device=torch.device(device),
+            device=device,
             on_images=display,
         )
         if found.seen:
@@ -238,7 +244,7 @@ def run_eval(args: argparse.Namespace, data: ProbeData) -> int:
         runs.append(scored)
     asked = {"data": args.data, "images": args.images, "store": args.store}
     asked |= {"resamples": args.resamples, "seed": args.seed, "level": args.level}
-    write_results(runs, output, asked, versions())
+    write_results(runs, output, without_credentials(asked), versions())
     print(text_table(runs))
     print(f"scores: {output}")
     return 0

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from olavlm.student.probing.scores import Cosines, Score, score
-from olavlm.student.training.checkpoint import write_json
+from olavlm.student.run_files import write_json
 
 from .layer_plot import Line, layer_plot
 from .reporting.probe_scores import SCORES

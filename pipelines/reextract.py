@@ -23,8 +23,8 @@ from olavlm.cache import (
     TeacherFeatures,
 )
 from olavlm.cache import files as cache_files
-from olavlm.cache.display import extracted_from
 from olavlm.cache.images import decode_rgb
+from olavlm.cache.recorded_roots import extracted_from
 from olavlm.teachers import Teacher
 from olavlm.teachers.base import resolve_device
 
@@ -32,14 +32,15 @@ from .cli import JobFailed, UsageError
 from .extract import absolute_model
 from .extraction.extractor import TeacherSpec
 
-LIVE_COSINE = 0.999  # of a stored row with the teacher's answer of now
+LIVE_COSINE = 0.999  # of a stored row with the teacher's answer of now, stored alike
 BATCH = 8
 
 
 def compare_live(store: FeatureStore, args: argparse.Namespace) -> tuple[dict, list[Finding]]:
     """Run every wanted teacher on `args.live` random valid rows; what is less alike than `LIVE_COSINE` is a finding.
 
-    An image whose bytes are not those of the extraction, or that cannot be read now, is one too.
+    The teacher's answer is compared as it would be stored, or rounding to int4 alone would be one. An image whose bytes
+    are not those of the extraction, or that cannot be read now, is one too.
     """
     seed = args.seed if args.seed is not None else secrets.randbits(32)
     roots, answer, wrong = image_roots(store, args.images), {"seed": seed, "teachers": {}}, []
@@ -86,7 +87,12 @@ def _compare(
         except CorruptFeatures as e:
             tell(row, str(e))
             continue
-        stored, fresh = values.ravel().astype(np.float64), answer.ravel().astype(np.float64)
+        parts, fault, _ = group.layout.codec.encode(answer)
+        if parts is None:
+            tell(row, f"the teacher's answer of now could not be stored: {fault}")
+            continue
+        stored = values.ravel().astype(np.float64)
+        fresh = group.layout.codec.decode(parts).ravel().astype(np.float64)
         norms = np.linalg.norm(stored) * np.linalg.norm(fresh)
         cosine = float(stored @ fresh / norms) if norms else float(np.array_equal(stored, fresh))
         alike.append(cosine)

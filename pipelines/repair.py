@@ -25,16 +25,16 @@ from olavlm.cache import (
     TeacherFeatures,
     pending,
 )
-from olavlm.cache.preview import recorded_roots
+from olavlm.cache.images import split_root
+from olavlm.cache.recorded_roots import recorded_roots
 from olavlm.cache.records import Record
 from olavlm.cache.wording import counted
 from olavlm.teachers.base import resolve_device
 
 from .cli import JobFailed, Stopped
-from .extract import sweep
+from .extract import BATCH_SIZE, extract
 from .extraction.places import Job
 from .extraction.preflight import readable
-from .extraction.record import RunRecord
 from .extraction.summary import Tally, carried_over_words
 from .failed_rows import failed_rows, named
 from .reextract import image_roots, load_again, recorded_arguments, spec_of
@@ -103,50 +103,41 @@ def _extract(
     store: FeatureStore, groups: dict[str, TeacherFeatures], tasks: list[ShardTask], args: argparse.Namespace
 ) -> Tally:
     """As the extraction did that is on record."""
-    from .extraction.cluster import run_tasks  # Ray takes long to import
-
     roots, keys = image_roots(store, args.images), list(dict.fromkeys(task.key for task in tasks))
     if not args.images:
         _refuse_without_roots(store, groups, tasks, roots)
         _refuse_other_images(groups, tasks, roots)
-    device, specs, batches = str(resolve_device(args.device)), [], set()
+    specs, batches = [], set()
     for key in keys:
         load_again(store[key], args)
         specs.append(spec_of(store[key], args))
-        batches.add(recorded_arguments(store, key).get("batch_size", 16))
+        batches.add(recorded_arguments(store, key).get("batch_size", BATCH_SIZE))
     if len(batches) > 1:
         raise JobFailed(
             f"the teachers {', '.join(keys)} were extracted in batches of {sorted(batches)}; repair one at a time, "
             "with --teacher"
         )
-    tally, outcome, batch, builder = Tally(), "failed", batches.pop(), StoreBuilder(args.store)
+    batch = batches.pop()
     job = Job(
-        args.store,
-        roots.specs,
-        specs,
-        batch,
-        device,
+        store=args.store,
+        images=roots.specs,
+        specs=specs,
+        batch_size=batch,
+        device=str(resolve_device(args.device)),
         address=args.address,
         workers=args.workers,
         known_images=readable(roots, store.plan["image"]),
     )
     # With images and batch as an extraction's record has them, for who repairs what this repair made.
     images = args.images or [root.here or root.spec for root in recorded_roots(store)]
-    record = RunRecord(builder.path, argparse.Namespace(**{**vars(args), "images": images, "batch_size": batch}), specs)
-    try:
-        run_tasks(job, tasks, tally)
-        outcome = "broken off" if tally.broken_off else "shards given up" if tally.given_up else "done"
-    except Stopped as e:
-        outcome = f"stopped by {e}"
-        sweep(builder, tasks)
-        raise
-    finally:
-        record.end(tally, outcome)
-    builder.index()
+    recorded = argparse.Namespace(**{**vars(args), "images": images, "batch_size": batch})
+    tally, stopped, _ = extract(StoreBuilder(args.store), job, tasks, recorded)
+    if stopped is not None:
+        raise Stopped(stopped)
     if tally.broken_off:
         raise JobFailed(tally.broken_off)
     if tally.given_up:
-        raise JobFailed(f"{len(tally.given_up)} shards were given up: {tally.given_up[0]}")
+        raise JobFailed(f"{counted(len(tally.given_up), 'shard')} given up: {tally.given_up[0]}")
     return tally
 
 
@@ -218,8 +209,8 @@ def _record(group: TeacherFeatures, shard: int) -> Record | None:
 
 
 def _may_hold(spec: str, image: str) -> bool:
-    prefix, eq, _ = spec.partition("=")
-    return not eq or "://" in prefix or image.startswith(prefix.strip("/") + "/")
+    prefix, _ = split_root(spec)
+    return not prefix or image.startswith(f"{prefix}/")
 
 
 def _sweep(builder: StoreBuilder, group: TeacherFeatures, shards: set[int]) -> list[int]:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from olavlm.cache import files
 
-from .cli import JobFailed, command, quiet_models, versions
+from .cli import JobFailed, command, natural, quiet_models, versions
 from .reporting.answers import show_answers
 from .reporting.benchmark_scores import show_benchmark_scores
 from .reporting.chart import chart, closing_mean
@@ -63,19 +63,12 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--store", help="feature store with the targets (default: the recipe's)")
     p.add_argument("--images", nargs="+", action="extend", metavar="[PREFIX=]DIR|ZIP|URL",
                    help="image roots (default: the recipe's)")  # fmt: skip
-    p.add_argument("--samples", type=_count, default=4, metavar="N",
+    p.add_argument("--samples", type=natural, default=4, metavar="N",
                    help="photographs with targets and predictions (default 4; 0 loads no model)")  # fmt: skip
     p.add_argument("--decode", nargs="+", action="extend", default=[], type=decoder_choice, metavar="NAME[=MODEL]",
                    help="draw them by these teachers' own decoders too: depth, seg, gen; MODEL: hub id or "
                    "folder")  # fmt: skip
     return p
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
 
 
 @command("olavlm-report")

@@ -33,7 +33,7 @@ from olavlm.cache.shard import COMPRESSIONS
 from olavlm.cache.verify import open_teachers, shards_to_verify
 from olavlm.cache.wording import counted, printable, storage
 
-from .cli import JobFailed, Progress, UsageError, command
+from .cli import JobFailed, Progress, UsageError, command, natural, positive
 from .extraction.record import Running, record_copy, running_extractions
 from .failed_rows import SHOWN, failed_rows, named
 
@@ -84,21 +84,21 @@ def arguments() -> argparse.ArgumentParser:
     )
     teachers(sub)
     sub.add_argument("--fast", action="store_true", help="records and sizes only, not every checksum")
-    sub.add_argument("--live", type=_count, default=0, metavar="N",
+    sub.add_argument("--live", type=natural, default=0, metavar="N",
                      help="also run the teacher on N random rows and compare: cosine at least 0.999")  # fmt: skip
-    sub.add_argument("--seed", type=_count, help="of the random rows (default: drawn, and printed)")
+    sub.add_argument("--seed", type=natural, help="random seed of the rows (default: drawn, and printed)")
     extraction(sub)
     sub = add(
         "repair",
-        "extract again exactly what verify finds broken; a sound row whose image is gone stays, and exit status 1 says "
-        "that a broken one could not be had again",
+        "extract again exactly what verify finds broken; sound rows whose images are gone are kept, and exit status 1 "
+        "means that some broken rows could not be restored",
         repair,
     )
     teachers(sub)
     extraction(sub)
     sub.add_argument("--fast", action="store_true", help="what records and sizes show, not every checksum")
-    sub.add_argument("--workers", type=_count, help="actors (default: one a GPU, or one a CPU core)")
-    sub.add_argument("--address", help="of a Ray cluster")
+    sub.add_argument("--workers", type=positive, help="actors (default: one a GPU, or one a CPU core)")
+    sub.add_argument("--address", help="running Ray cluster (default: this machine alone)")
     sub = add(
         "convert",
         "write the features to another store in another storage dtype, and say what it cost; exit status 1 if the "
@@ -123,13 +123,6 @@ def arguments() -> argparse.ArgumentParser:
     return p
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
-
-
 @command("olavlm-cache")
 def main(argv: list[str] | None = None) -> int:
     """Run one command; its exit status is 1 where something is left to be done."""
@@ -140,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan(args: argparse.Namespace) -> Answer:
-    """The plan that extractions of these datasets would follow, which is written nowhere."""
+    """Make the plan of these datasets, or extend the one that is there; without `--data`, tell of it."""
     added = 0
     if args.data:
         images = Dataset(args.data).images()
@@ -154,7 +147,10 @@ def plan(args: argparse.Namespace) -> Answer:
         "added": added,
         "segments": [{"start": s.start, "images": len(s.images), "sha256": s.hash} for s in rows.segments],
     }
-    text = f"plan {rows.hash[:12]}: {rows.num_images} images in {len(rows.segments)} segments, {added} added now"
+    text = (
+        f"plan {rows.hash[:12]}: {counted(rows.num_images, 'image')} in {counted(len(rows.segments), 'segment')}, "
+        f"{added} added now"
+    )
     return value, text, True
 
 
@@ -162,7 +158,7 @@ def status(args: argparse.Namespace) -> Answer:
     """Coverage, failures and bytes of every teacher, and the pace of extractions that run."""
     store = FeatureStore(args.store)
     value: dict = {"images": store.rows.num_images, "teachers": {}}
-    lines = [f"{args.store}: {store.rows.num_images} images, {len(store)} teachers"]
+    lines = [f"{args.store}: {counted(store.rows.num_images, 'image')}, {counted(len(store), 'teacher')}"]
     extractions = running_extractions(store.path)
     for group in open_teachers(store):
         if isinstance(group, Finding):
@@ -182,12 +178,12 @@ def status(args: argparse.Namespace) -> Answer:
             "damaged_shards": {str(shard): why for shard, why in ledger.damaged.items()},
             "failures": failures,
         }
-        lines.append(f"{group.key}: {coverage}, {storage(ledger.bytes)} in {ledger.table.num_rows} shards")
+        lines.append(f"{group.key}: {coverage}, {storage(ledger.bytes)} in {counted(ledger.table.num_rows, 'shard')}")
         if job:
             rate, eta, wanted = job["rows_per_second"], job["eta_seconds"], job["rows_wanted"]
             pace = f", {rate:.2f} rows/s, ETA {eta / 3600:.2f} h" if rate else ", none committed lately"
             of = f"an extraction of {wanted} rows{pace}" if wanted is not None else "no extraction that is on record"
-            lines.append(f"  running: {job['shards']} shards being written by {of}")
+            lines.append(f"  running: {counted(job['shards'], 'shard')} being written by {of}")
         lines += [f"  damaged: {why}" for why in list(ledger.damaged.values())[:SHOWN]]
         lines += [f"  row {f['row']} {printable(f['image'])}: {f['reason']}" for f in failures]
     return value, "\n".join(lines), True
@@ -365,7 +361,7 @@ def merge_stores(args: argparse.Namespace) -> Answer:
         "transfers": [asdict(t) for t in done],
         "teachers": {key: asdict(group.coverage()) for key, group in store.items()},
     }
-    lines = [f"{t.key}: {t.copied} shards copied, {t.already_there} there already" for t in done]
+    lines = [f"{t.key}: {counted(t.copied, 'shard')} copied, {t.already_there} there already" for t in done]
     for key, group in store.items():
         lines.append(f"{key}: {group.coverage()}")
         lines += named(key, list(failed_rows(group).values()))
@@ -383,7 +379,7 @@ def gc(args: argparse.Namespace) -> Answer:
     value = {"dry_run": args.dry_run, "bytes": total, "items": [asdict(item) for item in found]}
     lines = [f"{n} {what}, {storage(sizes[what])}" for what, n in sorted(counts.items())]
     verb = "would be removed" if args.dry_run else "removed"
-    return value, "\n".join([*lines, f"{len(found)} items, {storage(total)} {verb}"]), True
+    return value, "\n".join([*lines, f"{counted(len(found), 'item')}, {storage(total)} {verb}"]), True
 
 
 def drop(args: argparse.Namespace) -> Answer:
@@ -416,7 +412,7 @@ def _named(findings: list[Finding]) -> list[str]:
 
 def _left(done: list[Transfer]) -> list[str]:
     held, damaged = sum(t.held for t in done), [d for t in done for d in t.damaged]
-    lines = [f"{held} shards are being written by another; run the same command again"] if held else []
+    lines = [f"{counted(held, 'shard')} in the hands of another writer; run the same command again"] if held else []
     return lines + [f"damaged, not copied: {printable(d)}" for d in damaged[:SHOWN]]
 
 

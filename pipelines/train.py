@@ -24,6 +24,7 @@ import time
 from tqdm import tqdm
 
 from olavlm.student.config import STAGES, describe
+from olavlm.student.processes import Process
 from olavlm.student.recipes import load_chain, load_recipe, shipped_recipes, table_rows
 
 from .cli import command, quiet_models, versions
@@ -83,12 +84,13 @@ def main(argv: list[str] | None = None) -> int:
     else:
         recipes = {args.stage: load_recipe(args.config, overrides, args.stage)}
     # Only now, so that help and a wrong flag are answered at once: this imports PyTorch and transformers.
-    from olavlm.student.training.chain import train_chain
-    from olavlm.student.training.trainer import leave_processes, train
+    from olavlm.student.training.chain import check_chain, train_chain
+    from olavlm.student.training.trainer import train
 
     from .dry_run import dry_run
 
     if args.dry_run:
+        check_chain(recipes)
         for stage, recipe in recipes.items():
             dry_run(recipe, stage)
         return 0
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         train_chain(recipes, versions(), StepDisplay())
     else:
         train(recipes[args.stage], args.stage, versions(), StepDisplay())
-    leave_processes()
+    Process.leave()
     return 0
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from olavlm.cache import BadImage, ImageRoots
 from olavlm.cache.wording import counted
-from olavlm.pipelines.cli import JobFailed, Progress, UsageError, positive, versions
+from olavlm.pipelines.cli import JobFailed, Progress, UsageError, add_device_argument, positive, versions
 
 from .da2k import TURNS, Da2kScore, read_pairs
 from .miou import MiouScore, PanopticImage, PanopticLabels, match_classes
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                    help="da2k: depth order of points; miou: COCO's classes; fid: pictures drawn of image embeddings; "
                    "fid-reference: make the pictures that fid compares with")  # fmt: skip
     p.add_argument("--source", metavar="STORE|RUN", help="store of targets, or run folder of olavlm-probe train")
-    p.add_argument("--key", help="of the store; by default the one key with the teacher's features")
+    p.add_argument("--key", help="key of the store; by default the one with the teacher's features")
     p.add_argument("--model", help="checkpoint with the decoder, hub id or folder (default: the features' own)")
     p.add_argument("--probed-model", metavar="RUN", help="where the model that probes read lies now, if it has moved")
     p.add_argument("--images", nargs="+", action="extend", metavar="[PREFIX=]DIR|ZIP|URL", default=[],
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--output", metavar="FILE.json", help="scores with all that they follow from; for fid-reference DIR")
     p.add_argument("--limit", type=positive, metavar="N", help="the first N images")
     p.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images a forward (%(default)s)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    add_device_argument(p)
 
 
 def open_source(args: argparse.Namespace, teacher: str) -> FeatureSource:
@@ -166,11 +166,7 @@ def score_fid(args: argparse.Namespace) -> int:
     roots, images = ImageRoots(args.images), _photographs(args)
 
     def add(layer: str, image: str, pixels: np.ndarray, photograph: Image.Image) -> None:
-        file = _picture_file(folders[layer], image)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        private = file.with_suffix(".part")
-        compared_size(Pictures.fromarray(pixels)).save(private, "png")
-        private.replace(file)
+        _save_picture(compared_size(Pictures.fromarray(pixels)), _picture_file(folders[layer], image))
 
     todo = [i for i in images if not all(_picture_file(folder, i).is_file() for folder in folders.values())]
     left_out = _each_map(args, source, decoder, todo, add, roots)
@@ -311,11 +307,9 @@ def make_reference(args: argparse.Namespace) -> int:
             picture = compared_size(roots.open(args.prefix + image), square=not args.whole)
         except BadImage as e:
             left_out.append(str(e))
-            continue
-        file = _picture_file(Path(args.output), image)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(file)
-        made.append(file)
+        else:
+            made.append(_picture_file(Path(args.output), image))
+            _save_picture(picture, made[-1])
         progress.update(1)
     progress.close()
     print(f"{args.output}: {counted(len(made), 'picture')}")
@@ -367,6 +361,14 @@ def _picture_file(folder: Path, image: str) -> Path:
     if not file.resolve().is_relative_to(folder.resolve()):
         raise JobFailed(f"{image}: an image path is relative, without '..'")
     return file
+
+
+def _save_picture(picture: Image.Image, file: Path) -> None:
+    """As a PNG, which appears whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    private = file.with_suffix(".part")
+    picture.save(private, "png")
+    private.replace(file)
 
 
 def _those_there(folder: Path, images: Sequence[str]) -> list[Path]:

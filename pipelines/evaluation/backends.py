@@ -121,8 +121,8 @@ def model_type_of(checkpoint: str) -> str:
     """The `model_type` of a checkpoint's config; ModelError if there is none."""
     from transformers import AutoConfig
 
+    from olavlm.student.adapter import is_adapter
     from olavlm.student.loading import load_errors
-    from olavlm.student.training.checkpoint import is_adapter
 
     folder = Path(checkpoint)
     if folder.exists():
@@ -189,13 +189,15 @@ def load(backend: Backend, processes: int) -> lmms:
 
 def arguments_of(model_class: type, backend: Backend, processes: int) -> dict[str, Any]:
     """Arguments of a model's class; UsageError for an option that the class does not take."""
+    from olavlm.teachers.base import resolve_device
+
     taken = parameters_of(model_class)
     arguments = dict(backend.own)
     if not any(name in arguments for name in _NAMES_OF_CHECKPOINT):
         key = next((name for name in _NAMES_OF_CHECKPOINT if name in taken), "pretrained")
         arguments[key] = backend.checkpoint
     if "device" in taken:
-        arguments.setdefault("device", device_of(backend.device))
+        arguments.setdefault("device", str(resolve_device(backend.device)))
         if "device_map" in taken and processes == 1:  # their defaults are '', which transformers 5 refuses, and CUDA
             arguments.setdefault("device_map", arguments["device"])
     if "trust_remote_code" in taken:  # some classes do unless told not to
@@ -218,15 +220,6 @@ def parameters_of(model_class: type) -> set[str]:
             if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 break
     return names - {"self"}
-
-
-def device_of(device: str) -> str:
-    """`auto` resolved; JobFailed for CUDA where there is none."""
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise JobFailed(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _line(error: BaseException) -> str:

@@ -5,53 +5,19 @@ In several processes (`accelerate launch`) each asks every n-th row and keeps it
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from olavlm.pipelines.cli import Progress, ending_at_once
+from olavlm.student.processes import Process
 
 from .backends import Backend, load
 from .datasets import BenchmarkRows
 from .predictions import Predictions
 from .quiet import output_to
-
-
-@dataclass(frozen=True)
-class Process:
-    """Which of how many processes this is."""
-
-    rank: int
-    count: int
-
-    @classmethod
-    def launched(cls) -> Process:
-        """As accelerate or torchrun has launched it; alone without either."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-
-    @property
-    def is_main(self) -> bool:
-        """Whether it writes and prints what all have done."""
-        return self.rank == 0
-
-    def join(self) -> None:
-        """Join the others, ahead of any model of lmms-eval: without `cpu` accelerate would take several processes on a
-        machine without an accelerator for one each."""
-        import torch
-        from accelerate import Accelerator
-
-        joined = Accelerator(cpu=not torch.accelerator.is_available()).num_processes
-        assert joined == self.count, f"{joined} of {self.count} processes see each other"
-
-    def leave(self) -> None:
-        """Leave them, when all is done."""
-        from accelerate import PartialState
-
-        PartialState().destroy_process_group()
 
 
 def ask(

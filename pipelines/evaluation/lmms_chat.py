@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -14,6 +13,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from olavlm.student.errors import ModelError, SampleError
+from olavlm.student.processes import Process
 from olavlm.student.text.dialogue import sampling
 
 Messages = Sequence[Mapping[str, Any]]
@@ -38,7 +38,7 @@ class ChatModel(lmms):
     def __init__(self, batch_size: int | str = 1, device: str | None = None) -> None:
         super().__init__()
         self.accelerator = Accelerator()
-        if (launched := int(os.environ.get("WORLD_SIZE", "1"))) != self.accelerator.num_processes:
+        if (launched := Process.launched().count) != self.accelerator.num_processes:
             raise ModelError(
                 f"{launched} processes, of which each takes itself for the only one; without an accelerator set "
                 "ACCELERATE_USE_CPU=true, or use olavlm-eval"

@@ -21,8 +21,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from olavlm.cache import ShardTask
 from olavlm.cache.files import is_local, location
+from olavlm.cache.images import split_root
 from olavlm.pipelines.cli import JobFailed, Stopped
-from olavlm.student.training.signals import stop_requests
+from olavlm.student.processes import stop_requests
 
 from .blocks import Block
 from .crew import Event, Gone, Looked, Ready, Returned
@@ -289,10 +290,10 @@ def _absolute_store(text: str) -> str:
 
 def _absolute_root(text: str) -> str:
     """An image root by its full path: actors have another working directory."""
-    prefix, eq, root = text.partition("=")
-    if not eq or "://" in prefix or os.path.exists(text):  # noqa: PTH110 - a long URL is no error here
-        prefix, eq, root = "", "", text
-    return text if "://" in root else f"{prefix}{eq}{Path(root).absolute()}"
+    prefix, root = split_root(text)
+    if "://" in root:
+        return text
+    return f"{prefix}={Path(root).absolute()}" if prefix else str(Path(root).absolute())
 
 
 def _one_line(error: Exception) -> str:

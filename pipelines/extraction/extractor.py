@@ -252,6 +252,8 @@ class ShardExtractor:
                     writing.popleft().result()
                 while len(ending) > COMMITS_BEHIND:
                     ending.popleft().done.wait()
+        for written in writing:
+            written.result()  # a device that broke in the last batches is reported too
 
     @contextmanager
     def _idle(self, stage: str, queued: Sequence[Computed | Computing]) -> Iterator[None]:

@@ -14,7 +14,7 @@ from .scheduler import STALL_SECONDS
 CONNECT_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What the workers of an extraction are, and where."""
 

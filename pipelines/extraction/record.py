@@ -1,7 +1,8 @@
 """STORE/runs: what every extraction, repair, conversion and merge was asked, and what it cost.
 
-A record is published when a run begins, so that a run which was killed has one too, and so that `olavlm-cache status`
-knows how far a running one wants to go; it is replaced by one with the costs when the run ends.
+That of an extraction or a repair is published when the run begins, so that a run which was killed has one too, and so
+that `olavlm-cache status` knows how far a running one wants to go; it is replaced by one with the costs when the run
+ends. A conversion and a merge have theirs when they are done.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from olavlm.cache import files
 from olavlm.cache.files import Location
-from olavlm.cache.images import redacted
+from olavlm.cache.images import without_credentials
 from olavlm.cache.lease import is_running, this_process
 from olavlm.cache.records import canonical_json
 from olavlm.pipelines.cli import versions
@@ -56,7 +57,7 @@ def record_copy(store: Location, args: argparse.Namespace) -> None:
 def _begun(store: Location, args: argparse.Namespace) -> tuple[Location, dict]:
     """Where a record lies, and what every one holds."""
     now = datetime.now(UTC)
-    said = {k: _without_credentials(v) for k, v in vars(args).items() if v is not None and not callable(v)}
+    said = {k: without_credentials(v) for k, v in vars(args).items() if v is not None and not callable(v)}
     content = {"when": now.isoformat(timespec="seconds"), "arguments": said, "versions": versions()}
     return store / "runs" / f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}.json", content
 
@@ -143,9 +144,3 @@ def recorded_extractions(store: Location, keys: Sequence[str]) -> Recorded | Non
 
 def _json(content: dict) -> bytes:
     return canonical_json(content) + b"\n"
-
-
-def _without_credentials(value: object) -> object:
-    if isinstance(value, list):
-        return [_without_credentials(v) for v in value]
-    return redacted(value) if isinstance(value, str) else value

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, field
 
-from olavlm.cache import BadImage, FeatureStore
+from olavlm.cache import FeatureStore, TeacherFeatures
 from olavlm.cache.files import Location
-from olavlm.cache.wording import counted
+from olavlm.cache.wording import counted, printable
 from olavlm.pipelines.cli import JobFailed
 
 from .extractor import ShardResult, Stages, TeacherSpec
 
-NAMED_FAILURES = 20  # rows named in the summary; `olavlm-cache status` lists all
+NAMED_MISSING = 1000  # rows, a line each; those after them are named as ranges
 
 BOTTLENECKS = {
     "device": "the device is the bottleneck, as it should be",
@@ -98,36 +98,36 @@ def summarise(
 ) -> int:
     """Print what was done and what is left; 0, or `JobFailed` if a wanted row is quarantined or missing."""
     opened = FeatureStore(store)
-    bad, missing, lost = [], 0, []
+    bad, lost = [], []
     for spec in specs:
         group = opened[spec.key]
         rows = opened.rows.rows[:limit]
-        coverage = group.coverage(rows)
         done = tally.teachers.get(spec.key)
-        print(f"{spec.key}: {coverage}" + (f"; this run {_pace(done.rows, done.bytes, seconds)}" if done else ""))
+        pace = f"; this run {_pace(done.rows, done.bytes, seconds)}" if done else ""
+        print(f"{spec.key}: {group.coverage(rows)}{pace}")
         if done and done.carried_over:
             print(f"  {carried_over_words(done.carried_over)}")
         wanted = set(rows.tolist())
         bad += [(spec.key, row, failure) for row, failure in group.failures() if row in wanted]
-        missing += coverage.missing
-        lost += [(spec.key, row) for row in group.missing_rows(rows)[:NAMED_FAILURES].tolist()]
+        lost += [(group, row) for row in group.missing_rows(rows).tolist()]
     if tally.workers:
         print(cost_words(tally, seconds))
-    _name_failures(bad)
+    for key, row, failure in bad:
+        print(f"{key} row {row}: {failure}", file=sys.stderr)
     if stopped:
         raise JobFailed(
-            f"stopped by {stopped}: {tally.total('shards')} shards were committed by this run, those in flight were "
+            f"stopped by {stopped}: {counted(tally.total('shards'), 'shard')} committed by this run, those in flight "
             "dropped; run the same command again to finish"
         )
-    _name_missing(lost, missing)
+    _name_missing(lost)
     if tally.broken_off:
         raise JobFailed(f"{tally.broken_off}; when that is mended, run the same command again")
     if tally.given_up:
         rest = f"; and {len(tally.given_up) - 1} more" if len(tally.given_up) > 1 else ""
         raise JobFailed(f"{counted(len(tally.given_up), 'shard')} given up: {tally.given_up[0]}{rest}")
-    if missing or bad:
+    if lost or bad:
         raise JobFailed(
-            f"incomplete: {len(bad)} rows quarantined, {missing} missing; "
+            f"incomplete: {len(bad)} rows quarantined, {len(lost)} missing; "
             + ("--retry-failed tries quarantined rows again" if bad else "run the same command again")
         )
     return 0
@@ -161,15 +161,14 @@ def _pace(rows: int, size: int, seconds: float) -> str:
     return f"{rows} rows, {size / 1e6:.1f} MB, {rows / seconds:.2f} rows/s, {size / 1e6 / seconds:.2f} MB/s"
 
 
-def _name_missing(lost: list[tuple[str, int]], count: int) -> None:
-    for key, row in lost[:NAMED_FAILURES]:
-        print(f"{key} row {row}: missing", file=sys.stderr)
-    if lost and count > NAMED_FAILURES:
-        print(f"... and {count - NAMED_FAILURES} more rows are missing", file=sys.stderr)
-
-
-def _name_failures(bad: list[tuple[str, int, BadImage]]) -> None:
-    for key, row, failure in bad[:NAMED_FAILURES]:
-        print(f"{key} row {row}: {failure}", file=sys.stderr)
-    if len(bad) > NAMED_FAILURES:
-        print(f"... and {len(bad) - NAMED_FAILURES} more; olavlm-cache status lists them all", file=sys.stderr)
+def _name_missing(lost: list[tuple[TeacherFeatures, int]]) -> None:
+    for group, row in lost[:NAMED_MISSING]:
+        print(f"{group.key} row {row} {printable(group.plan.image_of(row))}: missing", file=sys.stderr)
+    ranges: list[list] = []
+    for group, row in lost[NAMED_MISSING:]:
+        if ranges and ranges[-1][0] == group.key and ranges[-1][2] == row - 1:
+            ranges[-1][2] = row
+        else:
+            ranges.append([group.key, row, row])
+    for key, first, last in ranges:
+        print(f"{key} rows {first} to {last}: missing", file=sys.stderr)

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from olavlm.cache import BadImage, CacheError, ImageRoots, decode_rgb
-from olavlm.cache.display import reachable_root, started_in
+from olavlm.cache.recorded_roots import reachable_root, started_in
 
 from .page import block, empty, note, photograph
 from .runs import Run

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from olavlm.cache import BadImage, Dataset, DatasetError
-from olavlm.cache.display import reachable_root, started_in
+from olavlm.cache.recorded_roots import reachable_root, started_in
+from olavlm.student.adapter import read_adapter
 from olavlm.student.config import Recipe
-from olavlm.student.data.batches import Collator
+from olavlm.student.data.collator import Collator
 from olavlm.student.data.targets import OnlineTargets, TargetSource, open_targets
 from olavlm.student.loading import DTYPES
 from olavlm.student.recipes import load_recipe
-from olavlm.student.training.checkpoint import read_adapter
 from olavlm.student.training.pictures import cosine
 from olavlm.student.training.trainer import open_data
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from olavlm.cache import BadImage, Dataset, FeatureStore, ImageRoots
-from olavlm.cache.display import reachable_root, started_in
+from olavlm.cache.recorded_roots import reachable_root, started_in
 from olavlm.student.errors import RecipeError, TargetsError
 from olavlm.student.probing.predictions import ProbePredictions
 

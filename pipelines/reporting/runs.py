@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from olavlm.cache.wording import counted
 from olavlm.pipelines.cli import JobFailed
 
 from .chart import Curve
@@ -103,8 +104,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it left its result: an adapter or a model, or probes."""
+        from olavlm.student.adapter import ADAPTER_CONFIG
         from olavlm.student.probing.bank import CONFIG as PROBES_CONFIG  # these import PyTorch
-        from olavlm.student.training.checkpoint import ADAPTER_CONFIG
 
         results = (PROBES_CONFIG,) if self.stage == PROBES else (ADAPTER_CONFIG, "config.json")
         return any((self.folder / name).is_file() for name in results)
@@ -223,7 +224,7 @@ def find_faults(run: Run) -> list[str]:
         faults.append(f"recipe.yaml: {'; '.join(run.odd_fields)}: left out, for it cannot be so.")
     faults += [f"{said}." for said in run.odd_files]
     if run.damaged_lines:
-        faults.append(f"metrics.jsonl: {_count(run.damaged_lines, 'line')} damaged or cut short, and left out.")
+        faults.append(f"metrics.jsonl: {counted(run.damaged_lines, 'line')} damaged or cut short, and left out.")
     for key in run.keys:
         if not key.startswith("loss/"):
             continue
@@ -231,7 +232,7 @@ def find_faults(run: Run) -> list[str]:
         for what, hit in (("is not finite", lambda v: not math.isfinite(v)), ("is exactly zero", lambda v: v == 0)):
             steps = [step for step, value in zip(curve.x, curve.y, strict=True) if hit(value)]
             if steps:
-                where = f"in {len(steps):,} of {_count(len(curve.x), 'step')}, first in step {steps[0]}"
+                where = f"in {len(steps):,} of {counted(len(curve.x), 'step')}, first in step {steps[0]}"
                 faults.append(f"{key} {what} {where}.{_why_zero(run, key, steps) if 'zero' in what else ''}")
     if run.metrics and run.stage in (run.get("losses", "stages") or []):
         for task, settings in (run.get("tasks") or {}).items():
@@ -247,12 +248,8 @@ def find_faults(run: Run) -> list[str]:
                 )
     bad = sum(m.get("bad_images", 0) for m in run.metrics)
     if bad:
-        faults.append(f"{_count(bad, 'sample')} with an image that could not be read trained nothing.")
+        faults.append(f"{counted(bad, 'sample')} with an image that could not be read trained nothing.")
     return faults
-
-
-def _count(count: float, noun: str) -> str:
-    return f"{count:,.0f} {noun}" + ("" if count == 1 else "s")
 
 
 def _why_zero(run: Run, key: str, steps: Sequence[float]) -> str:

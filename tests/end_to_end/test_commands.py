@@ -50,6 +50,26 @@ def test_dry_run_loads_no_model_and_writes_nothing(config, tmp_path, capsys):
     assert not (tmp_path / "pt").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"data.images": "gone"}, "image root gone does not exist"),
+        ({"data.images": "empty"}, "none of 10 images tried can be read"),
+        ({"targets.store": "gone"}, "not a feature store"),
+    ],
+)
+def test_dry_run_refuses_what_the_run_would(config, tmp_path, capsys, monkeypatch, overrides, said):
+    (tmp_path / "empty").mkdir()
+    arguments = config(**overrides)
+    monkeypatch.chdir(tmp_path)
+    refusals = []
+    for words in (["--dry-run"], []):
+        assert train.main(["pt", *arguments, *words]) == 1
+        refusals.append(capsys.readouterr().err)
+    assert refusals[0] == refusals[1]
+    assert said in refusals[0]
+
+
 def test_tiny_writes_the_five_folders(tmp_path):
     assert tiny.main([str(tmp_path / "tiny")]) == 0
     names = ["depth", "encoder", "gen", "llm", "seg"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from olavlm.pipelines.cli import command
 
@@ -48,6 +49,26 @@ def test_a_full_disk_is_one_line_with_the_remedy(error, told, capsys):
     assert main([]) == 1
     said = capsys.readouterr().err
     assert told in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError("Unable to allocate 8 GiB"),
+    ],
+)
+def test_too_little_memory_is_one_line_with_the_remedy(error, capsys):
+    @command("olavlm-some")
+    def main(argv):
+        raise error
+
+    assert main([]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("olavlm-some: error: out of memory (")
+    assert "take smaller batches" in said
     assert said.count("\n") == 1
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from olavlm.pipelines import export, generate, train
+from olavlm.student.adapter import load_checkpoint, read_adapter
 from olavlm.student.errors import RecipeError
 from olavlm.student.extension import extend
 from olavlm.student.model import OlaVLM
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.training.checkpoint import load_checkpoint, read_adapter
 from olavlm.student.training.trainer import train as train_stage
 
 NO_TASKS = {f"tasks.{name}": "null" for name in ("gen", "depth", "seg")}

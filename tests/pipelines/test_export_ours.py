@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from olavlm.pipelines import export
-from olavlm.student.training.checkpoint import load_checkpoint
+from olavlm.student.adapter import load_checkpoint
 from olavlm.student.training.trainer import train as train_stage
 
 SCORES = {

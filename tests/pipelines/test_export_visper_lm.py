@@ -8,10 +8,10 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from olavlm.pipelines import export, generate
+from olavlm.student.adapter import load_checkpoint
 from olavlm.student.errors import RecipeError
 from olavlm.student.model import OlaVLM
 from olavlm.student.probing.model import load_probed
-from olavlm.student.training.checkpoint import load_checkpoint
 from olavlm.student.training.trainer import train as train_stage
 
 KINDS = ("ola_llama", "llava_phi3")

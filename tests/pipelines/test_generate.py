@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import TextStreamer
 
 from olavlm import student
+from olavlm.cache import images
 from olavlm.pipelines import generate
 from olavlm.student.fused_teachers import FusedTeacher
 from olavlm.student.model import OlaVLM
@@ -104,6 +105,7 @@ def test_a_folder_gives_a_line_an_image(checkpoint, loaded, sample_images, tmp_p
     assert record["arguments"]["checkpoint"] == str(checkpoint)
     assert record["versions"]["torch"]
     assert [line["image"] for line in lines] == ["b.jpg", "more/a.JPG"]
+    assert len(lines) == 2
     for line in lines:
         picture = generate.open_image(photos / line["image"])
         assert line["prompt"] == "What?"
@@ -118,6 +120,28 @@ def test_a_folder_gives_a_line_an_image(checkpoint, loaded, sample_images, tmp_p
     assert broken["error"]
     assert rest == lines
     assert "1 of 3 images in" in err
+
+
+def test_an_image_that_may_not_be_read_is_one_of_the_lines(checkpoint, sample_images, tmp_path, capsys, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(sample_images / "cat.jpg", photos / name)
+    read = images._Folder.read
+
+    def refused(root, path):
+        if path == "a.jpg":
+            raise PermissionError(13, "Permission denied")
+        return read(root, path)
+
+    monkeypatch.setattr(images._Folder, "read", refused)
+    words = [str(checkpoint), "--image", str(photos), "--prompt", "What?", "--max-new-tokens", "3"]
+    assert generate.main([*words, "--device", "cpu"]) == 1
+    said = capsys.readouterr()
+    first, second = map(json.loads, said.out.splitlines())
+    assert first["error"] == "a.jpg: unreadable (Permission denied)"
+    assert second["answer"]
+    assert "1 of 2 images" in said.err
 
 
 def test_a_dialogue_remembers_what_was_said(loaded):

@@ -170,6 +170,17 @@ class TestVerify:
         assert {(f["shard"], f["kind"]) for f in value["findings"]} == {(1, "live")}
         assert len(value["findings"]) == 4
 
+    @pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
+    def test_live_compares_what_is_stored_alike(self, store, sample_images, tmp_path, answer, dtype):
+        """Of int4 the rounding alone takes more from the cosine than `LIVE_COSINE` allows."""
+        assert answer("convert", store, tmp_path / "small", "--dtype", dtype)[0] == 0
+        live = ["--live", 10, "--images", sample_images, "--teacher", "depth"]
+        status, value = answer("verify", tmp_path / "small", *live)
+        assert (status, value["findings"]) == (0, [])
+        assert value["live"]["teachers"]["depth"]["worst"] > 0.9999
+        commit_anew(tmp_path / "small", "depth", 1, lambda row: np.roll(row, 1, axis=0))
+        assert answer("verify", tmp_path / "small", *live)[0] == 1
+
     def test_live_finds_an_image_that_changed_and_one_that_is_gone(self, store, sample_images, tmp_path, answer):
         images = shutil.copytree(sample_images, tmp_path / "images")
         plan = FeatureStore(store).rows
@@ -498,7 +509,16 @@ def test_where_there_is_no_store(command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["verify"], ["convert", "a"], ["merge", "a"], ["verify", "a", "--live", "x"], ["foo"]]
+    "words",
+    [
+        [],
+        ["verify"],
+        ["convert", "a"],
+        ["merge", "a"],
+        ["verify", "a", "--live", "x"],
+        ["foo"],
+        ["repair", "a", "--workers", "0"],
+    ],
 )
 def test_wrong_usage(words, capsys):
     with pytest.raises(SystemExit) as stop:

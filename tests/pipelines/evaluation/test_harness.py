@@ -14,18 +14,19 @@ from olavlm.pipelines.evaluation import resolved
 from olavlm.pipelines.evaluation.asked_task import AskedTask
 from olavlm.pipelines.evaluation.backends import Backend, arguments_of, choose
 from olavlm.pipelines.evaluation.datasets import open_rows
-from olavlm.pipelines.evaluation.harness import Process, unanswered
+from olavlm.pipelines.evaluation.harness import unanswered
 from olavlm.pipelines.evaluation.lmms_chat import batches, check, cut, generation
 from olavlm.pipelines.evaluation.lmms_model import OlaVLMModel, dialogue_of
 from olavlm.pipelines.evaluation.predictions import Predictions
 from olavlm.pipelines.evaluation.quiet import hidden
 from olavlm.pipelines.evaluation.recorder import Recorder, chunks
 from olavlm.pipelines.evaluation.tasks import TASKS
+from olavlm.student.adapter import save_adapter
 from olavlm.student.errors import ModelError, SampleError
 from olavlm.student.model import OlaVLM
+from olavlm.student.processes import Process
 from olavlm.student.text.conversation import load_tokenizer
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.training.checkpoint import save_adapter
 from olavlm.teachers.checkpoint import weights_digest
 
 CV_BENCH = TASKS["cv_bench"]

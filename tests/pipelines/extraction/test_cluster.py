@@ -56,7 +56,7 @@ def test_workers_of_a_ray_of_ones_own_yield_to_nobody_unless_told_to(set_before,
 
 class TestPlaces:
     def job(self, **options) -> Job:
-        return Job("store", ["images"], [], 4, **options)
+        return Job(store="store", images=["images"], specs=[], batch_size=4, **options)
 
     def test_machines_need_not_be_alike(self):
         nodes = [node("a", CPU=32.0, GPU=4.0), node("b", CPU=9.0, GPU=2.0), node("head", CPU=0.0), node("c", CPU=64.0),
@@ -235,7 +235,15 @@ def test_a_model_that_its_nodes_do_not_have_is_named(kills, site, nodes, quiet, 
     here = TeacherSpec("gen", "gen", str(site.checkpoints["gen"]))
     group = builder.ensure_teacher("gen", here.load("cpu").card.to_dict(), dtype="float16")
     gone = TeacherSpec("gen", "gen", str(tmp_path / "not there"))
-    job = Job(str(store), [str(site.folder / "images")], [gone], 4, "cpu", address=nodes.address, workers=1)
+    job = Job(
+        store=str(store),
+        images=[str(site.folder / "images")],
+        specs=[gone],
+        batch_size=4,
+        device="cpu",
+        address=nodes.address,
+        workers=1,
+    )
     cluster.run_tasks(job, pending(group), tally)
     assert tally.broken_off.startswith("no worker could be started: worker ")
     assert "not there" in tally.broken_off

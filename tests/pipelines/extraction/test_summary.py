@@ -9,8 +9,9 @@ import pytest
 
 from olavlm.cache import ShardTask, StoreBuilder
 from olavlm.pipelines.cli import JobFailed, Progress
+from olavlm.pipelines.extraction import summary
 from olavlm.pipelines.extraction.extractor import ShardResult, Stages, TeacherSpec
-from olavlm.pipelines.extraction.summary import NAMED_FAILURES, Done, Tally, cost_words, summarise
+from olavlm.pipelines.extraction.summary import Done, Tally, cost_words, summarise
 
 
 def tally(**stages: float) -> Tally:
@@ -67,16 +68,20 @@ def half_done(tmp_path, write_store):
     return builder.path
 
 
-def test_rows_that_are_missing_are_named_and_the_rest_counted(half_done, capsys):
+def test_rows_that_are_missing_are_named(half_done, capsys, monkeypatch):
     depth = [TeacherSpec("depth", "depth", None)]
     with pytest.raises(JobFailed, match="incomplete: 1 rows quarantined, 50 missing"):
         summarise(half_done, depth, None, Tally(), 1.0, None)
-    named = [line for line in capsys.readouterr().err.splitlines() if line.endswith(": missing")]
-    assert len(named) == NAMED_FAILURES
-    assert all(line.startswith("depth row ") for line in named)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("depth row 3: 3.jpg: truncated")
+    assert said[1:] == [f"depth row {4086 + i} {i}.jpg: missing" for i in range(10, 60)]
+    monkeypatch.setattr(summary, "NAMED_MISSING", 2)
     with pytest.raises(JobFailed, match="2 shards given up: depth shard 1, 3 times: why; and 1 more"):
         summarise(half_done, depth, None, Tally(given_up=["depth shard 1, 3 times: why", "another"]), 1.0, None)
-    assert f"... and {50 - NAMED_FAILURES} more rows are missing" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "depth row 4097 11.jpg: missing",
+        "depth rows 4098 to 4145: missing",
+    ]
 
 
 def test_what_was_not_wanted_is_not_missing(half_done, capsys):
