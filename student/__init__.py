@@ -22,18 +22,18 @@ from olavlm.student.errors import (
 )
 
 if TYPE_CHECKING:
+    from olavlm.student.adapter import load_checkpoint
     from olavlm.student.config import Recipe
     from olavlm.student.model import OlaVLM, OlaVLMConfig
     from olavlm.student.recipes import load_recipe
     from olavlm.student.tokens import TaskSpec
-    from olavlm.student.training.checkpoint import load_checkpoint
 
 _LAZY = {
     "OlaVLM": "model",
     "OlaVLMConfig": "model",
     "Recipe": "config",
     "TaskSpec": "tokens",
-    "load_checkpoint": "training.checkpoint",
+    "load_checkpoint": "adapter",
     "load_recipe": "recipes",
 }
 

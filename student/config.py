@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
 
+from olavlm.cache.images import without_credentials
 from olavlm.student.choices import Fusion, Geometry, Kernels, KeyBlocks, PredictorWidth, QueryKind, Stage, TrackerName
 from olavlm.student.errors import RecipeError
 
@@ -349,8 +350,8 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """The resolved recipe, without where it writes, when it stops, how it loads, and how the global batch is cut: a
-        run is resumed on any number of processes as long as its global batch stays."""
-        content = self.to_dict()
+        run is resumed on any number of processes as long as its global batch stays. Without credentials in URLs."""
+        content = without_credentials(self.to_dict())
         for key in _NOT_THE_RESULT:
             del content["train"][key]
         del content["model"]["packing"], content["data"]["workers"], content["data"]["held_out"]

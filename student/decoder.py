@@ -41,6 +41,13 @@ def takes_positions(llm: PreTrainedModel) -> bool:
     return all("position_ids" in signature(part.forward).parameters for part in (llm, llm.get_decoder()))
 
 
+def learned_positions(llm: PreTrainedModel) -> int | None:
+    """How many positions the LLM has embeddings for, as GPT-2 and OPT have; None where positions are computed."""
+    longest, words = getattr(llm.config.get_text_config(), "max_position_embeddings", None), llm.get_input_embeddings()
+    tables = [m for m in llm.get_decoder().modules() if isinstance(m, nn.Embedding) and m is not words]
+    return longest if any(m.num_embeddings - getattr(m, "offset", 0) == longest for m in tables) else None
+
+
 @contextmanager
 def capture_states(llm: PreTrainedModel, layers: set[int]) -> Iterator[dict[int | str, torch.Tensor]]:
     """Collects [B, L, H] states in one forward of the LLM within the context.

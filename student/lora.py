@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from olavlm.student.config import LoraConfig
 from olavlm.student.errors import RecipeError
-from olavlm.student.tensor_files import save_tensors
+from olavlm.student.run_files import save_tensors
 
 if TYPE_CHECKING:
     import peft

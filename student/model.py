@@ -52,7 +52,7 @@ from olavlm.student.packing import packed_inputs, prepare_packing
 from olavlm.student.placement import Inserted, PaddingSide, Placement, place
 from olavlm.student.predictor import EmbeddingPredictor
 from olavlm.student.projector import as_input_of, make_projector, num_image_tokens
-from olavlm.student.tensor_files import shared_weights
+from olavlm.student.run_files import shared_weights
 from olavlm.student.text.conversation import (
     IMAGE_TOKEN,
     load_tokenizer,
@@ -217,18 +217,21 @@ class OlaVLM(Answering, PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "OlaVLM":
         """The model of a checkpoint that `save_pretrained` wrote; arguments are the library's.
 
-        The run folder of pt, which holds an adapter, gives that adapter on the base models it was trained on; no
-        further arguments apply then.
+        The run folder of pt, which holds an adapter, gives that adapter on the base models it was trained on; `dtype`
+        and `attn_implementation` apply then, and no others.
 
         Raises:
             ModelError: no checkpoint there, another kind of model, or weights missing from it.
+            TypeError: another argument with an adapter.
         """
-        from olavlm.student.training.checkpoint import ADAPTER_CONFIG, read_adapter
+        from olavlm.student.adapter import ADAPTER_CONFIG, read_adapter
 
         with_info = kwargs.pop("output_loading_info", False)
         path = pretrained_model_name_or_path
         if (Path(path) / ADAPTER_CONFIG).is_file():
-            model, _ = read_adapter(Path(path)).build()
+            if args or (other := kwargs.keys() - {"dtype", "attn_implementation"}):
+                raise TypeError(f"{path} holds an adapter: dtype and attn_implementation apply, not {other or args}")
+            model, _ = read_adapter(Path(path)).build(**kwargs)
             return (model, {"missing_keys": set()}) if with_info else model
         with load_errors(path):
             model_type = AutoConfig.from_pretrained(str(path)).model_type

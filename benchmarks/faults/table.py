@@ -59,10 +59,10 @@ nothing; it is real for "killed at any instant".
 ## Faults
 
 "Wrong" are values read that nobody wrote, and rows of which the status says other than reading shows; after kills also
-rows that plain zarr-python reads as anything but NaN or what was written. "Undone" are shards committed before the
-fault, and not being replaced, that must be done again after it. "Lost for good" are shards that the same command does
-not make as they must be. The control arm makes the same fault, or the one named, with exactly one protection left out,
-until it has lost something: that is what the protection is for.
+rows that plain zarr-python reads as anything but NaN or what was written. "Undone" counts shards that were committed
+before the fault and were not being replaced, and yet had to be done again; "lost for good" those that running the same
+command again does not put right. The control arm makes the same fault, or the one named, with exactly one protection
+left out, until it has lost something: that is what the protection is for.
 
 """
 

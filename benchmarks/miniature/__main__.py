@@ -18,13 +18,13 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from olavlm.pipelines.cli import JobFailed, UsageError, command, positive
+from olavlm.pipelines.cli import JobFailed, UsageError, command, natural, positive
 
 from ..figures import Count, to_json
 from ..machine import describe
 from ..readme import rendered
 from .models import NAMES
-from .run import add_arguments, keep, name_of_results, natural
+from .run import add_arguments, keep, name_of_results
 
 FOLDER = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "numpy", "pillow")

@@ -104,9 +104,10 @@ def blind_cosine(root: Path, task: str, form: Form) -> float | None:
     mean = mean_features(root, task, form)
     if mean is None:
         return None
-    told, _ = FeatureStore(root / "features")[default_key(task)].read(
+    told, valid = FeatureStore(root / "features")[default_key(task)].read(
         list(range(form.scenes, form.scenes + form.held_out))
     )
+    assert valid.all(), f"{task}: features of the world's own pictures were quarantined"
     told = told.reshape(len(told), -1).astype(np.float64)
     return float(np.mean(told @ mean.ravel() / np.linalg.norm(told, axis=1)) / np.linalg.norm(mean))
 
@@ -123,7 +124,8 @@ def mean_features(root: Path, task: str, form: Form) -> np.ndarray | None:
     features = FeatureStore(root / "features")[key]
     mean, rows = 0.0, range(form.scenes)  # in the plan, the pictures to train on come first
     for start in rows[::_AT_ONCE]:
-        values, _ = features.read(list(rows[start : start + _AT_ONCE]))
+        values, valid = features.read(list(rows[start : start + _AT_ONCE]))
+        assert valid.all(), f"{key}: features of the world's own pictures were quarantined"
         mean = mean + values.sum(axis=0, dtype=np.float64) / form.scenes
     return mean
 

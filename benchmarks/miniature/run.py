@@ -26,7 +26,7 @@ from time import perf_counter, time
 from typing import Any
 
 from olavlm.cache import files
-from olavlm.pipelines.cli import JobFailed, UsageError, positive
+from olavlm.pipelines.cli import JobFailed, UsageError, natural, positive
 from olavlm.teachers import miniature
 
 from ..machine import describe
@@ -48,11 +48,6 @@ _TAIL = 12
 
 class RunError(JobFailed):
     """A run that cannot begin, or go on."""
-
-
-def natural(text: str) -> int:
-    """A whole number from 0 up, as the type of an argument."""
-    return 0 if text == "0" else positive(text)
 
 
 def name_of_results(text: str) -> str:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from time import perf_counter
-from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from PIL import Image
 
 from olavlm.student.config import Recipe
-from olavlm.student.data.batches import MicroBatch
+from olavlm.student.data.micro_batch import MicroBatch
 from olavlm.student.data.targets import OnlineTargets
 from olavlm.student.training.step import OptimizerStep
-from olavlm.student.training.trainer import train
+from olavlm.student.training.trainer import set_up
 from olavlm.teachers import Teacher
 
 from ..extract.photographs import SIZE
@@ -69,45 +67,6 @@ def one_at_a_time(online: OnlineTargets) -> OnlineTargets:
     source.teachers = {name: OneAtATime(teacher) for name, teacher in online.teachers.items()}
     source._blanks = {name: np.zeros((height, width, 3), np.uint8) for name in online.teachers}
     return source
-
-
-class _Ready(BaseException):
-    """The trainer has set everything up, and would begin to load data."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args, self.kwargs = args, kwargs
-
-
-def set_up(
-    recipe: Recipe, source: OnlineTargets | None = None
-) -> tuple[OptimizerStep, AbstractContextManager[Iterator[list[MicroBatch]]]]:
-    """What `train` calls in each step, and its data, from where it would begin with the first.
-
-    Args:
-        source: in place of the recipe's targets.
-    """
-    trainer, made = sys.modules[train.__module__], []
-
-    class Kept(OptimizerStep):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    def stop(*args: Any, **kwargs: Any) -> None:
-        raise _Ready(*args, **kwargs)
-
-    load, opened = trainer.batches, trainer.open_targets
-    with (
-        redirect_stdout(sys.stderr),
-        patch.object(trainer, "OptimizerStep", Kept),
-        patch.object(trainer, "batches", stop),
-        patch.object(trainer, "open_targets", opened if source is None else lambda *_: source),
-    ):
-        try:
-            train(recipe, "pt", versions={})
-        except _Ready as ready:
-            return made[0], load(*ready.args, **ready.kwargs)
-    raise AssertionError("the trainer did not load its data by `batches`")
 
 
 class OpenArm:
@@ -163,6 +122,7 @@ def open_arm(
     if arm == ONE:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         source = one_at_a_time(online or OnlineTargets(recipe, device))
-    step, loading = set_up(recipe, source)
-    with loading as loaded:
-        yield OpenArm(step, loaded)
+    with redirect_stdout(sys.stderr):
+        training = set_up(recipe, "pt", versions={}, source=source)
+    with training.loading as loaded:
+        yield OpenArm(training.optimizer_step, loaded)

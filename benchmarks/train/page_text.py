@@ -55,9 +55,9 @@ DISKS = """
 ## On which disks
 
 Bytes a second that training needs at {ms:.0f} ms an image and GPU (computed, as above), and the first run that pays
-against batched teachers in the loop where a disk gives less. *Never*: the GPUs stand still for longer than the teachers
-would take. Rates are examples, of random reads of a megabyte by many readers at once; measure yours. The measured
-machine's disk gave {depth:,.0f} MB/s of random rows of depth with the page cache dropped.
+against batched teachers in the loop where a disk gives less. *Never*: the GPUs would wait for the disk longer than the
+teachers would take to run. Rates are examples, of random reads of a megabyte by many readers at once; measure yours.
+The measured machine's disk gave {depth:,.0f} MB/s of random rows of depth with the page cache dropped.
 """
 
 MONEY = """

@@ -9,8 +9,19 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Protocol
 
 import numpy as np
+
+
+class BatchSampler(Protocol):
+    """Which samples a rank trains on, or reads, in each step."""
+
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+
+    def slices(self, step: int, rank: int, world_size: int, accumulation: int) -> list[np.ndarray]:
+        """The micro-batches of one rank, each of dataset indices, int64."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from olavlm.cache import BadImage, CacheError, Dataset, FeatureStore, ImageRoots, TeacherFeatures
+from olavlm.cache.images import redacted
 from olavlm.student.choices import Stage
 from olavlm.student.config import Recipe, TaskConfig
 from olavlm.student.errors import RecipeError, TargetsError
@@ -167,8 +168,8 @@ def _load_teacher(recipe: Recipe, name: str, device: torch.device):
         raise TargetsError(f"tasks.{name}: {e}") from None
     if stored and teacher.card.fingerprint() != stored["fingerprint"]:
         raise TargetsError(
-            f"tasks.{name}: the teacher {teacher.card.model} is not the one that filled {recipe.targets.store} "
-            f"({stored['model']}); name that one, or no store"
+            f"tasks.{name}: the teacher {teacher.card.model} is not the one that filled "
+            f"{redacted(recipe.targets.store)} ({stored['model']}); name that one, or no store"
         )
     return teacher
 
@@ -205,7 +206,7 @@ def check_targets(recipe: Recipe, dataset: Dataset, stage: Stage) -> None:
     lacking = [name for name, key in keys.items() if key not in store.teachers]
     if lacking:
         raise TargetsError(
-            f"store {recipe.targets.store} lacks {', '.join(keys[name] for name in lacking)} "
+            f"store {redacted(recipe.targets.store)} lacks {', '.join(keys[name] for name in lacking)} "
             f"(it has {', '.join(store.teachers) or 'nothing'}); make it with: {extract_command(recipe, lacking)}"
         )
     for name, key in keys.items():
@@ -236,8 +237,8 @@ def _check_card(recipe: Recipe, name: str, card: dict[str, Any]) -> None:
     for what, (there, here) in wanted.items():
         if there != here:
             raise TargetsError(
-                f"store {recipe.targets.store}, '{store_key_of(recipe, name)}': {what} is {there!r}, the recipe wants "
-                f"{here!r}; make another store with: {extract_command(recipe, [name], 'ANOTHER_STORE')}"
+                f"store {redacted(recipe.targets.store)}, '{store_key_of(recipe, name)}': {what} is {there!r}, the "
+                f"recipe wants {here!r}; make another store with: {extract_command(recipe, [name], 'ANOTHER_STORE')}"
             )
 
 
@@ -281,7 +282,8 @@ def _extract_command(recipe: Recipe, names: Sequence[str], store: str | None) ->
     words += ["--dtype", *dtypes] if len(dtypes) == 1 and dtypes != {"float16"} else []
     words += ["--compute-dtype", *computed] if len(computed) == 1 and computed != {"float32"} else []
     words += ["--data", *recipe.files, "--images", *recipe.image_roots]
-    return shlex.join(["olavlm-extract", *words, "--store", store or recipe.targets.store or "STORE"])
+    words += ["--store", store or recipe.targets.store or "STORE"]
+    return shlex.join(["olavlm-extract", *map(redacted, words)])
 
 
 def _stored(recipe: Recipe, name: str) -> TeacherFeatures | None:

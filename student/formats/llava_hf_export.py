@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -31,7 +30,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from olavlm.student.decoder import head_is_plain
 from olavlm.student.errors import ModelError
 from olavlm.student.model import OlaVLM
-from olavlm.student.tensor_files import shared_weights
+from olavlm.student.run_files import shared_weights
 from olavlm.student.text.templates import CHAT, get_template
 from olavlm.student.vision.image_transform import ImageTransform
 from olavlm.student.vision.transformers_encoders import FAMILIES
@@ -136,26 +135,12 @@ def check_exportable(model: OlaVLM) -> None:
 
 def _processor(config: LlavaConfig, transform: ImageTransform, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
     return LlavaProcessor(
-        image_processor_of(transform),
+        LlavaImageProcessorPil(**transform.library_settings()),
         tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=FAMILIES[config.vision_config.model_type].num_prefix_tokens,
         chat_template=tokenizer.chat_template,
-    )
-
-
-def image_processor_of(transform: ImageTransform) -> LlavaImageProcessorPil:
-    """The library's image processor that makes the pictures of a transform."""
-    side = {"height": transform.size, "width": transform.size}
-    return LlavaImageProcessorPil(
-        size=side if transform.geometry == "squash" else {"shortest_edge": transform.size},
-        crop_size=side,
-        do_center_crop=transform.geometry != "squash",
-        do_pad=transform.geometry == "pad",
-        image_mean=list(transform.mean),
-        image_std=list(transform.std),
-        resample=Image.Resampling[transform.interpolation.upper()],
     )
 
 

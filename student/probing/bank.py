@@ -22,9 +22,8 @@ from torch import nn
 from olavlm.student.errors import ModelError
 from olavlm.student.predictor import EmbeddingPredictor
 from olavlm.student.projector import as_input_of
-from olavlm.student.tensor_files import load_tensors, save_tensors
+from olavlm.student.run_files import load_tensors, save_tensors, write_json
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.training.checkpoint import write_json
 from olavlm.student.training.identity import start_digest
 
 WEIGHTS, CONFIG = "probes.safetensors", "probes.json"

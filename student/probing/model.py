@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, LlavaConfig
 
 from olavlm.cache import Dataset, ImageRoots
-from olavlm.student.data.batches import Collator, least_length
+from olavlm.student.adapter import is_adapter, read_adapter
+from olavlm.student.data.collator import Collator, least_length
 from olavlm.student.data.targets import TargetSource
 from olavlm.student.decoder import decoder_blocks, state_width
 from olavlm.student.errors import ModelError, RecipeError
@@ -23,7 +24,6 @@ from olavlm.student.loading import load_errors
 from olavlm.student.model import OlaVLM
 from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.text.conversation import IMAGE_TOKEN, load_tokenizer
-from olavlm.student.training.checkpoint import is_adapter, read_adapter
 
 TURNS = (
     {"from": "human", "value": f"{IMAGE_TOKEN}\nDescribe the image in two lines."},

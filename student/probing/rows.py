@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from olavlm.cache import CacheError, Dataset, FeatureStore
-from olavlm.student.data.batches import MicroBatch
+from olavlm.cache.images import redacted
 from olavlm.student.data.coverage import check_covered, rows_in_plan
+from olavlm.student.data.micro_batch import MicroBatch
 from olavlm.student.data.targets import CachedTargets
 from olavlm.student.errors import TargetsError
 from olavlm.student.fused_teachers import FusedTeacher
@@ -54,8 +55,8 @@ class ProbeRows(CachedTargets):
         for name, key in keys.items():
             if key not in present:
                 raise TargetsError(
-                    f"store {data.store} lacks {key} (it has {', '.join(present) or 'nothing'}); make it with: "
-                    f"{self._command(name)}"
+                    f"store {redacted(data.store)} lacks {key} (it has {', '.join(present) or 'nothing'}); make it "
+                    f"with: {self._command(name)}"
                 )
         self.groups = {name: self.store[key] for name, key in keys.items()}
         self.specs = [TaskSpec(name, g.layout.tokens, g.layout.dim) for name, g in self.groups.items()]

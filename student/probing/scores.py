@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import torch
 
 from olavlm.cache import Dataset, ImageRoots
-from olavlm.student.data.batches import batches, check_images
+from olavlm.student.data.batches import batches
+from olavlm.student.data.samples import check_images
 from olavlm.student.errors import ModelError, TargetsError
 from olavlm.student.loading import DTYPES
 from olavlm.student.losses.scaled_features import Features, ScaledFeatures

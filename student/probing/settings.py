@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import inf
 from typing import Any, Literal
 
+from olavlm.cache.images import redacted, without_credentials
 from olavlm.student.config import TrainConfig
 from olavlm.student.errors import RecipeError
+from olavlm.student.processes import Process
 
 RECIPES = {"depth": "last"}
 """Of a task's features, where it is not the teacher's default: the paper distils the mean of depth's layers, in the
@@ -28,7 +29,7 @@ class ProbeData:
     def extract_command(self, teacher: str, *options: str) -> str:
         """What makes features that are missing."""
         words = ["olavlm-extract", "--teacher", teacher, *options, "--data", *self.files, "--images", *self.images]
-        return shlex.join([*words, "--store", self.store])
+        return shlex.join(map(redacted, [*words, "--store", self.store]))
 
 
 def default_key(task: str) -> str:
@@ -75,7 +76,7 @@ class ProbeSettings:
     """Steps between checkpoints."""
     keep: int = 1
     """Checkpoints kept."""
-    num_processes: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
+    num_processes: int = field(default_factory=lambda: Process.launched().count)
 
     def __post_init__(self) -> None:
         def rule(ok: bool, flag: str, value: object, text: str) -> None:
@@ -116,8 +117,8 @@ class ProbeSettings:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain types."""
-        return asdict(self) | {"tasks": dict(self.tasks)}
+        """The fields as plain types, without credentials in URLs."""
+        return without_credentials(asdict(self) | {"tasks": dict(self.tasks)})
 
     def identity(self, layers: tuple[int, ...]) -> dict[str, Any]:
         """The settings that a run's numbers follow from: it is resumed under the same alone."""

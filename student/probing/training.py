@@ -25,22 +25,25 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from olavlm.cache import Dataset, ImageRoots
 from olavlm.student.config import TrainConfig
-from olavlm.student.data.batches import MicroBatch, batches, check_images
+from olavlm.student.data.batches import batches
+from olavlm.student.data.micro_batch import MicroBatch
 from olavlm.student.data.sampler import GlobalBatchSampler
+from olavlm.student.data.samples import check_images
 from olavlm.student.errors import RecipeError, TrainingError
 from olavlm.student.loading import DTYPES
 from olavlm.student.losses.fused import smooth_l1_and_cosines
 from olavlm.student.model import OlaVLM
+from olavlm.student.processes import Process
+from olavlm.student.run_files import write_json
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.training.checkpoint import check_files, latest_step, load_trained, save_step, write_json, writing
+from olavlm.student.training.checkpoint import check_agreed, check_files, latest_step, load_trained, save_step, writing
 from olavlm.student.training.identity import features_digest, start_digest
 from olavlm.student.training.loop import OnStep, Schedule, StepLoop
 from olavlm.student.training.metrics import open_trackers
-from olavlm.student.training.parallel import Replicated, launched_with, make_optimizer
+from olavlm.student.training.parallel import Parallel, launched_with, make_optimizer
 from olavlm.student.training.step import NAMED_SAMPLES
 
 from .bank import BYTES_A_PARAMETER, ProbeBank, ProbedTeacher, ProbeRun
@@ -51,10 +54,8 @@ from .settings import ProbeSettings
 TRAIN_IMAGES = "train_images.parquet"
 
 
-class WholeProbes(Replicated):
+class WholeProbes(Parallel):
     """The probes on each process, and their optimizer. Gradients are exchanged once a step, after the last backward."""
-
-    loss_factor = 1
 
     def __init__(self, bank: ProbeBank, accelerator: Accelerator, settings: TrainConfig) -> None:
         self.model = self.module = bank.to(accelerator.device)
@@ -82,8 +83,7 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
     rows = ProbeRows(settings.data, settings.tasks)
     rows.check_covers(dataset)
     check_images(dataset, roots)
-    AcceleratorState._reset_state()  # a run before this one may have had another precision
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=not torch.accelerator.is_available())
+    accelerator = Process.launched().join(settings.mixed_precision)
     model, notes = load_probed(settings.model, dtype=DTYPES[settings.dtype], template=settings.template)
     layers = chosen_layers(model, settings.layers)
     layout = token_layout(model)
@@ -100,6 +100,7 @@ def train_probes(settings: ProbeSettings, versions: dict[str, str], on_step: OnS
     sampler = GlobalBatchSampler(np.ones(len(dataset), bool), settings.batch_size, settings.seed)
     schedule = Schedule(settings, len(sampler))
     resumed_from, first_step = latest_step(run, identity)
+    check_agreed(first_step, run, accelerator)
     schedule.check_not_passed(first_step, run, "--max-steps")
     bank = ProbeBank(tasks, layout["width"], settings.seed)
     if resumed_from is not None:

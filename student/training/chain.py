@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from olavlm.student.choices import Stage
 from olavlm.student.config import Recipe
 from olavlm.student.errors import RecipeError
+from olavlm.student.processes import Process
 
 from .checkpoint import latest_step
 from .loop import OnStep, Schedule
@@ -30,13 +30,14 @@ def train_chain(recipes: Mapping[Stage, Recipe], versions: dict[str, str], on_st
         StudentError, CacheError: as `train`; stages ahead of the one that failed are finished, and skipped next time.
     """
     check_chain(recipes)
+    process = Process.launched()
     last = Path()
     for number, (stage, recipe) in enumerate(recipes.items(), 1):
         last = Path(recipe.train.output_dir)
         if is_finished(recipe, stage):
-            say(f"stage {number}/{len(recipes)}: {stage} is finished: {last}")
+            process.say(f"stage {number}/{len(recipes)}: {stage} is finished: {last}")
             continue
-        say(f"stage {number}/{len(recipes)}: {stage}")
+        process.say(f"stage {number}/{len(recipes)}: {stage}")
         train(recipe, stage, versions, on_step, more=number < len(recipes))
     return last
 
@@ -66,18 +67,7 @@ def is_finished(recipe: Recipe, stage: Stage) -> bool:
         finished = int(json.loads((run / STAGE_FILE).read_bytes()).get("finished", 0))
     except (ValueError, TypeError, AttributeError):
         return False  # damaged: the stage goes on from its last checkpoint, and writes it anew
-    global_batch = recipe.train.batch_size * recipe.train.accumulation * num_processes()
+    global_batch = recipe.train.batch_size * recipe.train.accumulation * Process.launched().count
     dataset, _ = open_data(recipe)
     latest_step(run, run_identity(recipe, stage, global_batch, dataset))  # or it is another recipe's
     return finished == Schedule(recipe, math.ceil(len(dataset) / global_batch)).total_steps
-
-
-def num_processes() -> int:
-    """Processes of this launch, by the environment of torchrun and accelerate."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def say(text: str) -> None:
-    """A line from the first process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)

@@ -14,12 +14,12 @@ import torch
 from accelerate import Accelerator
 
 from olavlm.student.config import TrainConfig
-from olavlm.student.data.batches import MicroBatch
 from olavlm.student.data.load_times import load_metrics
+from olavlm.student.data.micro_batch import MicroBatch
 from olavlm.student.errors import TrainingError
+from olavlm.student.processes import stop_requests
 
 from .metrics import Tracker
-from .signals import stop_requests
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 """Called on the main process after each step with its number, the number of steps and the metrics."""

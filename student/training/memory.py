@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from olavlm.student.adapter import whole_model
 from olavlm.student.choices import Stage
 from olavlm.student.config import Recipe
 from olavlm.student.decoder import checkpoint_activations
@@ -41,7 +42,6 @@ from olavlm.student.tokens import TaskSpec
 from olavlm.student.vision.encoders import VisionEncoder, load_encoder_config, load_image_transform
 from olavlm.student.vision.image_transform import ImageTransform
 
-from .checkpoint import whole_model
 from .live_bytes import LiveBytes
 
 
@@ -119,7 +119,7 @@ def estimate_memory(
         placement = _placement(model, batch, recipe)
         with FakeTensorMode() as fake:
             _make_fake(model)
-            activations = _step_peak(model, recipe, batch, transform, distil, placement.each(fake.from_tensor))
+            activations = _step_peak(model, recipe, batch, transform, placement.each(fake.from_tensor))
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as e:
         raise ModelError(f"{recipe.model.llm}: what it computes depends on what its tensors hold ({e})") from None
     share = processes if sharded else 1
@@ -204,7 +204,7 @@ def _config(
 
 
 def _step_peak(
-    model: OlaVLM, recipe: Recipe, shape: BatchShape, transform: ImageTransform, distil: bool, placement: Placement
+    model: OlaVLM, recipe: Recipe, shape: BatchShape, transform: ImageTransform, placement: Placement
 ) -> int:
     """Most bytes alive at once in one forward and backward, beyond weights and gradients."""
     for parameter in model.parameters():
@@ -224,15 +224,19 @@ def _step_peak(
         with autocast:
             pixels, given = (pictures, None) if model.vision.tower is not None else (None, pictures)
             of_teachers = {t.name: values[:b] for t, values in zip(model.fused_teachers, features, strict=True)}
-            batch = model._assemble(ids, placement, pixels, of_teachers, given)
-            layers = {layer for task in model.tasks for layer in task.layers} if distil else set()
-            last, states, _ = model._run_llm(batch, layers, with_logits=False)
-            loss = model._text_loss_sum(last, None, placement)
-            predictions = model._predict(placement, states)
+            output = model(
+                ids,
+                labels=ids,
+                pixel_values=pixels,
+                image_features=given,
+                teacher_features=of_teachers,
+                placement=placement,
+            )
+            loss, predictions = output.text_loss_sum, output.predictions
             for task in model.tasks if predictions else ():
                 of_layers = [predictions.pop(f"{task.name}/{layer}") for layer in task.layers]
                 loss = loss + _embedding_loss(of_layers, targets[task.name], model.logit_scales[task.name])
-        del last, states, batch
+        del output
         loss.backward()
     return live.peak
 

@@ -33,7 +33,7 @@ from olavlm.student.model import OlaVLM
 OPTIMIZER = "optimizer.pt"
 
 
-def parallelize(model: OlaVLM, accelerator: Accelerator, settings: TrainConfig) -> Replicated:
+def parallelize(model: OlaVLM, accelerator: Accelerator, settings: TrainConfig) -> Parallel:
     """Spreads a model, in which what trains is marked, as the processes were launched.
 
     Raises:
@@ -53,26 +53,23 @@ def launched_with(what: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
 
 
-class Replicated:
-    """A model that is whole on each process, and the optimizer of what trains in it."""
+class Parallel:
+    """A model on the processes of a launch, and the optimizer of what trains in it. The subclasses say how it lies."""
 
+    accelerator: Accelerator
+    model: nn.Module
     module: nn.Module
     """What is called: the model, or a wrapper with its forward."""
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, model: OlaVLM, accelerator: Accelerator, settings: TrainConfig) -> None:
-        self.model, self.accelerator = model, accelerator
-        self.module = accelerator.prepare(model)
-        self.optimizer = make_optimizer(model, settings, accelerator.device)
-
     @property
     def loss_factor(self) -> int:
-        """What a loss is multiplied with, so that the gradients of all processes add up: DDP takes their mean."""
-        return self.accelerator.num_processes
+        """What a loss is multiplied with, so that the gradients of all processes add up."""
+        return 1
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward of a micro-batch: DDP exchanges gradients in a step's last backward alone."""
-        return nullcontext() if last or not isinstance(self.module, DistributedDataParallel) else self.module.no_sync()
+        """Around forward and backward of a micro-batch, which is the `last` of its step or not."""
+        return nullcontext()
 
     def finish_forward(self) -> None:
         """Called after a forward that no backward follows."""
@@ -84,10 +81,15 @@ class Replicated:
         """Run the backward pass of a micro-batch."""
         (loss * self.loss_factor).backward()
 
-    def update(self) -> None:
-        """The optimizer's step, by the gradients that there are now; they are gone after it."""
+    def update(self, max_norm: float | None = None) -> float | None:
+        """The optimizer's step, by the gradients that there are now; they are gone after it.
+
+        With `max_norm` they are clipped to it first, and their norm before that is returned.
+        """
+        norm = None if max_norm is None else self.clip_gradients(max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def clip_gradients(self, max_norm: float) -> float:
         """Scales the gradients down to this norm if theirs is larger; returns theirs."""
@@ -126,18 +128,33 @@ class Replicated:
         return tensor.cpu() if self.accelerator.is_main_process else None
 
 
-class Sharded(Replicated):
+class Replicated(Parallel):
+    """A model that is whole on each process; DDP takes the mean of their gradients."""
+
+    def __init__(self, model: OlaVLM, accelerator: Accelerator, settings: TrainConfig) -> None:
+        self.model, self.accelerator = model, accelerator
+        self.module = accelerator.prepare(model)
+        self.optimizer = make_optimizer(model, settings, accelerator.device)
+
+    @property
+    def loss_factor(self) -> int:
+        return self.accelerator.num_processes
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """Gradients are exchanged in a step's last backward alone."""
+        return nullcontext() if last or not isinstance(self.module, DistributedDataParallel) else self.module.no_sync()
+
+
+class Sharded(Parallel):
     """A model in shards. Each decoder block, the embeddings, and the rest are gathered when they are needed.
 
     The frozen vision encoder and the logit scales stay whole: a process whose batch is text alone does not run the
     encoder, and gathering it would wait for that process for ever; a scalar has no parts.
     """
 
-    loss_factor = 1
-
     def __init__(self, model: OlaVLM, accelerator: Accelerator, settings: TrainConfig) -> None:
         self.model = self.module = model
-        self.accelerator = accelerator
+        self.accelerator = accelerator  # gradients are exchanged in each backward: else they would lie whole everywhere
         plugin = FullyShardedDataParallelPlugin()  # by the environment, as the launcher left it
         if plugin.fsdp_version != 2:
             raise RecipeError(f"fsdp_version is {plugin.fsdp_version}: only version 2 can mix frozen parts and others")
@@ -147,10 +164,6 @@ class Sharded(Replicated):
             part.to(accelerator.device)
         _shard(model, accelerator, plugin, settings.mixed_precision)
         self.optimizer = make_optimizer(model, settings, accelerator.device)
-
-    def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Gradients are exchanged in each backward: those not exchanged yet would lie whole on every process."""
-        return nullcontext()
 
     def finish_forward(self) -> None:
         for module in self.model.modules():  # the outermost unit stays whole until a backward

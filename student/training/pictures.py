@@ -35,13 +35,14 @@ from olavlm.cache.display import (
 )
 from olavlm.student.choices import Stage
 from olavlm.student.config import Recipe
-from olavlm.student.data.batches import Collator, check_samples, choose_samples
+from olavlm.student.data.collator import Collator
 from olavlm.student.data.encoder_features import check_encoder_features, on_device
+from olavlm.student.data.samples import check_samples, choose_samples
 from olavlm.student.data.targets import TargetSource, check_targets
 from olavlm.student.errors import RecipeError, TargetsError
 from olavlm.student.losses.scaled_features import ScaledFeatures
 
-from .parallel import Replicated
+from .parallel import Parallel
 
 FOLDER = "pictures"
 _DECODED = ("depth", "seg")  # quickly enough to wait for; unCLIP takes many steps a picture
@@ -119,7 +120,7 @@ class HeldOutPictures:
         samples: Dataset,
         collator: Collator,
         source: TargetSource,
-        parallel: Replicated,
+        parallel: Parallel,
         accelerator: Accelerator,
         run: Path,
     ) -> None:

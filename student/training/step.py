@@ -12,15 +12,15 @@ import torch
 from accelerate import Accelerator
 
 from olavlm.student.config import Recipe
-from olavlm.student.data.batches import MicroBatch
 from olavlm.student.data.encoder_features import on_device
+from olavlm.student.data.micro_batch import MicroBatch
 from olavlm.student.data.targets import TargetSource
 from olavlm.student.errors import TrainingError
 from olavlm.student.losses.scaled_features import ScaledFeatures, joined
 from olavlm.student.task import Batch, BatchTotals, DistillTask
 
 from .copy_clock import CopyClock
-from .parallel import Replicated
+from .parallel import Parallel
 
 NAMED_SAMPLES = 32  # in the message of a run that stops on a non-finite loss
 
@@ -32,7 +32,7 @@ class OptimizerStep:
         self,
         recipe: Recipe,
         accelerator: Accelerator,
-        parallel: Replicated,
+        parallel: Parallel,
         source: TargetSource | None,
         task: DistillTask,
     ) -> None:
@@ -81,9 +81,9 @@ class OptimizerStep:
                 f"model.max_length {self.recipe.model.max_length} before their answers; make it longer; samples of "
                 f"{self._samples(micro_batches)}"
             )
-        if self.recipe.train.max_grad_norm is not None:
-            values["grad_norm"] = self.parallel.clip_gradients(self.recipe.train.max_grad_norm)
-        self.parallel.update()
+        norm = self.parallel.update(self.recipe.train.max_grad_norm)
+        if norm is not None:
+            values["grad_norm"] = norm
         return {
             **values,
             **dict(zip(scales, known[len(names) + len(counts) :], strict=True)),

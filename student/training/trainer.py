@@ -11,72 +11,50 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
 from olavlm.cache import Dataset, ImageRoots
+from olavlm.cache.images import without_credentials
+from olavlm.student.adapter import save_adapter, whole_model
 from olavlm.student.choices import Stage
 from olavlm.student.config import Recipe
-from olavlm.student.data.batches import (
-    Collator,
-    batches,
-    check_images,
-    check_samples,
-    choose_samples,
-    least_length,
-    make_sampler,
-)
-from olavlm.student.data.encoder_features import EncoderFeatures, check_encoder_features
-from olavlm.student.data.targets import TargetSource, check_targets, open_targets, tokens_without_losses
-from olavlm.student.decoder import checkpoint_activations
-from olavlm.student.errors import RecipeError, TrainingError
-from olavlm.student.extension import extend
-from olavlm.student.fused_teachers import FusedTeacher
-from olavlm.student.loading import DTYPES
-from olavlm.student.lora import add_lora, lora_parameters, merge_lora, save_lora
+from olavlm.student.data.batches import batches
+from olavlm.student.data.collator import Collator
+from olavlm.student.data.encoder_features import check_encoder_features
+from olavlm.student.data.micro_batch import MicroBatch
+from olavlm.student.data.order import make_sampler
+from olavlm.student.data.samples import check_images, check_samples, choose_samples
+from olavlm.student.data.targets import TargetSource, check_targets, open_targets
+from olavlm.student.errors import TrainingError
+from olavlm.student.lora import lora_parameters, merge_lora, save_lora
 from olavlm.student.model import OlaVLM
-from olavlm.student.stages import PartRow, apply_stage, trains_llm
+from olavlm.student.processes import Process
+from olavlm.student.run_files import write_json
+from olavlm.student.stages import PartRow
 from olavlm.student.task import DistillTask
-from olavlm.student.text.chat_template import check_template_file
-from olavlm.student.text.conversation import load_tokenizer
-from olavlm.student.tokens import TaskSpec
-from olavlm.student.vision.encoder_name import EncoderName
 
-from .checkpoint import (
-    check_files,
-    is_adapter,
-    latest_step,
-    load_trained,
-    read_adapter,
-    save_adapter,
-    save_step,
-    whole_model,
-    write_json,
-    writing,
-)
+from .checkpoint import check_agreed, check_files, latest_step, load_trained, save_step, writing
 from .data_watch import DataWatch
 from .identity import Identity, features_digest, start_digest
 from .loop import OnStep, Schedule, StepLoop
 from .metrics import check_trackers, open_trackers
-from .parallel import launched_with, parallelize
+from .parallel import Parallel, launched_with, parallelize
 from .pictures import HeldOutPictures, held_out
+from .start import base_location, build_settings, prepare_model
 from .step import OptimizerStep
 
 STAGE_FILE = "stage.json"
 OF_TEACHERS = ("name", "model", "revision", "recipe", "fingerprint")
 """What is kept there of the cards of features."""
-PATIENCE = timedelta(hours=1)
-"""That processes wait for one: an 8B model and its optimizer take longer to write than the ten minutes of NCCL."""
 
 
 def train(
@@ -92,11 +70,66 @@ def train(
             than the recipe, a loader that died, images that are gone, a checkpoint that could not be written, or a stop
             by SIGINT or SIGTERM (after a checkpoint, or the result).
     """
+    training = set_up(recipe, stage, versions, on_step)
+    stopped_by = training.run()
+    if stopped_by and more:
+        raise TrainingError(f"stopped by {stopped_by} after {stage}; run the same command again to go on with the next")
+    return training.folder
+
+
+@dataclass
+class Training:
+    """A stage that is ready for its first step, or its next one, in this process of several."""
+
+    recipe: Recipe
+    stage: Stage
+    folder: Path
+    """Of the run."""
+    model: OlaVLM
+    tokenizer: PreTrainedTokenizerBase
+    accelerator: Accelerator
+    parallel: Parallel
+    loop: StepLoop
+    loading: AbstractContextManager[Iterator[list[MicroBatch]]]
+    optimizer_step: OptimizerStep
+    after_step: Callable[[int, dict[str, float]], None]
+
+    def run(self) -> str | None:
+        """Take the steps that are left, and keep the result; the signal that came during the last step, if any."""
+        stopped_by = self.loop.run(self.loading, self.optimizer_step, self.after_step)
+        self.parallel.gather()
+        if self.accelerator.is_main_process:
+            with writing(f"the result in {self.folder}", self.folder):
+                save_result(self.folder, self.recipe, self.stage, self.model, self.tokenizer)
+            mark_finished(self.folder, self.loop.schedule.total_steps)
+        self.accelerator.wait_for_everyone()  # the next stage, on another process, reads the result
+        self.accelerator.print(f"{self.stage} finished: {self.folder}")
+        self.accelerator.free_memory()
+        return stopped_by
+
+
+def set_up(
+    recipe: Recipe,
+    stage: Stage,
+    versions: dict[str, str],
+    on_step: OnStep = lambda *_: None,
+    *,
+    source: TargetSource | None = None,
+) -> Training:
+    """All of a stage ahead of its steps: what is wrong is refused, the model is there, and what was done is resumed.
+
+    Args:
+        source: of the teachers' features, in place of the recipe's.
+
+    Raises:
+        StudentError, CacheError: as `train`.
+    """
     check_trackers(recipe.train.trackers)
     dataset, roots = open_data(recipe)
     drawn = check_inputs(recipe, stage, dataset, roots)
-    accelerator = join_processes(recipe)
-    source = open_targets(recipe, accelerator.device) if reads_features(recipe, stage) else None
+    accelerator = Process.launched().join(recipe.train.mixed_precision)
+    if source is None and reads_features(recipe, stage):
+        source = open_targets(recipe, accelerator.device)
     set_seed(recipe.train.seed)
     model, tokenizer, features, table = prepare_model(recipe, stage, source, saves=accelerator.is_main_process)
 
@@ -124,7 +157,8 @@ def train(
         parallel.load_optimizer(resumed_from)
     trackers = []
     if accelerator.is_main_process:
-        trackers = open_trackers(recipe.train.trackers, run, first_step, {"stage": stage, **recipe.to_dict()})
+        settings = {"stage": stage, **without_credentials(recipe.to_dict())}
+        trackers = open_trackers(recipe.train.trackers, run, first_step, settings)
     pictures = None
     if drawn is not None:
         pictures = HeldOutPictures(recipe, drawn, collator, source, parallel, accelerator, run)
@@ -163,18 +197,9 @@ def train(
         workers=recipe.data.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    stopped_by = loop.run(loading, optimizer_step, after_step)
-    parallel.gather()
-    if accelerator.is_main_process:
-        with writing(f"the result in {run}", run):
-            save_result(run, recipe, stage, model, tokenizer)
-        mark_finished(run, schedule.total_steps)
-    accelerator.wait_for_everyone()  # the next stage, on another process, reads the result
-    accelerator.print(f"{stage} finished: {run}")
-    accelerator.free_memory()
-    if stopped_by and more:
-        raise TrainingError(f"stopped by {stopped_by} after {stage}; run the same command again to go on with the next")
-    return run
+    return Training(
+        recipe, stage, run, model, tokenizer, accelerator, parallel, loop, loading, optimizer_step, after_step
+    )
 
 
 def reads_features(recipe: Recipe, stage: Stage) -> bool:
@@ -199,143 +224,11 @@ def check_inputs(recipe: Recipe, stage: Stage, dataset: Dataset, roots: ImageRoo
     return held_out(recipe, stage)
 
 
-def join_processes(recipe: Recipe) -> Accelerator:
-    """This process among those of the launch, in the recipe's precision."""
-    AcceleratorState._reset_state()  # a stage before this one may have had another precision; processes stay joined
-    # Without `cpu`, accelerate would take several processes on a machine without an accelerator for one each.
-    accelerator = Accelerator(
-        mixed_precision=recipe.train.mixed_precision,
-        cpu=not torch.accelerator.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
-    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1")), "processes do not see each other"
-    return accelerator
-
-
-def prepare_model(
-    recipe: Recipe, stage: Stage, source: TargetSource | None, *, saves: bool
-) -> tuple[OlaVLM, PreTrainedTokenizerBase, EncoderFeatures | None, list[PartRow]]:
-    """The model that the stage trains, set to train what it trains.
-
-    Args:
-        source: the teachers' features, if the stage reads any.
-        saves: whether this process will save the model; then the encoder stays with it, where features are read in its
-            place.
-
-    Returns:
-        Model, tokenizer, the encoder's features if they are read in its place, and the table of what trains.
-
-    Raises:
-        StudentError: a model that cannot be had or does not fit the recipe, or sequences too short to learn from.
-    """
-    distil = recipe.distils(stage)
-    specs, fused = [], []
-    if recipe.fuses:
-        fused = [FusedTeacher.of(name, source.cards[name]) for name in recipe.task_order]
-    elif distil:
-        specs = source.specs
-    elif stage == "pt" and recipe.tasks:
-        specs = tokens_without_losses(recipe)
-    model, tokenizer = start_model(recipe, stage, specs, fused, distil)
-    model.pack(recipe.model.packing)
-    features = None
-    if recipe.data.encoder_features is not None:
-        features = EncoderFeatures(recipe)
-        features.take_the_place_of(model.vision, keep=stage != "pt" and saves)  # pt's result holds no encoder
-    least = least_length(tokenizer, recipe.model.template, model.inserted)
-    if recipe.model.max_length < least:
-        raise RecipeError(
-            f"model.max_length is {recipe.model.max_length}: a short question about an image takes {least} tokens here "
-            "before it is answered, and nothing would be learnt; make it longer"
-        )
-    if recipe.lora.rank is not None and trains_llm(stage):
-        add_lora(model.llm, recipe.lora)
-    table = apply_stage(model, stage, freeze_tokens=recipe.train.freeze_tokens, distil=distil)
-    if recipe.train.gradient_checkpointing:
-        checkpoint_activations(model.llm)
-    return model, tokenizer, features, table
-
-
-def leave_processes() -> None:
-    """Leave the group of processes that `train` joined, after the last stage: it cannot be joined twice."""
-    PartialState().destroy_process_group()
-
-
 def open_data(recipe: Recipe) -> tuple[Dataset, ImageRoots]:
     """The recipe's samples, `data.fraction` applied, and image roots."""
     dataset, roots = Dataset(recipe.files), ImageRoots(recipe.image_roots)
     chosen = choose_samples(len(dataset), recipe.data.fraction, recipe.train.seed)
     return (dataset if len(chosen) == len(dataset) else dataset.take(chosen)), roots
-
-
-def start_model(
-    recipe: Recipe, stage: Stage, specs: list[TaskSpec], fused: list[FusedTeacher], distil: bool
-) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
-    """The model that the stage starts from: base checkpoints in pt, `init.from` after it.
-
-    `specs` are the tasks with tokens or losses, `fused` the teachers of a fusion baseline.
-    """
-    model, tokenizer = _start_model(recipe, stage, specs, fused, distil)
-    if recipe.init.from_ is not None and recipe.model.chat_template is not None:
-        check_template_file(tokenizer, recipe.model.chat_template, recipe.init.from_)
-    return model, tokenizer
-
-
-def _start_model(
-    recipe: Recipe, stage: Stage, specs: list[TaskSpec], fused: list[FusedTeacher], distil: bool
-) -> tuple[OlaVLM, PreTrainedTokenizerBase]:
-    m = recipe.model
-    settings = build_settings(recipe, stage) | {"fused_teachers": [teacher.to_dict() for teacher in fused]}
-    if recipe.init.from_ is None:
-        if stage != "pt":
-            raise RecipeError(f"init.from is not set; {stage} starts from the run folder of an earlier stage")
-        tokenizer = load_tokenizer(m.llm, m.chat_template)
-        return OlaVLM.build(m.llm, m.encoder, tokenizer, specs, **settings), tokenizer
-    if is_adapter(recipe.init.from_):
-        adapter = read_adapter(Path(recipe.init.from_))
-        bases = {} if adapter.whole else {"llm": adapter.llm, "encoder": adapter.encoder}
-        check_start(recipe, {**adapter.config, **bases}, adapter.tasks, fused)
-        if distil:
-            adapter.tasks = specs
-        return adapter.build(with_predictors=distil, llm=m.llm, encoder=m.encoder, **settings)
-    if distil and stage != "pt":
-        raise RecipeError(
-            f"losses.stages has {stage}, and {recipe.init.from_} is no run folder of pt, with predictors to go on with"
-        )
-    kept = {} if stage == "pt" else {"with_predictors": False}  # which a checkpoint from elsewhere may hold
-    model = OlaVLM.from_pretrained(recipe.init.from_, dtype=DTYPES[m.dtype], attn_implementation=m.attention, **kept)
-    tokenizer = model.tokenizer or load_tokenizer(recipe.init.from_)  # which says why there is none
-    start = {name: getattr(model.config, name) for name in (*_INHERITED, "fused_teachers")}
-    if stage == "pt":
-        check_start(recipe, {**start, "num_task_tokens": m.num_task_tokens}, specs, fused)
-        own = {key: value for key, value in settings.items() if key not in ("dtype", "attn_implementation")}
-        return extend(model, specs, **own), tokenizer
-    check_start(recipe, start, list(model.tasks), fused)
-    model.config.fused_teachers = settings["fused_teachers"]  # the same, as this stage's store knows them
-    model.config.geometry, model.config.max_sequence_length = settings["geometry"], m.max_length
-    return model, tokenizer
-
-
-_INHERITED = ("template", "num_task_tokens", "select_layer", "fusion")  # what a later stage cannot change
-
-
-def check_start(recipe: Recipe, start: dict[str, Any], tasks: list[TaskSpec], fused: list[FusedTeacher]) -> None:
-    """RecipeError if the recipe says otherwise than `init.from` what the model is: it would be trained as another."""
-    inherited = [name for name in _INHERITED if name != "num_task_tokens" or recipe.task_order or tasks]
-    before = [FusedTeacher.from_dict(teacher) for teacher in start["fused_teachers"]]
-    said: dict[str, tuple[Any, Any]] = {
-        "tasks, in model.order": (recipe.task_order, [x.name for x in (*tasks, *before)])
-    }
-    said |= {f"model.{name}": (getattr(recipe.model, name), start[name]) for name in inherited}
-    for teacher, there in zip(fused, before, strict=False):
-        said[f"the fingerprint of {teacher.name}'s features"] = teacher.fingerprint, there.fingerprint
-    for name in ("llm", "encoder"):
-        there = start.get(name)
-        if there is not None and (Path(there).is_dir() or not Path(there).is_absolute()):  # it has not been moved
-            said[f"model.{name}"] = _absolute(getattr(recipe.model, name)), there
-    for key, (here, there) in said.items():
-        if here != there:
-            raise RecipeError(f"{key} is {here}, and {recipe.init.from_} was trained with {there}; use the same")
 
 
 def run_identity(recipe: Recipe, stage: Stage, global_batch: int, dataset: Dataset) -> Identity:
@@ -346,34 +239,6 @@ def run_identity(recipe: Recipe, stage: Stage, global_batch: int, dataset: Datas
         "global_batch": global_batch,
         "start": start_digest(recipe.init.from_),
         "samples": dataset.digest(),
-    }
-
-
-def check_agreed(first_step: int, run: Path, accelerator: Accelerator) -> None:
-    """TrainingError if processes would go on from different steps: a run folder that not all nodes share."""
-    steps = accelerator.gather(torch.tensor([first_step], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1:
-        raise TrainingError(
-            f"processes found different checkpoints in {run}, of steps {sorted(set(steps))}: put train.output_dir on a "
-            "file system that all nodes share"
-        )
-
-
-def build_settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """The recipe's model section as arguments of `OlaVLM.build`."""
-    m = recipe.model
-    return {
-        "geometry": recipe.base_geometry(stage),
-        "select_layer": m.select_layer,
-        "dtype": DTYPES[m.dtype],
-        "attn_implementation": m.attention,
-        "template": m.template,
-        "max_sequence_length": m.max_length,
-        "num_task_tokens": m.num_task_tokens,
-        "fusion": m.fusion,
-        "gen_query": m.gen_query,
-        "key_blocks": m.key_blocks,
-        "include_answer": m.include_answer,
     }
 
 
@@ -393,7 +258,7 @@ def describe_run(
     for row in table:
         print(f"{row.part:<14}{row.parameters:>16,}{row.trainable:>16,}")
     run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(without_credentials(recipe.to_dict()), sort_keys=False))
     write_json(run / "versions.json", versions)
     launch = {"processes": num_processes, "sharded": launched_with("FSDP"), "packed": packed}
     teachers = {name: {field: card.get(field) for field in OF_TEACHERS} for name, card in cards.items()}
@@ -421,14 +286,9 @@ def save_result(run: Path, recipe: Recipe, stage: Stage, model: OlaVLM, tokenize
         run,
         model,
         tokenizer,
-        llm=_absolute(m.llm),
-        encoder=_absolute(m.encoder),
+        llm=base_location(m.llm),
+        encoder=base_location(m.encoder),
         config=config,
         recipe_hash=recipe.hash(),
         whole=whole_model(recipe.init.from_),
     )
-
-
-def _absolute(model: str) -> str:
-    """With local paths in full, so that the adapter finds them from anywhere; a hub id as it is."""
-    return EncoderName.parse(model).absolute()

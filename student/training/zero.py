@@ -7,7 +7,6 @@ and a run is resumed on the number of processes that it was saved by.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,13 +16,13 @@ from olavlm.student.config import TrainConfig
 from olavlm.student.errors import RecipeError
 from olavlm.student.model import OlaVLM
 
-from .parallel import Replicated, make_optimizer
+from .parallel import Parallel, make_optimizer
 
 TAG = "zero"
 """Folder of the engine's own files in a checkpoint."""
 
 
-class Zero(Replicated):
+class Zero(Parallel):
     """A model whose gradients and optimizer state lie in parts (ZeRO 1 and 2); its weights are whole on each process.
 
     Raises:
@@ -42,19 +41,17 @@ class Zero(Replicated):
         self.module, _ = accelerator.prepare(model, make_optimizer(model, settings, accelerator.device))
         self.optimizer = self.module.optimizer
 
-    def micro_batch(self, last: bool) -> AbstractContextManager:
-        return nullcontext()
+    @property
+    def loss_factor(self) -> int:
+        return self.accelerator.num_processes  # the engine takes the mean over them
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.module.set_gradient_accumulation_boundary(is_boundary=last)
-        self.module.backward(loss * self.loss_factor)  # the engine takes the mean over processes
+        self.module.backward(loss * self.loss_factor)
 
-    def update(self) -> None:
-        self.module.step()
-
-    def clip_gradients(self, max_norm: float) -> float:
-        """The norm of the step before: the engine clips in its own update."""
-        return float(self.module.get_global_grad_norm() or 0.0)
+    def update(self, max_norm: float | None = None) -> float | None:
+        self.module.step()  # the engine clips by its own settings, and knows the norm afterwards
+        return None if max_norm is None else float(self.module.get_global_grad_norm())
 
     def trained(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from olavlm.student.choices import Geometry
 from olavlm.student.errors import ModelError, RecipeError
@@ -96,14 +97,27 @@ class ImageTransform:
 
     def save(self, folder: str | Path) -> None:
         """Writes `preprocessor_config.json`, which the library's image processors read."""
+        self.library_processor().save_pretrained(folder)
+
+    def library_processor(self) -> CLIPImageProcessor | LlavaImageProcessorPil:
+        """The library's image processor that makes the same pictures: LLaVA's where they are padded, else CLIP's."""
+        settings = self.library_settings()
+        if settings.pop("do_pad"):
+            return LlavaImageProcessorPil(do_pad=True, **settings)
+        return CLIPImageProcessor(**settings)
+
+    def library_settings(self) -> dict[str, Any]:
+        """As arguments of the library's image processor for LLaVA."""
         square = {"height": self.size, "width": self.size}
-        CLIPImageProcessor(
-            size=square if self.geometry == "squash" else {"shortest_edge": self.size},
-            crop_size=square,
-            image_mean=list(self.mean),
-            image_std=list(self.std),
-            resample=int(Image.Resampling[self.interpolation.upper()]),
-        ).save_pretrained(folder)
+        return {
+            "size": square if self.geometry == "squash" else {"shortest_edge": self.size},
+            "crop_size": square,
+            "do_center_crop": self.geometry != "squash",
+            "do_pad": self.geometry == "pad",
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "resample": Image.Resampling[self.interpolation.upper()],
+        }
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -17,7 +17,7 @@ import torch
 from olavlm.student.data.targets import OnlineTargets, task_spec
 from olavlm.student.recipes import load_recipe
 from olavlm.student.stages import apply_stage
-from olavlm.student.training.trainer import start_model
+from olavlm.student.training.start import start_model
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "benchmarks" / "train"

@@ -5,7 +5,14 @@ import torch
 import transformers as library
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from olavlm.student.decoder import capture_states, checkpoint_activations, decoder_blocks, head_is_plain, state_width
+from olavlm.student.decoder import (
+    capture_states,
+    checkpoint_activations,
+    decoder_blocks,
+    head_is_plain,
+    learned_positions,
+    state_width,
+)
 from olavlm.student.errors import ModelError
 from olavlm.student.model import OlaVLM
 from olavlm.student.text.conversation import IMAGE_TOKEN, prepare_tokenizer
@@ -102,6 +109,11 @@ def test_model_around_it(name, tiny, tmp_path):
     for each in (model, loaded):
         same = each.get_input_embeddings().weight.data_ptr() == each.get_output_embeddings().weight.data_ptr()
         assert same is tied
+
+
+@pytest.mark.parametrize(("name", "positions"), [("opt", 2048), ("gpt2", 1024), ("phi3", None), ("gpt-neox", None)])
+def test_how_many_positions_are_learnt(name, positions):
+    assert learned_positions(make(name)) == positions
 
 
 def test_predictors_learn_from_every_architecture(tiny, tmp_path):

@@ -20,13 +20,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from olavlm.student.adapter import load_checkpoint
 from olavlm.student.decoder import capture_states, decoder_blocks, head_is_plain
 from olavlm.student.errors import ModelError
 from olavlm.student.model import OlaVLM
 from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.text.conversation import IGNORE_INDEX, IMAGE_TOKEN, encode_prompt
 from olavlm.student.tokens import TaskSpec
-from olavlm.student.training.checkpoint import load_checkpoint
 from olavlm.student.vision.encoders import VisionEncoder
 
 SHAPES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}

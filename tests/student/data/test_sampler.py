@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from olavlm.cache import Dataset
-from olavlm.student.data.batches import estimated_tokens, make_sampler, neighbour_rows
+from olavlm.student.data.order import estimated_tokens, make_sampler, neighbour_rows
 from olavlm.student.data.sampler import GlobalBatchSampler
 from olavlm.student.data.targets import CachedTargets
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from olavlm.student.data.batches import MicroBatch, batches
+from olavlm.student.data.batches import batches
+from olavlm.student.data.micro_batch import MicroBatch
 from olavlm.student.data.sampler import GlobalBatchSampler
 from olavlm.student.data.shared_tensors import allocate, pack, unpack
 from olavlm.student.errors import TrainingError

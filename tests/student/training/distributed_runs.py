@@ -17,8 +17,9 @@ import torch
 from olavlm.pipelines.cli import quiet_models
 from olavlm.student.probing.settings import ProbeData, ProbeSettings
 from olavlm.student.probing.training import train_probes
+from olavlm.student.processes import Process
 from olavlm.student.recipes import load_recipe
-from olavlm.student.training.trainer import leave_processes, train
+from olavlm.student.training.trainer import train
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -31,5 +32,5 @@ if __name__ == "__main__":
         file = Path(f"{sys.argv[1]}.{number}.{os.environ['RANK']}")  # each its own, or one reads what another truncates
         file.write_text(json.dumps(job["recipe"]))
         train(load_recipe(str(file), [], job["stage"]), job["stage"], {"test": "1"})
-    leave_processes()
+    Process.leave()
     gc.unfreeze()  # or libraries tell of leaks

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from olavlm.pipelines.launch_configs import launch_configs
-from olavlm.student.data.batches import make_sampler
+from olavlm.student.data.order import make_sampler
 from olavlm.student.errors import RecipeError
 from olavlm.student.probing.settings import ProbeData, ProbeSettings
 from olavlm.student.probing.training import train_probes

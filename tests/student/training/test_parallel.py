@@ -73,6 +73,9 @@ class Engine:
     def step(self):
         self.calls.append("step")
 
+    def get_global_grad_norm(self):
+        return 7.0 if "step" in self.calls else None
+
 
 def zero(settings, stage):
     plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"gradient_accumulation_steps": "auto"})
@@ -92,7 +95,7 @@ def test_zero_updates_once_a_step_after_the_last_micro_batch(settings):
     for last in (False, True):
         with parallel.micro_batch(last):
             parallel.backward(torch.tensor(3.0), last)
-    parallel.update()
+    assert parallel.update(0.5) == 7.0
     assert parallel.module.calls == ["boundary False", "backward 6.0", "boundary True", "backward 6.0", "step"]
 
 

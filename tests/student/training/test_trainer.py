@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 
 from olavlm.cache import FeatureStore, StoreBuilder
 from olavlm.student import OlaVLM, RecipeError, TargetsError, TrainingError, load_checkpoint, task
+from olavlm.student.adapter import read_adapter
 from olavlm.student.data.batches import _leave_signals_to_the_trainer
 from olavlm.student.stages import ADAPTER
+from olavlm.student.training import start
 from olavlm.student.training import trainer as trainer_module
-from olavlm.student.training.checkpoint import check_files, latest_step, read_adapter, save_step
+from olavlm.student.training.checkpoint import check_agreed, check_files, latest_step, save_step
 from olavlm.student.training.loop import Schedule
 from olavlm.student.training.metrics import read_metrics
 from olavlm.student.training.step import OptimizerStep
@@ -402,9 +404,9 @@ def test_processes_that_found_different_checkpoints_do_not_train(tmp_path):
         def gather(self, step: torch.Tensor) -> torch.Tensor:
             return torch.cat([step, torch.tensor([0])])
 
-    with pytest.raises(TrainingError, match=r"of steps \[0, 200\]: put train\.output_dir on a file system that all"):
-        trainer_module.check_agreed(200, tmp_path, Two())
-    trainer_module.check_agreed(0, tmp_path, Two())
+    with pytest.raises(TrainingError, match=r"of steps \[0, 200\]: put the run folder on a file system that all"):
+        check_agreed(200, tmp_path, Two())
+    check_agreed(0, tmp_path, Two())
 
 
 def test_losses_fall(recipe):
@@ -506,7 +508,7 @@ class TestRefusalBeforeAnyModelIsLoaded:
         def start_model(*args):
             raise AssertionError("a model was loaded")
 
-        monkeypatch.setattr(trainer_module, "start_model", start_model)
+        monkeypatch.setattr(start, "start_model", start_model)
 
     def test_control(self, recipe):
         with pytest.raises(AssertionError, match="a model was loaded"):

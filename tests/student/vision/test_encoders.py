@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -27,12 +28,12 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from olavlm.cache import decode_rgb
+from olavlm.student.adapter import is_adapter, load_checkpoint, save_adapter
 from olavlm.student.data.encoder_features import tower_digest
 from olavlm.student.errors import ModelError, RecipeError
 from olavlm.student.model import OlaVLM
 from olavlm.student.model_config import OlaVLMConfig
 from olavlm.student.text.conversation import load_tokenizer
-from olavlm.student.training.checkpoint import is_adapter, load_checkpoint, save_adapter
 from olavlm.student.training.trainer import train
 from olavlm.student.vision.encoder_name import EncoderName
 from olavlm.student.vision.encoders import VisionEncoder, load_image_transform
@@ -161,6 +162,15 @@ def test_pad_by_hand():
     expected = np.asarray(image).transpose(2, 0, 1) / 255.0
     expected = (expected - np.reshape(transform.mean, (3, 1, 1))) / np.reshape(transform.std, (3, 1, 1))
     np.testing.assert_allclose(pixels[:, 14:42], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("geometry", ["square", "pad", "squash"])
+@pytest.mark.parametrize("size", [(100, 30), (30, 99), (56, 56)])
+def test_the_processor_that_is_saved_makes_the_same_pictures(geometry, size, tmp_path):
+    transform = ImageTransform(56, geometry=geometry)
+    transform.save(tmp_path)
+    saved = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(picture(*size), return_tensors="np")
+    np.testing.assert_allclose(saved["pixel_values"][0], transform(picture(*size)), atol=1e-5)
 
 
 def test_transform_of_a_checkpoint(tiny, tmp_path):

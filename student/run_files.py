@@ -1,4 +1,4 @@
-"""Weights as safetensors files, which everybody may read who may read the files beside them.
+"""Files of runs: weights as safetensors, which all may read who may read the files beside them, and JSON as a whole.
 
 safetensors 0.8 writes a file that is its owner's alone (mode 0600), whatever the umask, and with it every
 `save_pretrained`: a colleague could neither start from such a run nor serve it.
@@ -6,6 +6,7 @@ safetensors 0.8 writes a file that is its owner's alone (mode 0600), whatever th
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,13 @@ def load_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{file} may not be read by this user; have its owner make it readable") from None
     except (SafetensorError, OSError) as e:
         raise ModelError(f"{file} is damaged: {e}") from None
+
+
+def write_json(file: Path, content: object) -> None:
+    """Replace a file as a whole."""
+    private = file.with_name(f".{file.name}")
+    private.write_text(json.dumps(content, indent=1) + "\n")
+    private.replace(file)
 
 
 def _mode_of_new_files(folder: Path) -> int:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from olavlm.student.adapter import load_checkpoint
 from olavlm.student.errors import ModelError
 from olavlm.student.formats.llava_hf_export import to_llava_hf
-from olavlm.student.tensor_files import load_tensors, save_tensors
-from olavlm.student.training.checkpoint import load_checkpoint
+from olavlm.student.run_files import load_tensors, save_tensors
 from olavlm.student.training.trainer import train
 
 
