@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import fsspec
 
 from .errors import MissingExtra, StoreError
+from .images import redacted
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -55,14 +56,14 @@ def location(path: str | os.PathLike) -> Location:
         fsspec.get_filesystem_class(text.partition("://")[0])  # is its package installed?
         return UPath(text.rstrip("/"), use_listings_cache=False)  # a cached listing would hide what others commit
     except ValueError as e:
-        raise StoreError(f"store {text} cannot be opened: {e}") from None
+        raise StoreError(f"store {redacted(text)} cannot be opened: {e}") from None
     except ImportError as e:
         raise _missing(text, e) from None
 
 
 def _missing(url: str, error: ImportError) -> MissingExtra:
     remedy = "pip install 'olavlm[s3]'" if url.startswith(("s3://", "s3a://")) else "install that package"
-    return MissingExtra(f"store {url} cannot be opened ({error}): {remedy}")
+    return MissingExtra(f"store {redacted(url)} cannot be opened ({error}): {remedy}")
 
 
 def is_local(file: Location) -> bool:

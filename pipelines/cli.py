@@ -77,7 +77,8 @@ def command(name: str) -> Callable[[Callable[[list[str] | None], int]], Callable
                 if f"(os error {errno.ENOSPC})" in str(e):  # those of safetensors and tokenizers are no OSErrors
                     return _fail(name, f"{e}; {MAKE_ROOM}", 1)
                 if is_out_of_memory(e):
-                    return _fail(name, f"out of memory ({str(e).strip().splitlines()[0]}); {MAKE_SMALLER}", 1)
+                    said = next(iter(str(e).strip().splitlines()), type(e).__name__)
+                    return _fail(name, f"out of memory ({said}); {MAKE_SMALLER}", 1)
                 raise
             except KeyboardInterrupt as e:
                 return _fail(name, f"stopped by {str(e) or 'SIGINT'}", 1)

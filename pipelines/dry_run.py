@@ -54,7 +54,7 @@ def dry_run(recipe: Recipe, stage: Stage) -> None:
         group = check_encoder_features(recipe, dataset, stage)
         _, tokens, width = group.shape
         say(
-            f"encoder: not run; {tokens} x {width} {group.layout.dtype} an image from {group.folder}, "
+            f"encoder: not run; {tokens} x {width} {group.layout.dtype} an image from {redacted(str(group.folder))}, "
             f"{group.layout.row_bytes / 1e6:.3f} MB each, {with_images * group.layout.row_bytes / 1e9:.3f} GB an epoch"
         )
     if recipe.distils(stage) or recipe.fuses:

@@ -40,6 +40,7 @@ from olavlm.student.decoder import (
     decoder_blocks,
     grow_vocabulary,
     head_is_plain,
+    learned_positions,
     state_width,
     takes_positions,
 )
@@ -229,9 +230,10 @@ class OlaVLM(Answering, PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         path = pretrained_model_name_or_path
         if (Path(path) / ADAPTER_CONFIG).is_file():
-            if args or (other := kwargs.keys() - {"dtype", "attn_implementation"}):
-                raise TypeError(f"{path} holds an adapter: dtype and attn_implementation apply, not {other or args}")
-            model, _ = read_adapter(Path(path)).build(**kwargs)
+            if other := [*args, *(kwargs.keys() - {"dtype", "attn_implementation"})]:
+                raise TypeError(f"{path} holds an adapter: dtype and attn_implementation apply, not {other[0]!r}")
+            chosen = {name: value for name, value in kwargs.items() if value not in (None, "auto")}
+            model, _ = read_adapter(Path(path)).build(**chosen)
             return (model, {"missing_keys": set()}) if with_info else model
         with load_errors(path):
             model_type = AutoConfig.from_pretrained(str(path)).model_type
@@ -329,6 +331,13 @@ class OlaVLM(Answering, PreTrainedModel):
         """
         self.packed = prepare_packing(packing, self.llm)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Where sequences are cut: by the config, or where the LLM has no embeddings of positions any more."""
+        positions = learned_positions(self.llm)
+        longest = self.config.max_sequence_length
+        return longest if positions is None else min(longest, positions)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -418,7 +427,7 @@ class OlaVLM(Answering, PreTrainedModel):
     ) -> Placement:
         """The placement of a batch on any device, cut to the longest sequence unless it is to be gone on with."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        length = self.config.max_sequence_length if cut else None
+        length = self.longest_sequence if cut else None
         return place(input_ids, mask, labels, self.inserted, length, padding_side).to(input_ids.device)
 
     def _assemble(

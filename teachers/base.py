@@ -122,6 +122,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise TeacherError(f"device {device!r}: unknown; use auto, cpu, cuda or cuda:N") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise TeacherError(f"device {device!r}: this machine offers no CUDA device; use auto or cpu")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise TeacherError(f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices, from 0")
     return resolved
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from olavlm.cache import FeatureStore
+from olavlm.cache.images import redacted
 from olavlm.pipelines.cli import JobFailed
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class StoreSource:
     layers = ("targets",)
 
     def __init__(self, store: str, teacher: str, key: str | None = None) -> None:
-        self.store = FeatureStore(store)
+        self.store, store = FeatureStore(store), redacted(store)
         names = self.store.teachers
         alike = [name for name in names if self.store[name].card.get("name") == teacher]
         if key is None and len(alike) != 1:

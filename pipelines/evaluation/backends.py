@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from olavlm.pipelines.cli import JobFailed, UsageError
 from olavlm.student.errors import StudentError
+from olavlm.teachers import TeacherError
 
 if TYPE_CHECKING:
     from lmms_eval.api.model import lmms
@@ -154,7 +155,7 @@ def load(backend: Backend, processes: int) -> lmms:
 
     Raises:
         UsageError: lmms-eval has no such model, or it does not take an option.
-        StudentError, JobFailed: it cannot be loaded.
+        StudentError, TeacherError, JobFailed: it cannot be loaded, or there is no such device.
     """
     from lmms_eval.models import get_model, list_available_models
 
@@ -168,7 +169,7 @@ def load(backend: Backend, processes: int) -> lmms:
     try:
         model_class = get_model(backend.name)
         model = model_class(**arguments_of(model_class, backend, processes))
-    except (StudentError, JobFailed, UsageError):
+    except (StudentError, TeacherError, JobFailed, UsageError):
         raise
     except ImportError as error:
         raise JobFailed(

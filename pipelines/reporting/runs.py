@@ -232,7 +232,7 @@ def find_faults(run: Run) -> list[str]:
         for what, hit in (("is not finite", lambda v: not math.isfinite(v)), ("is exactly zero", lambda v: v == 0)):
             steps = [step for step, value in zip(curve.x, curve.y, strict=True) if hit(value)]
             if steps:
-                where = f"in {len(steps):,} of {counted(len(curve.x), 'step')}, first in step {steps[0]}"
+                where = f"in {len(steps):,} of {len(curve.x):,} steps, first in step {steps[0]}"
                 faults.append(f"{key} {what} {where}.{_why_zero(run, key, steps) if 'zero' in what else ''}")
     if run.metrics and run.stage in (run.get("losses", "stages") or []):
         for task, settings in (run.get("tasks") or {}).items():

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from olavlm.cache import CacheError, Dataset, TeacherFeatures
+from olavlm.cache.images import redacted
 from olavlm.student.choices import Stage
 from olavlm.student.config import Recipe
 from olavlm.student.errors import TargetsError
@@ -131,7 +132,7 @@ def check_encoder_features(recipe: Recipe, dataset: Dataset, stage: Stage) -> Te
         raise TargetsError(f"{e}: {extract_command(recipe, stage)}") from None
     if key not in there:
         raise TargetsError(
-            f"store {where} lacks {key} (it has {', '.join(there) or 'nothing'}); make it with: "
+            f"store {redacted(where)} lacks {key} (it has {', '.join(there) or 'nothing'}); make it with: "
             f"{extract_command(recipe, stage)}"
         )
     group, card = store[key], store[key].card
@@ -147,8 +148,8 @@ def check_encoder_features(recipe: Recipe, dataset: Dataset, stage: Stage) -> Te
     for what, (stored, asked) in wanted.items():
         if stored != asked:
             raise TargetsError(
-                f"store {where}, '{key}': {what} is {stored!r}, the base encoder's in {stage} is {asked!r}; make "
-                f"another store with: {extract_command(recipe, stage, 'ANOTHER_STORE')}"
+                f"store {redacted(where)}, '{key}': {what} is {stored!r}, the base encoder's in {stage} is {asked!r}; "
+                f"make another store with: {extract_command(recipe, stage, 'ANOTHER_STORE')}"
             )
     command = extract_command(recipe, stage, begun=group)
     check_covered(store, key, rows_in_plan(store, dataset, command), command)
@@ -169,4 +170,5 @@ def extract_command(
         words += ["--dtype", begun.layout.dtype] if begun.layout.dtype != "float16" else []
         words += ["--compute-dtype", computed] if computed != "float32" else []
     words += ["--data", *recipe.files, "--images", *recipe.image_roots]
-    return shlex.join(["olavlm-extract", *words, "--store", store or recipe.data.encoder_features])
+    words += ["--store", store or recipe.data.encoder_features]
+    return shlex.join(["olavlm-extract", *map(redacted, words)])

@@ -106,7 +106,7 @@ def chosen_layers(model: OlaVLM, layers: list[int] | None) -> tuple[int, ...]:
 
 def probe_collator(model: OlaVLM, dataset: Dataset, roots: ImageRoots, source: TargetSource) -> Collator:
     """Makes micro-batches for the model, framed and tokenised as it was trained."""
-    longest = model.config.max_sequence_length
+    longest = model.longest_sequence
     least = least_length(model.tokenizer, model.config.template, model.inserted)
     if longest < least:
         raise RecipeError(f"the model's longest sequence is {longest} tokens, and a question about an image {least}")

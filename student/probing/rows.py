@@ -86,8 +86,8 @@ class ProbeRows(CachedTargets):
             card, command = teacher.card, self._command_of(teacher)
             if teacher.fingerprint not in known:
                 raise TargetsError(
-                    f"store {self.data.store} lacks the features of {card['name']} that the model reads (fingerprint "
-                    f"{teacher.fingerprint[:16]}); make them with: {command}"
+                    f"store {redacted(self.data.store)} lacks the features of {card['name']} that the model reads "
+                    f"(fingerprint {teacher.fingerprint[:16]}); make them with: {command}"
                 )
             group = self.store[known[teacher.fingerprint]]
             check_covered(self.store, group.key, rows_in_plan(self.store, dataset, command), command)

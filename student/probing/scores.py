@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from olavlm.cache import Dataset, ImageRoots
+from olavlm.cache.images import redacted
 from olavlm.student.data.batches import batches
 from olavlm.student.data.samples import check_images
 from olavlm.student.errors import ModelError, TargetsError
@@ -102,8 +103,8 @@ def probe_cosines(
     for name, teacher in run.teachers.items():
         if (found := rows.cards[name].get("fingerprint")) != teacher.fingerprint:
             raise TargetsError(
-                f"store {data.store}, {teacher.key!r}: fingerprint {str(found)[:16]}, and the probes in {folder} were "
-                f"trained on {teacher.fingerprint[:16]}; extract the images with the teacher "
+                f"store {redacted(data.store)}, {teacher.key!r}: fingerprint {str(found)[:16]}, and the probes in {folder} "
+                f"were trained on {teacher.fingerprint[:16]}; extract the images with the teacher "
                 f"{teacher.card.get('model')}"
             )
     rows.check_covers(dataset)

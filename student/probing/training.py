@@ -4,7 +4,7 @@
     RUN/metrics.jsonl                      loss/total, loss/{task}/{layer}/smooth_l1, cosine/{task}/{layer}
     RUN/checkpoints/step-000200/           what a run that stopped is resumed from
     RUN/train_images.parquet               the images that probes have seen
-    RUN/probes.safetensors probes.json     the result (`probes.py`)
+    RUN/probes.safetensors probes.json     the result (`bank.py`)
 
 A micro-batch is one forward of the frozen model without a graph, at which the states of all layers are taken, and then
 forward and backward of each probe on its own, so that the graph of one probe is in memory at a time. Nothing joins the

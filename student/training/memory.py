@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from olavlm.student.adapter import whole_model
 from olavlm.student.choices import Stage
 from olavlm.student.config import Recipe
+from olavlm.student.data.collator import longest_sequence
 from olavlm.student.decoder import checkpoint_activations
 from olavlm.student.errors import ModelError
 from olavlm.student.fused_teachers import FusedTeacher
@@ -256,7 +257,7 @@ def _placement(model: OlaVLM, shape: BatchShape, recipe: Recipe) -> Placement:
     ids[:, 0] = model.config.image_token_id
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, -shape.supervised_tokens :] = 0
-    return place(ids, torch.ones_like(ids), labels, model.inserted, recipe.model.max_length)
+    return place(ids, torch.ones_like(ids), labels, model.inserted, longest_sequence(recipe, model))
 
 
 def _compute_dtype(recipe: Recipe) -> torch.dtype:

@@ -59,10 +59,12 @@ def prepare_model(
         features.take_the_place_of(model.vision, keep=stage != "pt" and saves)  # pt's result holds no encoder
     least, longest = least_length(tokenizer, recipe.model.template, model.inserted), longest_sequence(recipe, model)
     if longest < least:
-        limit = "model.max_length" if longest == recipe.model.max_length else "the longest sequence of this LLM"
+        limit, remedy = "model.max_length", "make it longer"
+        if longest < recipe.model.max_length:
+            limit, remedy = "the longest sequence of this LLM", "take fewer task tokens, or another LLM"
         raise RecipeError(
             f"{limit} is {longest}: a short question about an image takes {least} tokens here before it is answered, "
-            "and nothing would be learnt; make it longer"
+            f"and nothing would be learnt; {remedy}"
         )
     if recipe.lora.rank is not None and trains_llm(stage):
         add_lora(model.llm, recipe.lora)

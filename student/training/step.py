@@ -76,10 +76,12 @@ class OptimizerStep:
         valid_rows = dict(zip(totals.valid_rows, valid, strict=True))
         self._check(step, values, valid_rows, micro_batches)
         if tokens == bad_images == 0:
+            limit, longest = self.recipe.model.max_length, self.parallel.model.longest_sequence
+            why = f"model.max_length {limit}" if longest >= limit else f"{longest} tokens, the LLM's last position,"
+            remedy = "make it longer" if longest >= limit else "take an LLM with more"
             raise TrainingError(
-                f"step {step + 1}: no token of the batch is supervised, for all its samples are cut at "
-                f"model.max_length {self.recipe.model.max_length} before their answers; make it longer; samples of "
-                f"{self._samples(micro_batches)}"
+                f"step {step + 1}: no token of the batch is supervised, for all its samples are cut at {why} before "
+                f"their answers; {remedy}; samples of {self._samples(micro_batches)}"
             )
         norm = self.parallel.update(self.recipe.train.max_grad_norm)
         if norm is not None:

@@ -7,6 +7,7 @@ and a run is resumed on the number of processes that it was saved by.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -51,7 +52,10 @@ class Zero(Parallel):
 
     def update(self, max_norm: float | None = None) -> float | None:
         self.module.step()  # the engine clips by its own settings, and knows the norm afterwards
-        return None if max_norm is None else float(self.module.get_global_grad_norm())
+        if max_norm is None:
+            return None
+        norm = self.module.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)  # of a step that it skipped, for gradients that overflowed
 
     def trained(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param

@@ -58,6 +58,7 @@ def test_a_full_disk_is_one_line_with_the_remedy(error, told, capsys):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried"),
         MemoryError("Unable to allocate 8 GiB"),
+        MemoryError(),
     ],
 )
 def test_too_little_memory_is_one_line_with_the_remedy(error, capsys):

@@ -318,7 +318,7 @@ def test_what_cannot_be_asked_is_one_line(run, cv_bench, ours, stock, tiny, stor
             "holds no test*.parquet of nyu-visionx/CV-Bench, here or below; it ",
         ),
         ([ours, "--compare", tmp_path], "holds no predictions; give the output of another olavlm-eval"),
-        ([ours, "--device", "cuda:99"], "this machine offers no CUDA device"),
+        ([ours, "--device", "cuda:99"], "olavlm-eval: error: device 'cuda:99': this machine offers no CUDA device"),
         ([ours, "--teacher", "depth=x"], "teacher 'depth': this model reads no teacher"),
     ):
         assert run(*words, *output) == 1, words
