@@ -26,8 +26,8 @@ def check_covered(store: FeatureStore, key: str, rows: np.ndarray, command: str)
     """TargetsError, with the command, if rows have no features of `key` yet, or if all of them are quarantined."""
     if len(missing := store[key].missing_rows(rows)):
         raise TargetsError(
-            f"store {_named(store)} does not cover the dataset: {len(missing)} of its {len(rows)} images have no '{key}' "
-            f"features yet (first: {store.rows.image_of(int(missing[0]))!r}); finish it with: {command}"
+            f"store {_named(store)} does not cover the dataset: {len(missing)} of its {len(rows)} images have no "
+            f"'{key}' features yet (first: {store.rows.image_of(int(missing[0]))!r}); finish it with: {command}"
         )
     if len(rows) and not store[key].coverage(rows).valid:
         raise TargetsError(f"store {_named(store)}: every '{key}' row of the dataset is quarantined")

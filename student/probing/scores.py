@@ -103,8 +103,8 @@ def probe_cosines(
     for name, teacher in run.teachers.items():
         if (found := rows.cards[name].get("fingerprint")) != teacher.fingerprint:
             raise TargetsError(
-                f"store {redacted(data.store)}, {teacher.key!r}: fingerprint {str(found)[:16]}, and the probes in {folder} "
-                f"were trained on {teacher.fingerprint[:16]}; extract the images with the teacher "
+                f"store {redacted(data.store)}, {teacher.key!r}: fingerprint {str(found)[:16]}, and the probes in "
+                f"{folder} were trained on {teacher.fingerprint[:16]}; extract the images with the teacher "
                 f"{teacher.card.get('model')}"
             )
     rows.check_covers(dataset)

@@ -37,21 +37,30 @@ def test_an_adapter_is_loaded_as_it_is_asked_for(recipe):
         OlaVLM.from_pretrained(pt, "x")
 
 
-def test_sequences_end_where_the_llm_has_no_positions_any_more(recipe, tiny, tmp_path):
-    config = GPT2Config(
-        vocab_size=1100, n_embd=64, n_layer=6, n_head=4, n_positions=120, bos_token_id=0, eos_token_id=3
-    )
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    AutoTokenizer.from_pretrained(tiny["llm"]).save_pretrained(tmp_path / "gpt2")
+@pytest.fixture
+def gpt2(tiny, tmp_path):
+    """gpt2(positions) -> a tiny GPT-2, which has embeddings of so many positions."""
+
+    def make(positions):
+        ends = {"bos_token_id": 0, "eos_token_id": 3}
+        config = GPT2Config(vocab_size=1100, n_embd=64, n_layer=6, n_head=4, n_positions=positions, **ends)
+        folder = tmp_path / f"gpt2-{positions}"
+        GPT2LMHeadModel(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny["llm"]).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def test_sequences_end_where_the_llm_has_no_positions_any_more(recipe, gpt2, tmp_path):
     answer = "and so on " * 200
     sample = {"id": "long", "conversations": [{"from": "human", "value": "Tell."}, {"from": "gpt", "value": answer}]}
     (tmp_path / "long.json").write_text(json.dumps([sample] * 4))
-    texts = {"model.llm": tmp_path / "gpt2", "data.file": tmp_path / "long.json", "losses.stages": "[]"}
-    folder, metrics = run(recipe(**texts, **{"train.max_steps": 1}))
+    texts = {"data.file": tmp_path / "long.json", "losses.stages": "[]", "train.max_steps": 1}
+    folder, metrics = run(recipe(**texts, **{"model.llm": gpt2(120)}))
     assert 0 < metrics[0]["supervised_tokens"] < 4 * 120
     model = OlaVLM.from_pretrained(folder)
     assert model.longest_sequence == 120
-    ids = torch.full((1, 200), 5)
-    assert model(ids).logits.shape[1] == 120
-    with pytest.raises(RecipeError, match=r"the longest sequence of this LLM is 120: .* take fewer task tokens"):
-        run(recipe(**texts, **{"model.num_task_tokens": 64, "train.output_dir": tmp_path / "long"}))
+    assert model(torch.full((1, 200), 5)).logits.shape[1] == 120
+    with pytest.raises(RecipeError, match=r"the longest sequence of this LLM is 40: .*; take fewer task tokens"):
+        run(recipe(**texts, **{"model.llm": gpt2(40), "train.output_dir": tmp_path / "short"}))
