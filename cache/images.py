@@ -295,6 +295,9 @@ def _cat_file(fs: fsspec.AbstractFileSystem, name: str, start: int | None, end: 
     return data
 
 
+_PART = 2**16  # bytes of a body taken at once, and so the most that is taken beyond the limit
+
+
 async def _body(fs: fsspec.AbstractFileSystem, url: str, start: int | None, end: int | None) -> bytes:
     """As an `HTTPFileSystem` fetches it, but of a body that is too long, and may never end, only the beginning."""
     limit, options = MAX_BYTES, fs.kwargs
@@ -304,7 +307,7 @@ async def _body(fs: fsspec.AbstractFileSystem, url: str, start: int | None, end:
     session = await fs.set_session()
     async with session.get(fs.encode_url(url), **options) as response:
         size, received, parts = response.content_length or 0, 0, []
-        async for part in response.content.iter_any():  # unpacked, where the server packs
+        async for part in response.content.iter_chunked(_PART):  # unpacked, where the server packs
             parts.append(part)
             received += len(part)
             if max(size, received) > limit:
